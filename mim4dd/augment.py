@@ -1,0 +1,296 @@
+"""Differentiable siamese augmentation (DSA, ICML 2021): sample parameters, apply them to a batch of images.
+
+Sampling and applying are apart so that one set of parameters can serve real and synthetic images alike:
+draw a row per class, then `params[labels]` gives every image the row of its class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import extension
+
+DSA = "color_crop_cutout_flip_scale_rotate"
+
+BRIGHTNESS = 1.0
+SATURATION = 2.0
+CONTRAST = 0.5
+CROP = 0.125  # of the side
+CUTOUT = 0.5  # of the side
+SCALE = 1.2
+ROTATE = 15.0  # degrees
+
+
+@dataclass(frozen=True)
+class AugmentParams:
+    """One row per image; every tensor has length B. The identity values change nothing.
+
+    Attributes:
+        brightness: float [B], added.
+        saturation: float [B], factor about the pixel's mean over channels.
+        contrast: float [B], factor about the image's mean.
+        shift_y: int64 [B]; the output at row y is the input at row y + shift_y, 0 outside.
+        shift_x: int64 [B], likewise for columns.
+        cutout: int64 [B, 4], rows y0..y1 and columns x0..x1 inclusive become 0; y1 < y0: none.
+        flip: bool [B], mirror left and right.
+        scale_x: float [B], the output samples the input at scale_x times its distance from the centre.
+        scale_y: float [B], likewise for rows.
+        degrees: float [B], rotation.
+    """
+
+    brightness: Tensor
+    saturation: Tensor
+    contrast: Tensor
+    shift_y: Tensor
+    shift_x: Tensor
+    cutout: Tensor
+    flip: Tensor
+    scale_x: Tensor
+    scale_y: Tensor
+    degrees: Tensor
+
+    @classmethod
+    def identity(cls, batch: int, *, device: torch.device | str = "cpu") -> AugmentParams:
+        """Return the parameters of `batch` images that leave them as they are."""
+        zeros = torch.zeros(batch, device=device)
+        ones = torch.ones(batch, device=device)
+        none = torch.zeros(batch, dtype=torch.int64, device=device)
+        return cls(
+            brightness=zeros,
+            saturation=ones,
+            contrast=ones,
+            shift_y=none,
+            shift_x=none,
+            cutout=torch.tensor([0, -1, 0, -1], device=device).expand(batch, 4),
+            flip=none.bool(),
+            scale_x=ones,
+            scale_y=ones,
+            degrees=zeros,
+        )
+
+    def __len__(self) -> int:
+        return len(self.brightness)
+
+    def __getitem__(self, rows: Tensor) -> AugmentParams:
+        """Return the parameters at the given rows: `params[labels]` spreads one row per class over images."""
+        return self._map(lambda field: field[rows])
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> AugmentParams:
+        return AugmentParams(**{f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+
+def sample(
+    strategy: str,
+    batch: int,
+    image_size: int | tuple[int, int],
+    *,
+    generator: torch.Generator,
+    siamese: bool = False,
+    mode: str = "single",
+) -> AugmentParams:
+    """Draw augmentation parameters on the generator's device, without a host synchronisation.
+
+    Args:
+        strategy: parts joined by "_", of color, crop, cutout, flip, scale, rotate; "" or "none" for none.
+        batch: number of rows.
+        image_size: height and width, or one side.
+        generator: the only source of randomness.
+        siamese: draw one row and repeat it.
+        mode: "single" draws one part of the strategy per call, "all" applies every part.
+
+    Raises:
+        ValueError: an unknown part or mode.
+    """
+    parts = [] if strategy in ("", "none") else strategy.split("_")
+    unknown = [part for part in parts if part not in _DRAW]
+    if unknown:
+        raise ValueError(
+            f"mim4dd.augment.sample: unknown part {unknown[0]!r} of strategy {strategy!r}, expected some of "
+            f"{DSA} joined by '_'"
+        )
+    if mode not in ("single", "all"):
+        raise ValueError(f"mim4dd.augment.sample: mode is {mode!r}, expected 'single' or 'all'")
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    rows = 1 if siamese else batch
+    fields = vars(AugmentParams.identity(rows, device=generator.device)).copy()
+    chosen = torch.randint(max(len(parts), 1), (), generator=generator, device=generator.device)
+    for k, part in enumerate(parts):
+        for name, value in _DRAW[part](rows, size, generator).items():
+            fields[name] = value if mode == "all" else torch.where(chosen == k, value, fields[name])
+    params = AugmentParams(**fields)
+    if siamese:
+        params = params._map(lambda field: field.expand(batch, *field.shape[1:]))
+    return params
+
+
+def apply(
+    images: Tensor, params: AugmentParams, *, align_corners: bool = True, backend: str | None = None
+) -> Tensor:
+    """Augment images: colour, then one resampling (shift, flip, scale, rotate composed), then cutout.
+
+    Colour is brightness, saturation, contrast in this order; resampling is bilinear with zeros outside, and
+    exact where only shifts and flips are asked for. Differentiable in the images.
+
+    Args:
+        images: float [B, C, H, W].
+        params: B rows.
+        align_corners: the meaning of a normalised coordinate (the DSA paper ran with True); the two differ
+            only where a non-square image is rotated.
+        backend: "reference", "fused" (compiled), or None for the best that is built.
+
+    Returns:
+        A new tensor [B, C, H, W] of the images' dtype.
+
+    Raises:
+        ValueError: wrong rank, dtype, parameter length or device, or an unknown backend.
+        RuntimeError: `backend="fused"` where the extension is not built.
+    """
+    _check(images, params)
+    images = _colour(images, params, extension.resolve("augment.apply", backend, images.device))
+    return _cutout(_resample(images, params, align_corners), params)
+
+
+# ------------------------------------------------------------------------------------------------- drawing
+
+
+def _uniform(rows: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(rows, generator=generator, device=generator.device)
+
+
+def _integers(low: int, high: int, rows: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(low, high, (rows,), generator=generator, device=generator.device)
+
+
+def _draw_color(rows: int, _: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        "brightness": (_uniform(rows, generator) - 0.5) * BRIGHTNESS,
+        "saturation": _uniform(rows, generator) * SATURATION,
+        "contrast": _uniform(rows, generator) + CONTRAST,
+    }
+
+
+def _draw_crop(rows: int, size: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
+    reach = [int(side * CROP + 0.5) for side in size]
+    return {
+        "shift_y": _integers(-reach[0], reach[0] + 1, rows, generator),
+        "shift_x": _integers(-reach[1], reach[1] + 1, rows, generator),
+    }
+
+
+def _draw_cutout(rows: int, size: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
+    edges = []
+    for side in size:
+        box = int(side * CUTOUT + 0.5)
+        start = _integers(0, side + 1 - box % 2, rows, generator) - box // 2
+        edges += [start.clamp_min(0), (start + box - 1).clamp_max(side - 1)]
+    return {"cutout": torch.stack(edges, 1)}
+
+
+def _draw_flip(rows: int, _: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
+    return {"flip": _uniform(rows, generator) < 0.5}
+
+
+def _draw_scale(rows: int, _: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
+    low, high = 1 / SCALE, SCALE
+    return {name: _uniform(rows, generator) * (high - low) + low for name in ("scale_x", "scale_y")}
+
+
+def _draw_rotate(rows: int, _: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
+    return {"degrees": (_uniform(rows, generator) * 2 - 1) * ROTATE}
+
+
+_DRAW: dict[str, Callable[[int, tuple[int, int], torch.Generator], dict[str, Tensor]]] = {
+    "color": _draw_color,
+    "crop": _draw_crop,
+    "cutout": _draw_cutout,
+    "flip": _draw_flip,
+    "scale": _draw_scale,
+    "rotate": _draw_rotate,
+}
+
+
+# ------------------------------------------------------------------------------------------ reference maths
+
+
+def _colour(images: Tensor, params: AugmentParams, backend: str) -> Tensor:
+    if backend == "fused":
+        return torch.ops.mim4dd.colour(images, params.brightness, params.saturation, params.contrast)
+    brightness, saturation, contrast = (
+        field.to(images.dtype)[:, None, None, None]
+        for field in (params.brightness, params.saturation, params.contrast)
+    )
+    images = images + brightness
+    grey = images.mean(1, keepdim=True)
+    images = (images - grey) * saturation + grey
+    mean = images.mean((1, 2, 3), keepdim=True)
+    return (images - mean) * contrast + mean
+
+
+def _resample(images: Tensor, params: AugmentParams, align_corners: bool) -> Tensor:
+    """Sample at shift(flip(scale(rotate(p)))), p counted in pixels from the centre so that no step rounds."""
+    height, width = images.shape[2:]
+    dtype = torch.promote_types(images.dtype, torch.float32)
+
+    def per_image(field: Tensor) -> Tensor:
+        return field.to(dtype)[:, None, None]
+
+    y = torch.arange(height, device=images.device, dtype=dtype)[:, None] - (height - 1) / 2
+    x = torch.arange(width, device=images.device, dtype=dtype)[None, :] - (width - 1) / 2
+    # A rotation acts on normalised coordinates: pixels over half the side, whose ends align_corners defines.
+    aspect = max(width - 1, 1) / max(height - 1, 1) if align_corners else width / height
+    angle = per_image(params.degrees) * (math.pi / 180)
+    sample_x = (angle.cos() * x - angle.sin() * aspect * y) * per_image(params.scale_x)
+    sample_y = (angle.sin() / aspect * x + angle.cos() * y) * per_image(params.scale_y)
+    sample_x = torch.where(params.flip[:, None, None], -sample_x, sample_x)
+    sample_x = sample_x + per_image(params.shift_x) + (width - 1) / 2
+    sample_y = sample_y + per_image(params.shift_y) + (height - 1) / 2
+    return _bilinear(images, sample_y.clamp(-1, height), sample_x.clamp(-1, width)).to(images.dtype)
+
+
+def _bilinear(images: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """Interpolate images [B, C, H, W] at pixel coordinates y, x [B, H, W]; zeros outside."""
+    channels, height, width = images.shape[1:]
+    pixels = images.flatten(2)
+    top, left = y.floor(), x.floor()
+    total: Tensor | float = 0.0
+    for row, weight_y in ((top, 1 - (y - top)), (top + 1, y - top)):
+        for column, weight_x in ((left, 1 - (x - left)), (left + 1, x - left)):
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            index = torch.where(inside, row * width + column, 0).long().flatten(1)
+            corner = pixels.gather(2, index[:, None].expand(-1, channels, -1)).view_as(images)
+            total = total + corner * (weight_y * weight_x * inside)[:, None]
+    assert isinstance(total, Tensor)
+    return total
+
+
+def _cutout(images: Tensor, params: AugmentParams) -> Tensor:
+    y = torch.arange(images.shape[2], device=images.device)[:, None]
+    x = torch.arange(images.shape[3], device=images.device)[None, :]
+    y0, y1, x0, x1 = params.cutout.T[:, :, None, None]
+    box = (y >= y0) & (y <= y1) & (x >= x0) & (x <= x1)
+    return images.masked_fill(box[:, None], 0)
+
+
+def _check(images: Tensor, params: AugmentParams) -> None:
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(
+            f"mim4dd.augment.apply: images is {list(images.shape)} of {images.dtype}, expected floating "
+            "[batch, channels, height, width]"
+        )
+    for name, field in vars(params).items():
+        expected = (len(images), 4) if name == "cutout" else (len(images),)
+        if tuple(field.shape) != expected:
+            raise ValueError(
+                f"mim4dd.augment.apply: params.{name} is {list(field.shape)}, expected {list(expected)}, one "
+                "row per image"
+            )
+        if field.device != images.device:
+            raise ValueError(
+                f"mim4dd.augment.apply: params.{name} is on {field.device} and images on {images.device}"
+            )

@@ -1,0 +1,30 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def golden():
+    """Load a golden file (see tests/golden/README.md) as a dict of tensors."""
+
+    def load(name: str) -> dict[str, torch.Tensor]:
+        with np.load(GOLDEN / f"{name}.npz") as arrays:
+            return {key: torch.from_numpy(np.asarray(arrays[key])) for key in arrays.files}
+
+    return load
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
+    """Assert a relative error in the largest norm of at most `tolerance`."""
+    assert actual.shape == expected.shape
+    error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-12)
+    assert error <= tolerance, f"relative error {error:.2e}"

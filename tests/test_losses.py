@@ -1,0 +1,210 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mim4dd
+from mim4dd.losses import calibrated_noise_ratio
+
+
+@pytest.mark.parametrize("case", ["small", "wide"])
+@pytest.mark.parametrize("name", ["nce", "info_nce"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_equals_the_golden_file(golden, case, name, dtype):
+    file = {k.removeprefix(f"{case}."): v for k, v in golden("contrastive").items() if k.startswith(case)}
+    anchors, keys = (file[side].to(dtype).requires_grad_() for side in ("anchors", "keys"))
+    labels = file["anchor_labels"], file["key_labels"]
+    temperature = file["temperature"].item()
+    if name == "nce":
+        expected = {key: file[key] for key in ("loss", "grad_anchors", "grad_keys")}
+        loss = mim4dd.nce_loss(
+            anchors, keys, *labels, temperature=temperature, noise_ratio=file["noise_ratio"].item()
+        )
+    else:
+        expected = {key: file[f"info_nce.{key}"] for key in ("loss", "grad_anchors", "grad_keys")}
+        loss = mim4dd.info_nce_loss(anchors, keys, *labels, temperature=temperature)
+    gradients = torch.autograd.grad(loss, (anchors, keys))
+    for actual, wanted in zip((loss, *gradients), expected.values(), strict=True):
+        close(actual, wanted)
+
+
+def batch(m: int, n: int, d: int, classes: int, seed: int = 0, dtype: torch.dtype = torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(m, d, generator=g, dtype=dtype),
+        torch.randn(n, d, generator=g, dtype=dtype),
+        torch.randint(classes, (m,), generator=g),
+        torch.randint(classes, (n,), generator=g),
+    )
+
+
+def nce_by_hand(anchors, keys, anchor_labels, key_labels, temperature, noise_ratio, negatives=None):
+    """The formula, pair by pair."""
+    total = 0.0
+    for a, label in zip(anchors.double(), anchor_labels, strict=True):
+        on = {True: [], False: []}
+        for k, other in zip(keys.double(), key_labels, strict=True):
+            norm = float(a.norm() * k.norm())
+            critic = math.exp((float(a @ k) / norm if norm else 0.0) / temperature)
+            same = bool(label == other)
+            on[same].append(-math.log((critic if same else noise_ratio) / (critic + noise_ratio)))
+        total += sum(on[True]) / max(len(on[True]), 1)
+        nu = len(on[False]) if negatives is None else negatives
+        total += nu * sum(on[False]) / max(len(on[False]), 1)
+    return total / max(len(anchors), 1)
+
+
+@given(
+    m=st.integers(0, 6),
+    n=st.integers(0, 7),
+    d=st.integers(1, 9),
+    classes=st.integers(1, 3),
+    negatives=st.sampled_from([None, 3.0]),
+    symmetric=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=50, deadline=None)
+def test_nce_equals_the_formula(m, n, d, classes, negatives, symmetric, seed):
+    a, k, la, lk = batch(m, n, d, classes, seed)
+    loss = mim4dd.nce_loss(
+        a, k, la, lk, temperature=0.3, noise_ratio=2.5, negatives=negatives, symmetric=symmetric
+    )
+    expected = nce_by_hand(a, k, la, lk, 0.3, 2.5, negatives)
+    if symmetric:
+        expected += nce_by_hand(k, a, lk, la, 0.3, 2.5, negatives)
+    assert loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@given(m=st.integers(1, 6), n=st.integers(1, 7), classes=st.integers(1, 3), seed=st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_info_nce_equals_the_formula(m, n, classes, seed):
+    a, k, la, lk = batch(m, n, 5, classes, seed)
+    log_p = ((F.normalize(a) @ F.normalize(k).T) / 0.2).log_softmax(1)
+    rows = [-log_p[i, lk == la[i]].mean() for i in range(m) if (lk == la[i]).any()]
+    expected = torch.stack(rows).mean() if rows else torch.tensor(0.0, dtype=torch.float64)
+    torch.testing.assert_close(mim4dd.info_nce_loss(a, k, la, lk, temperature=0.2), expected)
+
+
+def test_without_labels_it_is_cross_entropy_on_the_diagonal():
+    a, k, _, _ = batch(8, 8, 6, 1)
+    z = (F.normalize(a) @ F.normalize(k).T) / 0.1
+    target = torch.arange(8)
+    torch.testing.assert_close(mim4dd.info_nce_loss(a, k), F.cross_entropy(z, target))
+    both = F.cross_entropy(z, target) + F.cross_entropy(z.T, target)
+    torch.testing.assert_close(mim4dd.info_nce_loss(a, k, symmetric=True), both)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_gradcheck_of_features_temperature_and_noise_ratio(symmetric):
+    a, k, la, lk = batch(4, 5, 3, 2)
+    t, r = (torch.tensor(value, dtype=torch.float64) for value in (0.5, 1.7))
+    inputs = [value.requires_grad_() for value in (a, k, t, r)]
+
+    def nce(a, k, t, r):
+        return mim4dd.nce_loss(a, k, la, lk, temperature=t, noise_ratio=r, symmetric=symmetric)
+
+    def info_nce(a, k, t):
+        return mim4dd.info_nce_loss(a, k, la, lk, temperature=t, symmetric=symmetric)
+
+    assert torch.autograd.gradcheck(nce, inputs)
+    assert torch.autograd.gradgradcheck(nce, inputs)
+    assert torch.autograd.gradcheck(info_nce, inputs[:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_features_give_a_float32_loss(dtype):
+    a, k, la, lk = batch(6, 9, 16, 3, dtype=torch.float32)
+    for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss):
+        leaf = a.to(dtype).requires_grad_()
+        value = loss(leaf, k.to(dtype), la, lk)
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(loss(a, k, la, lk).item(), rel=3e-2)
+        assert torch.autograd.grad(value, leaf)[0].dtype == dtype
+
+
+def test_large_logits_do_not_overflow():
+    a = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    k = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss):
+        value = loss(a, k, torch.tensor([0]), torch.tensor([1, 0]), temperature=1e-3)
+        assert value.item() == pytest.approx(2000, rel=1e-3)
+        assert torch.autograd.grad(value, a)[0].isfinite().all()
+
+
+def test_zero_rows_have_neither_direction_nor_gradient():
+    a, k, la, lk = batch(3, 4, 5, 2)
+    a[1], k[2] = 0, 0
+    a.requires_grad_()
+    k.requires_grad_()
+    for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss):
+        gradients = torch.autograd.grad(loss(a, k, la, lk), (a, k))
+        assert all(g.isfinite().all() for g in gradients)
+        assert not gradients[0][1].any()
+        assert not gradients[1][2].any()
+        assert gradients[0][0].any()
+
+
+def test_calibrated_critic_starts_at_its_prior():
+    a, k, _, _ = batch(6, 200, 16, 1)
+    la, lk = torch.arange(6) % 3, torch.arange(200) % 3
+    noise_ratio = calibrated_noise_ratio(a, k, la, lk, temperature=0.5, negatives=7.0)
+    h = (F.normalize(a) @ F.normalize(k).T / 0.5).exp()
+    assert (h.mean() / (h.mean() + noise_ratio)).item() == pytest.approx(1 / 8, rel=1e-6)
+    plain = calibrated_noise_ratio(a, k, la, lk, temperature=0.5)
+    mean_negatives = torch.tensor([(lk != label).sum() for label in la]).double().mean()
+    torch.testing.assert_close(plain, noise_ratio / 7 * mean_negatives)
+
+
+def test_module_freezes_its_calibration_and_keeps_it_in_its_state():
+    first, second = batch(6, 20, 8, 3, seed=1), batch(6, 20, 8, 3, seed=2)
+    loss = mim4dd.NCELoss(noise_ratio="calibrated")
+    loss(*first)
+    frozen = loss.noise_ratio.clone()
+    torch.testing.assert_close(frozen, calibrated_noise_ratio(*first))
+    value = loss(*second)
+    assert torch.equal(loss.noise_ratio, frozen)
+    torch.testing.assert_close(value, mim4dd.nce_loss(*second, noise_ratio=frozen))
+    copy = mim4dd.NCELoss(noise_ratio="calibrated")
+    copy.load_state_dict(loss.state_dict())
+    torch.testing.assert_close(copy(*second).float(), value.float())
+
+
+def test_modules_learn_a_temperature():
+    a, k, la, lk = batch(6, 9, 8, 3)
+    temperature = torch.nn.Parameter(torch.tensor(0.2, dtype=torch.float64))
+    for module in (mim4dd.NCELoss(temperature=temperature), mim4dd.InfoNCELoss(temperature=temperature)):
+        assert [*module.parameters()] == [temperature]
+        assert torch.autograd.grad(module(a, k, la, lk), temperature)[0] != 0
+
+
+def test_bad_input_is_named():
+    a, k, la, lk = batch(4, 5, 3, 2)
+    wrong = [
+        ((a[0], k, la, lk), {}, r"anchors is \[3\]"),
+        ((a, k[:, :2], la, lk), {}, r"anchors is \[4, 3\] and keys is \[5, 2\]"),
+        ((a, k.long(), la, lk), {}, "keys has dtype torch.int64"),
+        ((a, k, la[:3], lk), {}, r"anchor_labels is \[3\], expected \[4\]"),
+        ((a, k, la, lk.float()), {}, "key_labels has dtype torch.float32"),
+        ((a, k.to("meta"), la, lk), {}, "anchors is on cpu and keys on meta"),
+        ((a, k, la, lk), {"temperature": 0.0}, "temperature is 0.0"),
+        ((a, k, la, lk), {"temperature": torch.ones(2)}, r"temperature is \[2\]"),
+        ((a, k, la, lk), {"backend": "triton"}, "backend is 'triton'"),
+    ]
+    for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss):
+        for args, options, message in wrong:
+            with pytest.raises(ValueError, match=message):
+                loss(*args, **options)
+        with pytest.raises(RuntimeError, match="backend='fused' cannot run"):
+            loss(a, k, la, lk, backend="fused")
+    with pytest.raises(ValueError, match="noise_ratio is -1"):
+        mim4dd.nce_loss(a, k, la, lk, noise_ratio=-1)
+    with pytest.raises(ValueError, match="noise_ratio is 'auto'"):
+        mim4dd.NCELoss(noise_ratio="auto")
+    with pytest.raises(ValueError, match="key_labels is None"):
+        mim4dd.info_nce_loss(a, k, la)
+    with pytest.raises(ValueError, match="as many keys as anchors"):
+        mim4dd.info_nce_loss(a, k)
