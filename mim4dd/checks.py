@@ -1,0 +1,84 @@
+"""What the contrastive losses accept; every error names the argument, what it is and what was expected."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def check_features(function: str, anchors: Tensor, keys: Tensor) -> None:
+    """Both [rows, width], floating, of one width, on one device."""
+    for name, value in (("anchors", anchors), ("keys", keys)):
+        if value.ndim != 2:
+            raise ValueError(f"mim4dd.{function}: {name} is {list(value.shape)}, expected [rows, width]")
+        if not value.is_floating_point():
+            raise ValueError(f"mim4dd.{function}: {name} has dtype {value.dtype}, expected a floating dtype")
+    if anchors.shape[1] != keys.shape[1]:
+        raise ValueError(
+            f"mim4dd.{function}: features differ in width, anchors is {list(anchors.shape)} and keys is "
+            f"{list(keys.shape)}"
+        )
+    if anchors.device != keys.device:
+        raise ValueError(
+            f"mim4dd.{function}: anchors is on {anchors.device} and keys on {keys.device}; move one of them"
+        )
+
+
+def check_labels(
+    function: str, anchors: Tensor, keys: Tensor, anchor_labels: Tensor | None, key_labels: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the labels: one int32 or int64 for each row, on the device of the features."""
+    for name, labels, rows in (("anchor_labels", anchor_labels, anchors), ("key_labels", key_labels, keys)):
+        if labels is None:
+            raise ValueError(f"mim4dd.{function}: {name} is None, but the labels of the other side are given")
+        if labels.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"mim4dd.{function}: {name} has dtype {labels.dtype}, expected int32 or int64")
+        if labels.shape != rows.shape[:1]:
+            raise ValueError(
+                f"mim4dd.{function}: {name} is {list(labels.shape)}, expected [{len(rows)}], one label a row"
+            )
+        if labels.device != rows.device:
+            raise ValueError(
+                f"mim4dd.{function}: {name} is on {labels.device} and the features on {rows.device}; "
+                "move one of them"
+            )
+    assert anchor_labels is not None
+    assert key_labels is not None
+    return anchor_labels, key_labels
+
+
+def check_positive(function: str, **values: float | Tensor | None) -> None:
+    """A number must be positive and finite; a tensor must hold one number, which is not looked at.
+
+    Reading a tensor's value would wait for the device. A temperature or noise ratio that is not positive
+    there gives a loss that is not finite.
+    """
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"mim4dd.{function}: {name} is {list(value.shape)}, expected one number")
+            if not value.is_floating_point():
+                raise ValueError(
+                    f"mim4dd.{function}: {name} has dtype {value.dtype}, expected a floating dtype"
+                )
+        elif value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"mim4dd.{function}: {name} is {value}, expected a positive number")
+
+
+def fused_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the fused kernels cannot run on features of this dtype and device, or None if they can."""
+    return "this version has no fused kernels"
+
+
+def resolve_backend(function: str, backend: str | None, dtype: torch.dtype, device: torch.device) -> str:
+    """Return "reference" or "fused": what `backend` asks for, or for None the best that runs here."""
+    if backend not in (None, "reference", "fused"):
+        raise ValueError(f"mim4dd.{function}: backend is {backend!r}, expected 'reference', 'fused' or None")
+    if backend == "reference":
+        return backend
+    obstacle = fused_obstacle(dtype, device)
+    if backend == "fused" and obstacle:
+        raise RuntimeError(f"mim4dd.{function}: backend='fused' cannot run, {obstacle}; use None")
+    return "reference" if obstacle else "fused"

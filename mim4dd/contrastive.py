@@ -1,0 +1,197 @@
+"""One contrastive loss as torch sees it: an autograd node in eager mode, a registered op under torch.compile.
+
+Both evaluate loss and gradients together in the forward (`_evaluate`: the fused kernels or the chunked
+reference); the backward only scales the gradients. A derivative of the gradients is taken from the plain
+formula, with its M x N matrix. In eager mode the node is called directly, since the boundary of a registered
+op costs more than a small kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import Objective, saved_dtype
+
+
+def contrastive_losses(
+    objective: Objective,
+    backend: str,
+    scales: Tensor,
+    anchor_labels: Tensor,
+    key_labels: Tensor,
+    anchors: Sequence[Tensor],
+    keys: Sequence[Tensor],
+) -> Tensor:
+    """The losses [L] of L layers that share their labels.
+
+    Args:
+        objective: which loss.
+        backend: "reference" or "fused".
+        scales: [2, L], the temperature and the noise ratio of each layer (1 for InfoNCE, which has none).
+        anchor_labels: int [M].
+        key_labels: int [N].
+        anchors: L tensors [M, D_l], all of one dtype.
+        keys: L tensors [N, D_l] of that dtype.
+    """
+    features = [*anchors, *keys]
+    grad = torch.is_grad_enabled()
+    wanted = [grad and any(value.requires_grad for value in group) for group in ([scales], anchors, keys)]
+    options = (objective.name, objective.negatives, objective.symmetric, backend, wanted)
+    if torch.compiler.is_compiling():
+        return _op(scales, anchor_labels, key_labels, features, *options)[0]
+    return _Node.apply(options, scales, anchor_labels, key_labels, *features)[0]
+
+
+def _evaluate(
+    scales: Tensor,
+    anchor_labels: Tensor,
+    key_labels: Tensor,
+    features: Sequence[Tensor],
+    name: str,
+    negatives: float | None,
+    symmetric: bool,
+    backend: str,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """Return the losses [L], then the gradients by scales and by each feature, empty where not `wanted`."""
+    objective = Objective(name, negatives, symmetric)
+    half = len(features) // 2
+    if backend == "fused":
+        from .kernels import contrast
+
+        return contrast(
+            objective, scales, anchor_labels, key_labels, features[:half], features[half:], wanted
+        )
+    losses, by_scales, by_anchors, by_keys = [], [], [], []
+    for layer in range(half):
+        with torch.autocast(scales.device.type, enabled=False):
+            loss, (by_scale, by_anchor, by_key) = reference.chunked(
+                objective,
+                scales[:, layer],
+                anchor_labels,
+                key_labels,
+                features[layer],
+                features[half + layer],
+                wanted,
+            )
+        losses.append(loss)
+        by_scales.append(by_scale)
+        by_anchors.append(by_anchor)
+        by_keys.append(by_key)
+    return [torch.stack(losses), torch.stack(by_scales, -1), *by_anchors, *by_keys]
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+def _save(ctx: Any, tensors: Sequence[Tensor], options: tuple, output: Sequence[Tensor]) -> None:
+    ctx.options = options
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, by_losses: Tensor | None) -> list[Tensor | None]:
+    """The gradients by scales and each feature, None where nobody asked."""
+    *_, wanted = ctx.options
+    # Saved: scales, two labels and the features; then the gradients by scales and by the features.
+    saved = ctx.saved_tensors
+    half = (len(saved) - 4) // 4
+    inputs, (by_scales, *by_features) = saved[: 3 + 2 * half], saved[3 + 2 * half :]
+    features = inputs[3:]
+    if by_losses is None:
+        return [None] * (1 + 2 * half)
+    if torch.is_grad_enabled():
+        return _differentiable_gradients(ctx.options, inputs, by_losses)
+    return [
+        by_scales * by_losses if wanted[0] else None,
+        *(
+            (gradient * by_losses[index % half]).to(feature.dtype) if wanted[1 + index // half] else None
+            for index, (feature, gradient) in enumerate(zip(features, by_features, strict=True))
+        ),
+    ]
+
+
+def _differentiable_gradients(
+    options: tuple, tensors: Sequence[Tensor], by_losses: Tensor
+) -> list[Tensor | None]:
+    """The same through the plain formula: for a derivative of the gradients (`create_graph=True`)."""
+    name, negatives, symmetric, *_ = options
+    scales, anchor_labels, key_labels, *features = tensors
+    half = len(features) // 2
+    objective = Objective(name, negatives, symmetric)
+    with torch.autocast(scales.device.type, enabled=False):
+        losses = [
+            reference.plain(
+                objective,
+                scales[:, layer],
+                anchor_labels,
+                key_labels,
+                features[layer],
+                features[half + layer],
+            )
+            for layer in range(half)
+        ]
+    inputs = [scales, *features]
+    needed = [value for value in inputs if value.requires_grad]
+    gradients = iter(torch.autograd.grad(torch.stack(losses), needed, by_losses, create_graph=True))
+    return [next(gradients) if value.requires_grad else None for value in inputs]
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(options: tuple, *tensors: Tensor) -> tuple[Tensor, ...]:
+        scales, anchor_labels, key_labels, *features = tensors
+        return tuple(_evaluate(scales, anchor_labels, key_labels, features, *options))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        options, *tensors = inputs
+        _save(ctx, tensors, options, output)
+
+    @staticmethod
+    def backward(ctx: Any, by_losses: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        by_scales, *by_features = _gradients(ctx, by_losses)
+        return None, by_scales, None, None, *by_features
+
+
+# -------------------------------------------------------------------------------------------- registered op
+
+
+_op = torch.library.custom_op("mim4dd::contrastive", _evaluate, mutates_args=())
+
+
+@_op.register_fake
+def _(
+    scales: Tensor, anchor_labels: Tensor, key_labels: Tensor, features: Sequence[Tensor], *options: Any
+) -> list[Tensor]:
+    wanted = options[-1]
+    half = len(features) // 2
+    return [
+        scales.new_empty(half),
+        scales.new_empty(scales.shape if wanted[0] else 0),
+        *(
+            feature.new_empty(
+                feature.shape if wanted[1 + index // half] else 0, dtype=saved_dtype(feature.dtype)
+            )
+            for index, feature in enumerate(features)
+        ),
+    ]
+
+
+def _op_setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    scales, anchor_labels, key_labels, features, *options = inputs
+    _save(ctx, (scales, anchor_labels, key_labels, *features), tuple(options), output)
+
+
+def _op_backward(ctx: Any, by_output: list[Tensor | None]) -> tuple:
+    by_scales, *by_features = _gradients(ctx, by_output[0])
+    return by_scales, None, None, by_features, *[None] * len(ctx.options)
+
+
+_op.register_autograd(_op_backward, setup_context=_op_setup_context)

@@ -1,0 +1,105 @@
+"""The contrastive losses as modules."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .losses import calibrated_noise_ratio, info_nce_loss, nce_loss
+
+
+class NCELoss(nn.Module):
+    """`nce_loss` as a module; the arguments are those of the function.
+
+    `noise_ratio="calibrated"` measures the ratio on the first batch (`calibrated_noise_ratio`) and freezes it
+    in the buffer `noise_ratio`, which is NaN until then. A temperature or noise ratio given as an
+    `nn.Parameter` is learned.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = 0.1,
+        noise_ratio: float | Tensor | Literal["calibrated"] = 1.0,
+        negatives: float | None = None,
+        symmetric: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.negatives = negatives
+        self.symmetric = symmetric
+        self.backend = backend
+        self.noise_ratio: float | Tensor
+        self._uncalibrated = isinstance(noise_ratio, str)
+        if isinstance(noise_ratio, str):
+            if noise_ratio != "calibrated":
+                raise ValueError(
+                    f"mim4dd.NCELoss: noise_ratio is {noise_ratio!r}, expected a number or 'calibrated'"
+                )
+            self.register_buffer("noise_ratio", torch.tensor(math.nan))
+            self.register_load_state_dict_post_hook(_forget_calibration)
+        else:
+            self.noise_ratio = noise_ratio
+
+    def forward(self, anchors: Tensor, keys: Tensor, anchor_labels: Tensor, key_labels: Tensor) -> Tensor:
+        """Return the loss, a scalar; arguments and errors as in `nce_loss`."""
+        if self._uncalibrated:
+            self.noise_ratio = calibrated_noise_ratio(
+                anchors,
+                keys,
+                anchor_labels,
+                key_labels,
+                temperature=self.temperature,
+                negatives=self.negatives,
+            )
+            self._uncalibrated = False
+        return nce_loss(
+            anchors,
+            keys,
+            anchor_labels,
+            key_labels,
+            temperature=self.temperature,
+            noise_ratio=self.noise_ratio,
+            negatives=self.negatives,
+            symmetric=self.symmetric,
+            backend=self.backend,
+        )
+
+
+class InfoNCELoss(nn.Module):
+    """`info_nce_loss` as a module; a temperature given as an `nn.Parameter` is learned."""
+
+    def __init__(
+        self, *, temperature: float | Tensor = 0.1, symmetric: bool = False, backend: str | None = None
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.symmetric = symmetric
+        self.backend = backend
+
+    def forward(
+        self,
+        anchors: Tensor,
+        keys: Tensor,
+        anchor_labels: Tensor | None = None,
+        key_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss, a scalar; arguments and errors as in `info_nce_loss`."""
+        return info_nce_loss(
+            anchors,
+            keys,
+            anchor_labels,
+            key_labels,
+            temperature=self.temperature,
+            symmetric=self.symmetric,
+            backend=self.backend,
+        )
+
+
+def _forget_calibration(module: NCELoss, _: object) -> None:
+    """After a state dict is loaded: a calibrated ratio in it is kept, a NaN is measured anew."""
+    module._uncalibrated = bool(torch.as_tensor(module.noise_ratio).isnan())

@@ -1,0 +1,193 @@
+"""The contrastive losses in plain PyTorch: each formula once, and its evaluation in chunks of rows.
+
+`plain` is the formula over all pairs at once: any device, any dtype, differentiable any number of times, and
+what every other path is compared with. `chunked` gives the same loss and its first gradients without ever
+holding an M x N matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Pairs looked at together: 4 MiB a float32 temporary, which stays in the cache of a CPU.
+CHUNK_PAIRS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which loss: `negatives` per positive (None: all; NCE only), `symmetric` adds the exchanged roles."""
+
+    name: str
+    negatives: float | None = None
+    symmetric: bool = False
+
+
+def saved_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a feature's gradient waits for the backward.
+
+    float32 for float16: a loss scale arrives with the backward, too late for what underflowed before.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def inverse_norms(features: Tensor) -> Tensor:
+    """Return 1 / length of each row, [rows, 1], 0 for a zero row; features at least float32."""
+    squared = features.square().sum(1, keepdim=True)
+    zero = squared == 0
+    return torch.where(zero, 0, torch.where(zero, 1, squared).rsqrt())
+
+
+def unit_rows(features: Tensor) -> Tensor:
+    """Return rows of length 1, at least in float32; a zero row stays zero and passes no gradient."""
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    return features * inverse_norms(features)
+
+
+def nce_rows(x: Tensor, positive: Tensor, negatives: float | None) -> Tensor:
+    """NCE loss of each row of critic logits x [rows, N]; positive: bool [rows, N]."""
+    on_positives, on_negatives = _nce_weights(x, positive, negatives)
+    weight = torch.where(positive, on_positives, on_negatives)
+    return (F.softplus(torch.where(positive, -x, x)) * weight).sum(1)
+
+
+def nce_gradient(x: Tensor, positive: Tensor, negatives: float | None) -> Tensor:
+    """The derivative of the summed `nce_rows` by x [rows, N]."""
+    on_positives, on_negatives = _nce_weights(x, positive, negatives)
+    # Not sigmoid(x) - 1 on positives: that cancels where the critic is sure.
+    return torch.where(positive, -x, x).sigmoid_().mul_(torch.where(positive, -on_positives, on_negatives))
+
+
+def info_nce_rows(z: Tensor, positive: Tensor) -> Tensor:
+    """InfoNCE loss of each row of logits z [rows, N], 0 without a positive; positive: bool [rows, N]."""
+    if not z.shape[1]:
+        return z.sum(1)
+    num_positives = positive.sum(1)
+    mean_positive = torch.where(positive, z, 0).sum(1) / num_positives.clamp_min(1)
+    return torch.where(num_positives > 0, z.logsumexp(1) - mean_positive, 0)
+
+
+def info_nce_gradient(z: Tensor, positive: Tensor) -> Tensor:
+    """The derivative of the summed `info_nce_rows` by z [rows, N]."""
+    num_positives = positive.sum(1, keepdim=True).to(z)
+    share = torch.where(positive, 1 / num_positives, 0)
+    return z.softmax(1).sub_(share).mul_(num_positives > 0)
+
+
+def plain(
+    objective: Objective,
+    scales: Tensor,
+    anchor_labels: Tensor,
+    key_labels: Tensor,
+    anchors: Tensor,
+    keys: Tensor,
+) -> Tensor:
+    """The loss, a scalar, by its formula.
+
+    Args:
+        objective: which loss.
+        scales: [2], the temperature and the noise ratio (1 for InfoNCE, which has none).
+        anchor_labels: int [M].
+        key_labels: int [N].
+        anchors: float [M, D].
+        keys: float [N, D].
+    """
+    units, labels = (unit_rows(anchors), unit_rows(keys)), (anchor_labels, key_labels)
+    loss = scales.new_zeros(())
+    for row, column in _directions(objective):
+        positive = labels[row][:, None] == labels[column][None, :]
+        x = units[row] @ units[column].T / scales[0] - scales[1].log()
+        rows = _rows(objective, x, positive)
+        loss = loss + rows.sum() / _num_rows(objective, labels[row], labels[column])
+    return loss
+
+
+def chunked(
+    objective: Objective,
+    scales: Tensor,
+    anchor_labels: Tensor,
+    key_labels: Tensor,
+    anchors: Tensor,
+    keys: Tensor,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss of `plain` and its gradients by scales, anchors and keys, empty where not `wanted`.
+
+    Memory beside the inputs: their unit rows and gradients, and a few temporaries of CHUNK_PAIRS.
+    """
+    want_scales, *want_side = wanted
+    temperature, noise_ratio = scales
+    sides, labels = (anchors, keys), (anchor_labels, key_labels)
+    units = [unit_rows(side) for side in sides]
+    by_unit = [
+        torch.zeros_like(unit) if want else unit[:0] for unit, want in zip(units, want_side, strict=True)
+    ]
+    loss, by_scales = scales.new_zeros(()), torch.zeros_like(scales)
+    for row, column in _directions(objective):
+        num_rows = _num_rows(objective, labels[row], labels[column])
+        step = max(1, CHUNK_PAIRS // max(1, len(units[column])))
+        for start in range(0, len(units[row]), step):
+            chunk = slice(start, start + step)
+            positive = labels[row][chunk, None] == labels[column][None, :]
+            cosine = units[row][chunk] @ units[column].T
+            x = cosine / temperature - noise_ratio.log()
+            loss += _rows(objective, x, positive).sum() / num_rows
+            if not any(wanted):
+                continue
+            by_x = _gradient(objective, x, positive).div_(num_rows)
+            if want_scales:
+                by_scales[0] -= torch.vdot(by_x.view(-1), cosine.view(-1)) / temperature**2
+                by_scales[1] -= by_x.sum() / noise_ratio
+            by_x /= temperature
+            if want_side[row]:
+                by_unit[row][chunk].addmm_(by_x, units[column])
+            if want_side[column]:
+                by_unit[column].addmm_(by_x.T, units[row][chunk])
+    by_side = [
+        _through_unit_rows(side, unit, gradient) if want else side.new_empty(0)
+        for side, unit, gradient, want in zip(sides, units, by_unit, want_side, strict=True)
+    ]
+    return loss, [by_scales if want_scales else scales.new_empty(0), *by_side]
+
+
+def _directions(objective: Objective) -> list[tuple[int, int]]:
+    """Who is row and who is column, anchors 0 and keys 1, in each term of the loss."""
+    return [(0, 1), (1, 0)] if objective.symmetric else [(0, 1)]
+
+
+def _rows(objective: Objective, x: Tensor, positive: Tensor) -> Tensor:
+    if objective.name == "nce":
+        return nce_rows(x, positive, objective.negatives)
+    return info_nce_rows(x, positive)
+
+
+def _gradient(objective: Objective, x: Tensor, positive: Tensor) -> Tensor:
+    if objective.name == "nce":
+        return nce_gradient(x, positive, objective.negatives)
+    return info_nce_gradient(x, positive)
+
+
+def _nce_weights(x: Tensor, positive: Tensor, negatives: float | None) -> tuple[Tensor, Tensor]:
+    """What a positive and a negative pair of each row count, [rows, 1] each."""
+    num_positives = positive.sum(1, keepdim=True).to(x)
+    if negatives is None:
+        return 1 / num_positives.clamp_min(1), torch.ones_like(num_positives)
+    return 1 / num_positives.clamp_min(1), negatives / (x.shape[1] - num_positives).clamp_min(1)
+
+
+def _num_rows(objective: Objective, row_labels: Tensor, column_labels: Tensor) -> Tensor:
+    """How many rows the mean is over: all, or for InfoNCE those with a positive; at least 1."""
+    if objective.name == "nce":
+        return torch.tensor(max(1, len(row_labels)), device=row_labels.device)
+    return torch.isin(row_labels, column_labels).sum().clamp_min(1)
+
+
+def _through_unit_rows(side: Tensor, unit: Tensor, by_unit: Tensor) -> Tensor:
+    """The gradient by the rows of `side`, given that by their unit rows: what is left across the row."""
+    along = (unit * by_unit).sum(1, keepdim=True)
+    by_side = (by_unit - unit * along) * inverse_norms(side.to(unit))
+    return by_side.to(saved_dtype(side.dtype))

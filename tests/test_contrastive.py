@@ -1,0 +1,211 @@
+"""What a drop-in needs, on every path that runs here: gradients of any order, compile, DDP, checkpointing."""
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import close
+from torch.utils.checkpoint import checkpoint
+
+import mim4dd
+from mim4dd import reference
+from mim4dd.reference import Objective
+
+OBJECTIVES = [
+    Objective("nce"),
+    Objective("nce", negatives=3.0, symmetric=True),
+    Objective("info_nce"),
+    Objective("info_nce", symmetric=True),
+]
+
+
+def batch(m, n, d, classes=3, seed=0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    a, k = (torch.randn(rows, d, generator=g).to(dtype).requires_grad_() for rows in (m, n))
+    return a, k, torch.randint(classes, (m,), generator=g), torch.randint(classes, (n,), generator=g)
+
+
+def nce(a, k, la, lk, **options):
+    return mim4dd.nce_loss(a, k, la, lk, temperature=0.3, noise_ratio=2.0, negatives=5.0, **options)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize(("m", "n", "d"), [(0, 5, 3), (5, 0, 3), (1, 1, 1), (33, 50, 7)])
+def test_chunks_change_nothing(monkeypatch, objective, m, n, d):
+    monkeypatch.setattr(reference, "CHUNK_PAIRS", 7 * 50)
+    a, k, la, lk = batch(m, n, d, dtype=torch.float64)
+    scales = torch.tensor([0.3, 2.0], dtype=torch.float64, requires_grad=True)
+    plain = reference.plain(objective, scales, la, lk, a, k)
+    expected = torch.autograd.grad(plain, (scales, a, k))
+    loss, gradients = reference.chunked(objective, scales, la, lk, a, k, (True, True, True))
+    torch.testing.assert_close([loss, *gradients], [plain.detach(), *expected])
+
+
+@pytest.mark.parametrize("wanted", [(False, True, False), (False, False, True), (True, False, False)])
+def test_only_the_side_that_asks_gets_a_gradient(wanted):
+    a, k, la, lk = batch(5, 6, 4)
+    temperature = torch.tensor(0.3)
+    for value, want in zip((temperature, a, k), wanted, strict=True):
+        value.requires_grad_(want)
+    mim4dd.nce_loss(a, k, la, lk, temperature=temperature).backward()
+    assert [value.grad is not None for value in (temperature, a, k)] == list(wanted)
+
+
+def test_no_pair_matrix_is_held():
+    # 4,096 x 4,096 float32 is 64 MiB; the traced allocations are those of one chunk and of the features.
+    a, k, la, lk = batch(4096, 4096, 8)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        mim4dd.nce_loss(a, k, la, lk).backward()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest <= 2 * 4 * reference.CHUNK_PAIRS < 4 * 4096 * 4096
+
+
+def test_second_derivatives_are_those_of_the_formula():
+    a, k, la, lk = batch(4, 5, 3, dtype=torch.float64)
+    for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss):
+        assert torch.autograd.gradgradcheck(lambda a, k, loss=loss: loss(a, k, la, lk), (a, k))
+
+
+def test_upstream_gradient_scales_and_backward_repeats():
+    a, k, la, lk = batch(5, 6, 4)
+    loss = nce(a, k, la, lk)
+    once = torch.autograd.grad(loss, (a, k), retain_graph=True)
+    again = torch.autograd.grad(-3 * loss, (a, k))
+    torch.testing.assert_close([-3 * g for g in once], list(again))
+
+
+def test_layers_in_one_call_equal_single_calls():
+    la, lk = torch.arange(6) % 3, torch.arange(9) % 3
+    anchors = [torch.randn(6, d, requires_grad=True) for d in (5, 16, 3)]
+    keys = [torch.randn(9, d, requires_grad=True) for d in (5, 16, 3)]
+    ratios = [torch.tensor(r, requires_grad=True) for r in (0.5, 1.0, 2.0)]
+    losses = mim4dd.nce_losses(anchors, keys, la, lk, noise_ratio=ratios)
+    single = [
+        mim4dd.nce_loss(a, k, la, lk, noise_ratio=r) for a, k, r in zip(anchors, keys, ratios, strict=True)
+    ]
+    torch.testing.assert_close(losses, torch.stack(single))
+    weights = torch.tensor([1.0, 2.0, 4.0])
+    inputs = [*anchors, *keys, *ratios]
+    torch.testing.assert_close(
+        torch.autograd.grad(losses @ weights, inputs),
+        torch.autograd.grad(torch.stack(single) @ weights, inputs),
+    )
+    with pytest.raises(ValueError, match="anchors has 3 layers, keys 2"):
+        mim4dd.nce_losses(anchors, keys[:2], la, lk)
+
+
+@pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
+def test_compiles_without_a_break(engine):
+    a, k, la, lk = batch(6, 9, 8)
+    temperature = torch.tensor(0.2, requires_grad=True)
+
+    def step(a, k, la, lk, temperature):
+        return mim4dd.info_nce_loss(a * 2, k, la, lk, temperature=temperature) + nce(a, k, la, lk)
+
+    compiled = torch.compile(step, fullgraph=True, backend=engine)
+    inputs = (a, k, temperature)
+    actual, expected = compiled(a, k, la, lk, temperature), step(a, k, la, lk, temperature)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs))
+
+
+def test_compiled_calls_name_bad_input():
+    a, k, la, lk = batch(6, 9, 8)
+    compiled = torch.compile(lambda a, k: nce(a, k, la, lk), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"anchors is \[6, 8\] and keys is \[9, 4\]"):
+        compiled(a, k[:, :4])
+
+
+def op_arguments(backend, dtype=torch.float32):
+    a, k, la, lk = batch(6, 9, 16, dtype=dtype)
+    scales = torch.tensor([[0.3], [2.0]], requires_grad=True)
+    return scales, la, lk, [a, k], "nce", 3.0, True, backend, [True, True, True]
+
+
+def test_op_passes_opcheck():
+    result = torch.library.opcheck(torch.ops.mim4dd.contrastive.default, op_arguments("reference"))
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_fake_tensors_have_the_shapes_of_real_ones():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    arguments = op_arguments("reference", torch.float16)
+    real = torch.ops.mim4dd.contrastive(*arguments)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.ops.mim4dd.contrastive(*arguments)
+    assert [(f.shape, f.dtype) for f in fake] == [(r.shape, r.dtype) for r in real]
+
+
+def test_functional_gradient():
+    a, k, la, lk = (value.detach() for value in batch(5, 6, 4))
+    leaf = a.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(nce(leaf, k, la, lk), leaf)
+    torch.testing.assert_close(torch.func.grad(lambda x: nce(x, k, la, lk))(a), expected)
+
+
+def test_checkpointing():
+    a, k, la, lk = batch(5, 6, 4)
+    expected = torch.autograd.grad(nce(a * 2, k, la, lk), (a, k))
+    for reentrant in (False, True):
+        loss = checkpoint(lambda a, k: nce(a * 2, k, la, lk), a, k, use_reentrant=reentrant)
+        torch.testing.assert_close(_gradients(loss, a, k), expected)
+
+
+def _gradients(loss, *leaves):
+    for leaf in leaves:
+        leaf.grad = None
+    loss.backward()
+    return tuple(leaf.grad for leaf in leaves)
+
+
+def test_autocast_changes_nothing():
+    a, k, la, lk = batch(5, 6, 4)
+    expected = nce(a, k, la, lk)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = nce(a, k, la, lk)
+        mixed = nce(a.bfloat16(), k, la, lk)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, expected, rtol=1e-2, atol=1e-2)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(mixed, (a, k)))
+
+
+def test_float16_gradients_do_not_underflow_before_the_loss_scale():
+    a, k, la, lk = batch(64, 64, 16, dtype=torch.float16)
+    wide = (a.detach().float() * 1024).requires_grad_()
+    narrow = wide.detach().half().requires_grad_()
+    scale = 2.0**16
+    (expected,) = torch.autograd.grad(nce(wide, k.float(), la, lk) * scale, wide)
+    (actual,) = torch.autograd.grad(nce(narrow, k, la, lk) * scale, narrow)
+    close(actual, expected, 2e-3)
+
+
+def test_a_temperature_that_is_not_positive_gives_nan():
+    a, k, la, lk = batch(5, 6, 4)
+    for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss):
+        assert loss(a, k, la, lk, temperature=torch.tensor(-0.1)).isnan()
+
+
+def _rank(rank: int, path: str, results) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+    a, k, la, lk = batch(5, 6, 4, seed=rank)
+    nce(model(a.detach()), k.detach(), la, lk).backward()
+    results[rank] = model.module.weight.grad.numpy()
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel_averages_over_ranks(tmp_path):
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.start_processes(_rank, (str(tmp_path / "store"), results), nprocs=2, start_method="spawn")
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 4)
+        losses = []
+        for rank in range(2):
+            a, k, la, lk = batch(5, 6, 4, seed=rank)
+            losses.append(nce(model(a.detach()), k.detach(), la, lk))
+        (expected,) = torch.autograd.grad(sum(losses) / 2, model.weight)
+        for rank in range(2):
+            torch.testing.assert_close(torch.from_numpy(results[rank]), expected)
