@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -69,15 +71,28 @@ def check_positive(function: str, **values: float | Tensor | None) -> None:
 
 def fused_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the fused kernels cannot run on features of this dtype and device, or None if they can."""
-    return "this version has no fused kernels"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels have no {dtype}"
+    if device.type == "cuda":
+        return None
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"the kernels need a CUDA device, or TRITON_INTERPRET=1 on a CPU, and the features are on {device}"
 
 
 def resolve_backend(function: str, backend: str | None, dtype: torch.dtype, device: torch.device) -> str:
-    """Return "reference" or "fused": what `backend` asks for, or for None the best that runs here."""
+    """Return "reference" or "fused": what `backend` asks for, or for None the best that runs here.
+
+    Raises:
+        ValueError: an unknown backend.
+        RuntimeError: "fused" where it cannot run.
+    """
     if backend not in (None, "reference", "fused"):
         raise ValueError(f"mim4dd.{function}: backend is {backend!r}, expected 'reference', 'fused' or None")
-    if backend == "reference":
-        return backend
+    if backend == "reference" or (backend is None and device.type == "cpu"):
+        return "reference"
     obstacle = fused_obstacle(dtype, device)
     if backend == "fused" and obstacle:
         raise RuntimeError(f"mim4dd.{function}: backend='fused' cannot run, {obstacle}; use None")

@@ -1,0 +1,156 @@
+"""What every launch configuration costs on sm_80 and sm_90, compiled here: no GPU needed.
+
+    python -m bench.kernel_resources            a table
+    python -m bench.kernel_resources --json     the same as JSON lines
+
+Each entry of the launch table is put first and the product's own host code is run up to its launches, so what
+is compiled is what a call would launch, specialised as at run time.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from mim4dd import kernels
+from mim4dd.kernels import contrast, launch
+from mim4dd.reference import Objective
+
+# Shared memory a program may have and the number of multiprocessors: A100 and H100.
+DEVICES = {80: (166_912, 108), 90: (232_448, 132)}
+DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
+OBJECTIVES = (Objective("nce"), Objective("info_nce", symmetric=True))
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+
+
+class CompileOnly:
+    """Stands in for Triton's driver: says what to compile for."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # what Triton keeps its compiled kernels by
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiled(capability: int) -> Iterator[dict]:
+    """Collect the kernels that calls in this context would launch on a device of `capability`."""
+    collected: dict[tuple, tuple[str, dict, object]] = {}
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        collected[kernel.hash] = (self.__name__, options, kernel)
+        return kernel
+
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(launch, "device_limits", lambda device: DEVICES[capability]),
+    ):
+        driver.set_active(CompileOnly(capability))
+        yield collected
+
+
+def resources(kernel, capability: int) -> dict:
+    """Registers, spilled bytes, shared memory and instruction counts of a compiled kernel."""
+    ptx = kernel.asm["ptx"]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        name = "sm_90a" if capability == 90 else f"sm_{capability}"
+        command = [PTXAS, "-v", f"--gpu-name={name}", file.name, "-o", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log).groups()
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", log).group(1)),
+        "spilled": int(stores) + int(loads),
+        "shared": kernel.metadata.shared,
+        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+        "mma": len(re.findall(r"mma\.sync", ptx)),
+        "cp_async": len(re.findall(r"cp\.async\.c[ag]", ptx)),
+    }
+
+
+def rows(capability: int, precision: str) -> Iterator[dict]:
+    """Compile every table entry of a precision, both objectives, both sides wanted."""
+    dtype = DTYPES[precision]
+    torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
+    labels = torch.zeros(64, dtype=torch.int64)
+    features = torch.ones(64, 256, dtype=dtype)
+    scales = torch.ones(2, 1)
+    seen = set()
+    for table_name in ("DOTS", "PRODUCT", "BLOCKS"):
+        table = getattr(launch, table_name)
+        for tile in table[precision]:
+            pairs = 0 if table_name == "BLOCKS" else 1 << 62
+            with (
+                mock.patch.dict(table, {precision: (tile,)}),
+                mock.patch.object(kernels, "SKINNY_PAIRS", pairs),
+                compiled(capability) as collected,
+            ):
+                for objective in OBJECTIVES:
+                    contrast(objective, scales, labels, labels, [features], [features], (True, True, True))
+            for key, (name, options, kernel) in collected.items():
+                if key in seen:
+                    continue
+                seen.add(key)
+                yield {
+                    "kernel": f"{kernel.src.fn.fn.__module__.rsplit('.', 1)[-1]}.{name}",
+                    "sm": capability,
+                    "precision": precision,
+                    "tile": [
+                        options.get("BLOCK_M", options.get("OWN")),
+                        options.get("BLOCK_N"),
+                        options.get("BLOCK_D"),
+                    ],
+                    "nce": options.get("NCE"),
+                    "warps": kernel.metadata.num_warps,
+                    "stages": kernel.metadata.num_stages,
+                    **resources(kernel, capability),
+                }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--sm", type=int, nargs="+", default=[*DEVICES], choices=[*DEVICES])
+    parser.add_argument("--precision", nargs="+", default=[*DTYPES], choices=[*DTYPES])
+    arguments = parser.parse_args()
+    header = True
+    for capability in arguments.sm:
+        for precision in arguments.precision:
+            for row in rows(capability, precision):
+                if arguments.json:
+                    print(json.dumps(row), flush=True)
+                    continue
+                if header:
+                    print(" | ".join(row))
+                    header = False
+                print(" | ".join(str(value) for value in row.values()), flush=True)
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("bench.kernel_resources compiles: unset TRITON_INTERPRET")
+    main()

@@ -1,0 +1,93 @@
+"""Which tile a kernel runs with: a small table per kernel, chosen by precision, shared memory and grid size.
+
+The first entry that fits the device and still gives every multiprocessor a program wins; if none does, the
+smallest that fits. `tests/test_kernel_resources.py` compiles every entry: no spills, within its shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows, columns and depth of a program's block product, and how it is run."""
+
+    m: int
+    n: int
+    d: int
+    warps: int
+    stages: int
+
+    def shared(self, itemsize: int) -> int:
+        """Bytes of shared memory the pipelined operands take."""
+        return self.stages * (self.m + self.n) * self.d * itemsize
+
+
+# Keyed by how products are formed: "half" (bfloat16, float16), "tf32", "ieee" (float32 without tensor cores).
+DOTS = {
+    "half": (
+        Tile(128, 128, 64, 8, 3),
+        Tile(64, 64, 64, 4, 3),
+        Tile(16, 64, 128, 4, 3),
+        Tile(16, 64, 64, 4, 2),
+    ),
+    "tf32": (
+        Tile(128, 128, 32, 8, 3),
+        Tile(64, 64, 32, 4, 3),
+        Tile(16, 64, 64, 4, 3),
+        Tile(16, 64, 32, 4, 2),
+    ),
+    "ieee": (Tile(64, 64, 32, 4, 3), Tile(16, 64, 64, 4, 3), Tile(16, 64, 32, 4, 2)),
+}
+# m x d is the tile of the gradient, n the depth of the sum over pairs.
+PRODUCT = {
+    "half": (Tile(64, 32, 128, 4, 3), Tile(64, 32, 64, 4, 3), Tile(16, 32, 64, 4, 3)),
+    "tf32": (Tile(64, 32, 64, 4, 3), Tile(16, 32, 64, 4, 3), Tile(16, 32, 32, 4, 2)),
+    "ieee": (Tile(32, 32, 64, 4, 3), Tile(16, 32, 64, 4, 3), Tile(16, 32, 32, 4, 2)),
+}
+BLOCKS = {
+    "half": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 64, 32, 4, 2)),
+    "tf32": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 2)),
+    "ieee": (Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 2)),
+}
+
+
+@lru_cache(maxsize=64)
+def device_limits(device: torch.device) -> tuple[int, int]:
+    """Shared memory a program may have, in bytes, and the number of multiprocessors."""
+    if device.type == "cpu":  # the interpreter: a small GPU, so that small tests meet several programs
+        return 101_376, 4
+    from triton.runtime import driver
+
+    properties = driver.active.utils.get_device_properties(device.index or 0)
+    return properties["max_shared_mem"], properties["multiprocessor_count"]
+
+
+def choose(
+    table: dict[str, tuple[Tile, ...]],
+    precision: str,
+    itemsize: int,
+    device: torch.device,
+    programs: Callable[[Tile], int],
+) -> Tile:
+    """Return the entry for a call that would start `programs(tile)` programs."""
+    shared, multiprocessors = device_limits(device)
+    fitting = [tile for tile in table[precision] if tile.shared(itemsize) <= shared]
+    return next((tile for tile in fitting if programs(tile) >= multiprocessors), fitting[-1])
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How products of `dtype` are formed: float32 follows `torch.set_float32_matmul_precision`."""
+    if dtype != torch.float32:
+        return "half"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def dot_precision(precision: str) -> str:
+    """The `input_precision` of the products (ignored for half precision operands)."""
+    return "ieee" if precision == "ieee" else "tf32"
