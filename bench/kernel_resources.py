@@ -20,18 +20,24 @@ from unittest import mock
 
 import torch
 import triton
+from mim4dd.kernels import contrast, launch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from mim4dd import kernels
-from mim4dd.kernels import contrast, launch
 from mim4dd.reference import Objective
 
 # Shared memory a program may have and the number of multiprocessors: A100 and H100.
 DEVICES = {80: (166_912, 108), 90: (232_448, 132)}
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
-OBJECTIVES = (Objective("nce"), Objective("info_nce", symmetric=True))
+# The objectives each table is compiled with, and whether the gradients by the scales are wanted.
+CALLS = {
+    "DOTS": [(Objective("nce"), True)],
+    "PRODUCT": [(Objective("nce"), True), (Objective("info_nce", symmetric=True), True)],
+    "BLOCKS": [(Objective("nce"), False), (Objective("info_nce"), False)],
+    "LONG_BLOCKS": [(Objective("nce", symmetric=True), True), (Objective("info_nce", symmetric=True), True)],
+}
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 
@@ -64,7 +70,7 @@ def compiled(capability: int) -> Iterator[dict]:
 
     with (
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(launch, "device_limits", lambda device: DEVICES[capability]),
+        mock.patch.object(launch, "device_limits", return_value=DEVICES[capability]),
     ):
         driver.set_active(CompileOnly(capability))
         yield collected
@@ -91,24 +97,25 @@ def resources(kernel, capability: int) -> dict:
 
 
 def rows(capability: int, precision: str) -> Iterator[dict]:
-    """Compile every table entry of a precision, both objectives, both sides wanted."""
+    """Compile every table entry of a precision, with gradients to both sides."""
     dtype = DTYPES[precision]
     torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
     labels = torch.zeros(64, dtype=torch.int64)
     features = torch.ones(64, 256, dtype=dtype)
     scales = torch.ones(2, 1)
     seen = set()
-    for table_name in ("DOTS", "PRODUCT", "BLOCKS"):
+    for table_name, calls in CALLS.items():
         table = getattr(launch, table_name)
         for tile in table[precision]:
-            pairs = 0 if table_name == "BLOCKS" else 1 << 62
+            pairs = 0 if "BLOCKS" in table_name else 1 << 62
             with (
                 mock.patch.dict(table, {precision: (tile,)}),
                 mock.patch.object(kernels, "SKINNY_PAIRS", pairs),
                 compiled(capability) as collected,
             ):
-                for objective in OBJECTIVES:
-                    contrast(objective, scales, labels, labels, [features], [features], (True, True, True))
+                for objective, by_scales in calls:
+                    wanted = (by_scales, True, True)
+                    contrast(objective, scales, labels, labels, [features], [features], wanted)
             for key, (name, options, kernel) in collected.items():
                 if key in seen:
                     continue
@@ -122,9 +129,11 @@ def rows(capability: int, precision: str) -> Iterator[dict]:
                         options.get("BLOCK_N"),
                         options.get("BLOCK_D"),
                     ],
-                    "nce": options.get("NCE"),
+                    "loss": {True: "nce", False: "info_nce"}.get(options.get("NCE")),
+                    "symmetric": options.get("SYMMETRIC"),
                     "warps": kernel.metadata.num_warps,
                     "stages": kernel.metadata.num_stages,
+                    "shared_estimate": tile.shared(features.element_size()),
                     **resources(kernel, capability),
                 }
 

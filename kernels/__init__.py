@@ -64,8 +64,8 @@ def contrast(
                     )
                     for layer in range(layers)
                 ]
-                losses, by_scales, by_anchors, by_keys = zip(*single, strict=True)
-                results = [torch.cat(losses), torch.cat(by_scales, 1), *by_anchors, *by_keys]
+                columns = [list(column) for column in zip(*single, strict=True)]
+                results = [torch.cat(columns[0]), torch.cat(columns[1], 1), *columns[2], *columns[3]]
     else:
         results = [scales.new_zeros(layers), torch.zeros_like(scales)]
         results += [torch.zeros_like(value, dtype=saved_dtype(value.dtype)) for value in features]
@@ -74,7 +74,9 @@ def contrast(
         losses,
         by_scales if wanted[0] else by_scales.new_empty(0),
         *(
-            by_feature[:, : feature.shape[1]] if wanted[1 + index // layers] else by_feature.new_empty(0)
+            by_feature[:, : feature.shape[1]].contiguous()
+            if wanted[1 + index // layers]
+            else by_feature.new_empty(0)
             for index, (feature, by_feature) in enumerate(zip(features, by_features, strict=True))
         ),
     ]

@@ -19,6 +19,7 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def dot(a, b, total, PRECISION: tl.constexpr):
+    """total + a @ b, float32."""
     if INTERPRET:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -27,6 +28,7 @@ def dot(a, b, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def log2(x):
+    """log2 of x in [1, 2]."""
     # tl.log2 is a polynomial of 30 instructions; this is one, and 1 + exp2 stays far from its weak spots.
     if INTERPRET:
         return tl.log2(x)

@@ -1,8 +1,14 @@
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+# Read when the kernels are imported: without a GPU they run in Triton's interpreter, on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -1,0 +1,236 @@
+"""The fused kernels against the plain formula in float64; without a GPU in Triton's interpreter."""
+
+import pytest
+import torch
+from conftest import DEVICE
+
+import mim4dd
+from mim4dd import reference
+from mim4dd.reference import Objective
+
+pytest.importorskip("triton")
+
+from mim4dd.kernels import blocks, launch
+
+from mim4dd import kernels
+
+OBJECTIVES = [
+    Objective("nce"),
+    Objective("nce", negatives=3.0, symmetric=True),
+    Objective("info_nce"),
+    Objective("info_nce", symmetric=True),
+]
+# Relative errors by dtype; half precision against the formula on the same rounded features.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+@pytest.fixture(params=["skinny", "blocks"])
+def path(request, monkeypatch):
+    """Send calls of any size through one path, in blocks of at most 64 x 64 pairs."""
+    monkeypatch.setattr(kernels, "SKINNY_PAIRS", 1 << 62 if request.param == "skinny" else 0)
+    monkeypatch.setattr(blocks, "BLOCK", 64)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Uninitialised memory is NaN: a value that is read without having been written shows."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def poison(value):
+        return value.fill_(float("nan")) if value.is_floating_point() else value.fill_(-(1 << 20))
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+
+
+def problem(m, n, widths, dtype=torch.float32, label_dtype=torch.int64, classes=3):
+    g = torch.Generator().manual_seed(0)
+    anchors = [torch.randn(m, width, generator=g).to(DEVICE, dtype) for width in widths]
+    keys = [torch.randn(n, width, generator=g).to(DEVICE, dtype) for width in widths]
+    labels = [torch.randint(classes, (size,), generator=g).to(DEVICE, label_dtype) for size in (m, n)]
+    scales = torch.tensor([[0.3] * len(widths), [1.0 + i for i in range(len(widths))]], device=DEVICE)
+    return scales, *labels, anchors, keys
+
+
+def agree(actual, expected, tolerance):
+    # Beside the largest value 0.01: with one feature, or one pair, the true gradient is 0.
+    assert actual.shape == expected.shape
+    error = (actual.double() - expected).abs().max() / (expected.abs().max() + 0.01)
+    assert error <= tolerance, f"relative error {error:.2e}"
+
+
+def check(objective, scales, anchor_labels, key_labels, anchors, keys, wanted=(True, True, True)):
+    dtype, layers = anchors[0].dtype, len(anchors)
+    losses, by_scales, *by_features = kernels.contrast(
+        objective, scales, anchor_labels, key_labels, anchors, keys, wanted
+    )
+    for i in range(layers):
+        leaves = [value.detach().double().requires_grad_() for value in (scales[:, i], anchors[i], keys[i])]
+        loss = reference.plain(objective, leaves[0], anchor_labels, key_labels, *leaves[1:])
+        expected = torch.autograd.grad(loss, leaves)
+        agree(losses[i], loss.detach(), 2e-5)
+        actual = (by_scales[:, i] if wanted[0] else by_scales, by_features[i], by_features[layers + i])
+        for value, wish, want in zip(actual, expected, wanted, strict=True):
+            if want:
+                agree(value, wish, TOLERANCE[dtype])
+            else:
+                assert value.numel() == 0
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 70, 40), (70, 5, 16), (67, 130, 33)], ids=str)
+def test_loss_and_gradients(path, objective, sizes):
+    m, n, width = sizes
+    check(objective, *problem(m, n, [width]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("objective", OBJECTIVES[1:3], ids=str)
+def test_half_precision(path, objective, dtype):
+    check(objective, *problem(20, 75, [48], dtype))
+
+
+@pytest.mark.parametrize("label_dtype", [torch.int32, torch.int64])
+def test_labels_of_any_value(path, label_dtype):
+    scales, anchor_labels, key_labels, *features = problem(9, 33, [16], label_dtype=label_dtype)
+    far = 1 << (40 if label_dtype == torch.int64 else 30)
+    check(OBJECTIVES[1], scales, anchor_labels * far - far, key_labels * far - far, *features)
+
+
+def test_layers_share_their_launches():
+    for objective in OBJECTIVES[1:3]:
+        check(objective, *problem(7, 40, [100, 16, 33]))
+
+
+@pytest.mark.parametrize(
+    "wanted", [(False, True, False), (False, False, True), (True, False, False), (False,) * 3]
+)
+def test_only_what_is_wanted_is_made(path, wanted):
+    check(OBJECTIVES[0], *problem(9, 33, [16]), wanted)
+
+
+def test_features_split_over_programs(monkeypatch):
+    monkeypatch.setattr(launch, "device_limits", lambda device: (101_376, 32))
+    check(OBJECTIVES[0], *problem(5, 20, [700, 300]))
+
+
+def test_without_positives_without_negatives_and_zero_rows(path):
+    scales, anchor_labels, key_labels, (a,), (k,) = problem(6, 9, [16])
+    a[1], k[2] = 0, 0
+    for objective in OBJECTIVES:
+        for others in (torch.full_like(key_labels, 7), torch.zeros_like(key_labels), key_labels):
+            check(objective, scales, torch.zeros_like(anchor_labels), others, [a], [k])
+    _, _, by_a, by_k = kernels.contrast(
+        OBJECTIVES[0], scales, anchor_labels, key_labels, [a], [k], (True, True, True)
+    )
+    assert not by_a[1].any()
+    assert not by_k[2].any()
+
+
+def test_small_temperatures_do_not_overflow(path):
+    scales, *rest = problem(6, 9, [16])
+    for objective in OBJECTIVES:
+        check(objective, torch.full_like(scales, 0.01), *rest)
+
+
+def test_empty_sides_give_zero(path):
+    for m, n in ((0, 4), (4, 0)):
+        losses, *gradients = kernels.contrast(OBJECTIVES[0], *problem(m, n, [8]), (True, True, True))
+        assert losses.tolist() == [0]
+        assert not any(gradient.any() for gradient in gradients)
+
+
+def test_runs_are_identical(path):
+    arguments = problem(40, 70, [48])
+    first, second = (kernels.contrast(OBJECTIVES[3], *arguments, (True, True, True)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_small_device_gets_a_small_tile():
+    for table in (launch.DOTS, launch.PRODUCT, launch.BLOCKS, launch.LONG_BLOCKS):
+        for precision, itemsize in (("half", 2), ("tf32", 4), ("ieee", 4)):
+            assert table[precision][-1].shared(itemsize) <= 48 * 1024
+
+
+# ----------------------------------------------------------------------------- through the public functions
+
+
+def arguments(dtype=torch.float32):
+    _, anchor_labels, key_labels, (a,), (k,) = problem(6, 20, [24], dtype)
+    return a.requires_grad_(), k.requires_grad_(), anchor_labels, key_labels
+
+
+def test_public_functions_agree_on_both_backends():
+    a, k, la, lk = arguments()
+    temperature = torch.tensor(0.2, device=DEVICE, requires_grad=True)
+    noise_ratio = torch.tensor(1.5, device=DEVICE, requires_grad=True)
+    results = []
+    for backend in ("fused", "reference"):
+        nce = mim4dd.nce_loss(
+            a, k, la, lk, temperature=temperature, noise_ratio=noise_ratio, symmetric=True, backend=backend
+        )
+        info = mim4dd.info_nce_loss(a, k, la, lk, temperature=temperature, backend=backend)
+        pairs = mim4dd.info_nce_loss(a, k[:6], backend=backend)
+        total = nce * 2 + info + pairs
+        results.append([total, *torch.autograd.grad(total, (a, k, temperature, noise_ratio))])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_non_contiguous_features_and_labels():
+    a, k, la, lk = arguments()
+    expected = mim4dd.nce_loss(a, k, la, lk, backend="fused")
+    wide = torch.stack([k, -k], 2)[..., 0]
+    labels = torch.stack([lk, lk], 1)[:, 0]
+    assert not wide.is_contiguous()
+    torch.testing.assert_close(
+        mim4dd.nce_loss(a.T.contiguous().T, wide, la, labels, backend="fused"), expected
+    )
+
+
+def test_second_derivative_through_the_formula():
+    a, k, la, lk = arguments()
+    results = []
+    for backend in ("fused", "reference"):
+        loss = mim4dd.nce_loss(a, k, la, lk, backend=backend)
+        (gradient,) = torch.autograd.grad(loss, a, create_graph=True)
+        results.append(torch.autograd.grad(gradient.square().sum(), (a, k)))
+    torch.testing.assert_close(*results)
+
+
+def test_op_passes_opcheck_and_compiles(monkeypatch):
+    a, k, la, lk = arguments()
+    scales = torch.tensor([[0.3], [2.0]], device=DEVICE, requires_grad=True)
+    op = torch.ops.mim4dd.contrastive.default
+    options = ("nce", 3.0, True, "fused", [True, True, True])
+    result = torch.library.opcheck(op, (scales, la, lk, [a, k], *options))
+    assert set(result.values()) == {"SUCCESS"}
+
+    def loss(a, k, la, lk):
+        return mim4dd.nce_loss(a * 2, k, la, lk, backend="fused")
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    actual, expected = (torch.autograd.grad(f(a, k, la, lk), (a, k)) for f in (compiled, loss))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_functional_gradient():
+    a, k, la, lk = (value.detach() for value in arguments())
+    leaf = a.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(mim4dd.nce_loss(leaf, k, la, lk, backend="fused"), leaf)
+    actual = torch.func.grad(lambda x: mim4dd.nce_loss(x, k, la, lk, backend="fused"))(a)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_float64_has_no_kernel():
+    a, k, la, lk = arguments()
+    with pytest.raises(RuntimeError, match="the kernels have no torch.float64"):
+        mim4dd.nce_loss(a.double(), k.double(), la, lk, backend="fused")
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_sizes_of_use_on_a_gpu(objective, dtype):
+    for m, n, width in ((100, 2560, 2048), (4096, 4096, 512), (9000, 8500, 96)):
+        check(objective, *problem(m, n, [width], dtype, classes=50))
