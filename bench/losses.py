@@ -3,9 +3,10 @@
     python -m bench.losses [--out DIR] [--seconds 300]
 
 Prints a Markdown table and writes DIR/<device>.json and .md. Each row gives the median time, the peak memory
-above the inputs, and the fraction of the floor that time is: the larger of the operations the algorithm needs
-over the matrix rate, and the bytes of the features and gradients over the copy rate, both measured here first.
-Variants of one size are interleaved; a variant that would not fit, or comes after the time is up, is left out.
+above the inputs, and the floor as a fraction of that time: the larger of the operations the algorithm needs
+over the matrix rate, and the bytes of features and gradients over the copy rate, both measured here first.
+Variants of one size are interleaved; a variant that would not fit is left out, and so are the cases that are
+left when the time is up.
 """
 
 import argparse
@@ -211,10 +212,10 @@ def table(result: dict) -> str:
         sides = "both sides" if row["both_sides"] else "anchors"
         passes = f"forward + backward ({sides})" if row["backward"] else "forward"
         widths = " + ".join(map(str, row["widths"]))
-        lines.append(
-            f"| {row['loss']} | {row['m']} | {row['n']} | {widths} | {row['dtype']} | {passes} | {row['variant']} "
-            f"| {row['milliseconds']:.3f} | {row['of_floor']:.0%} | {row['extra_peak_bytes'] / 2**20:.0f} |"
-        )
+        cells = [row["loss"], row["m"], row["n"], widths, row["dtype"], passes, row["variant"]]
+        cells += [f"{row['milliseconds']:.3f}", f"{row['of_floor']:.0%}"]
+        cells += [f"{row['extra_peak_bytes'] / 2**20:.0f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -33,18 +33,13 @@ Table = dict[str, tuple[Tile, ...]]
 
 DOTS: Table = {
     "half": (
-        Tile(128, 128, 64, 8, 3),
+        Tile(128, 64, 64, 8, 3),
         Tile(64, 64, 64, 4, 3),
         Tile(16, 64, 128, 4, 3),
         Tile(16, 64, 64, 4, 2),
     ),
-    "tf32": (
-        Tile(128, 128, 32, 8, 3),
-        Tile(64, 64, 32, 4, 3),
-        Tile(16, 64, 64, 4, 3),
-        Tile(16, 64, 32, 4, 2),
-    ),
-    "ieee": (Tile(64, 64, 32, 4, 3), Tile(16, 64, 64, 4, 3), Tile(16, 64, 32, 4, 2)),
+    "tf32": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(16, 64, 64, 4, 3), Tile(16, 64, 32, 4, 2)),
+    "ieee": (Tile(64, 64, 32, 4, 3), Tile(16, 64, 64, 4, 3), Tile(16, 32, 32, 4, 2)),
 }
 # m x d is the tile of the gradient, n the depth of the sum over pairs.
 PRODUCT: Table = {

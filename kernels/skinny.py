@@ -73,9 +73,9 @@ def contrast(
     slots = sum(num_slots)
     products, a_squares, k_squares = empty(slots, m, n), empty(slots, m), empty(slots, n)
     a_counts, k_counts = empty(m, dtype=torch.int32), empty(n, dtype=torch.int32)
-    dots_kernel[(tiles(tile), slots)](
+    dots_kernel[(tiles(tile), slots + 1)](
         tuple(anchors), tuple(keys), widths, first_slot, anchor_labels, key_labels,
-        products, a_squares, k_squares, a_counts, k_counts, m, n, split,
+        products, a_squares, k_squares, a_counts, k_counts, m, n, split, slots,
         L=layers, PRECISION=dot_precision(precision), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_D=tile.d,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

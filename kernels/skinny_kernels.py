@@ -11,12 +11,12 @@ from .pairs import LN2, LOG2E, count_equal, inverse_norm, pair_terms, row_produc
 def dots_kernel(
     anchors, keys, widths, first_slot, ANCHOR_LABELS, KEY_LABELS,
     PRODUCTS, A_SQUARES, K_SQUARES, A_COUNTS, K_COUNTS,
-    M, N, split,
+    M, N, split, slots,
     L: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Slot s of a layer sums its features from s split to (s + 1) split: PRODUCTS [slots, M, N], *_SQUARES
-    [slots, *]; the programs of the first slot count labels."""
+    [slots, *]. The programs past the last slot count labels."""
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile_m = tl.program_id(0) // tiles_n
     tile_n = tl.program_id(0) % tiles_n
@@ -25,27 +25,28 @@ def dots_kernel(
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = rows < M
     in_columns = columns < N
-    A = pick(anchors, first_slot, slot, L)
-    K = pick(keys, first_slot, slot, L)
-    width = pick(widths, first_slot, slot, L)
-    low = (slot - pick(first_slot, first_slot, slot, L)) * split
-    products, a_squares, k_squares = row_products(
-        A, K, rows, columns, in_rows, in_columns, width, low, tl.minimum(low + split, width),
-        True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    pairs = rows.to(tl.int64)[:, None] * N + columns[None, :]
-    base = slot.to(tl.int64) * M * N
-    tl.store(PRODUCTS + base + pairs, products, mask=in_rows[:, None] & in_columns[None, :])
-    if tile_n == 0:
-        tl.store(A_SQUARES + slot * M + rows, a_squares, mask=in_rows)
-        if slot == 0:
+    if slot == slots:
+        if tile_n == 0:
             labels = tl.load(ANCHOR_LABELS + rows, mask=in_rows, other=0)
             tl.store(A_COUNTS + rows, count_equal(labels, KEY_LABELS, N, 32), mask=in_rows)
-    if tile_m == 0:
-        tl.store(K_SQUARES + slot * N + columns, k_squares, mask=in_columns)
-        if slot == 0:
+        if tile_m == 0:
             labels = tl.load(KEY_LABELS + columns, mask=in_columns, other=0)
             tl.store(K_COUNTS + columns, count_equal(labels, ANCHOR_LABELS, M, 32), mask=in_columns)
+    else:
+        width = pick(widths, first_slot, slot, L)
+        low = (slot - pick(first_slot, first_slot, slot, L)) * split
+        products, a_squares, k_squares = row_products(
+            pick(anchors, first_slot, slot, L), pick(keys, first_slot, slot, L),
+            rows, columns, in_rows, in_columns, width, low, tl.minimum(low + split, width),
+            True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        pairs = rows.to(tl.int64)[:, None] * N + columns[None, :]
+        base = slot.to(tl.int64) * M * N
+        tl.store(PRODUCTS + base + pairs, products, mask=in_rows[:, None] & in_columns[None, :])
+        if tile_n == 0:
+            tl.store(A_SQUARES + slot * M + rows, a_squares, mask=in_rows)
+        if tile_m == 0:
+            tl.store(K_SQUARES + slot * N + columns, k_squares, mask=in_columns)
 
 
 @triton.jit
