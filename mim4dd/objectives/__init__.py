@@ -1,0 +1,17 @@
+"""The base methods by name, and the mutual-information add-on that goes with any of them."""
+
+from .base import Matched, Objective, Problem
+from .distribution import DistributionMatching, distribution_distance
+from .mutual_information import MutualInformation
+
+__all__ = [
+    "METHODS",
+    "DistributionMatching",
+    "Matched",
+    "MutualInformation",
+    "Objective",
+    "Problem",
+    "distribution_distance",
+]
+
+METHODS: dict[str, type[Objective]] = {"dm": DistributionMatching}
