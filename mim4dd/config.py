@@ -1,19 +1,20 @@
-"""Every setting of a run, typed, one class per concern; the command line and the saved result come from here."""
+"""Every setting of a run, typed, one class per concern: the command line and the saved result in one."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from .augment import DSA
-from .errors import InputError
+from .errors import InputError, unknown
 from .networks import ARCHITECTURES
 from .objectives import METHODS
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,14 @@ class DataConfig:
     """The real images."""
 
     dataset: str = "digits"
-    """A named set (digits, fashion-mnist, mnist, kmnist, cifar10, cifar100, svhn) or the path of a folder of
-    pictures, an .npz or parquet file(s)."""
+    """A named set (digits, fashion-mnist, mnist, kmnist, cifar10, cifar100, svhn, tiny-imagenet) or the path
+    of a folder of pictures, an .npz or parquet file(s)."""
     data_dir: Path | None = None
     """Where the files of a named set lie; by default the usual folders, else they are fetched."""
     image_size: int | None = None
     """Resize every image to this many pixels a side."""
     validation: float = 0.0
-    """Hold out this share of the training images and report on it instead of the test set, to choose settings."""
+    """Hold out this share of the training images and report on it, not on the test set: to tune."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class DistillConfig:
     width: int | None = None
     """Channels of the ConvNet's blocks."""
     augmentation: str | None = None
-    """Parts of the siamese augmentation joined by "_"; "none" for none. Default: all, but no flip for digits."""
+    """Parts of the siamese augmentation joined by "_", or none. Default: all, but no flip for characters."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ class EvalConfig:
     eval_epochs: int | None = None
     """Epochs of each."""
     baselines: tuple[Literal["random", "kmeans", "base", "full"], ...] = ("random",)
-    """Compared at equal IPC: random real images, those nearest to k-means centres, the base method without the
-    mutual-information term, and the full data."""
+    """Compared at equal IPC: random real images, those nearest to k-means centres, the base method without
+    the mutual-information term; and the full data."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     out: Path | None = None
-    """Folder of the results; default: runs/<dataset>-<method>-ipc<n>-<seed>, or the next free name after it."""
+    """Folder of the results; default: runs/<dataset>-<method>-ipc<n>-<seed>, or the next free name."""
     overwrite: bool = False
     """Write into --out even if it holds a result."""
     preset: Literal["short", "paper"] = "short"
@@ -158,14 +159,22 @@ def _filled(part: Any, preset: Preset, **others: Any) -> Any:
     )
 
 
+def settled(value: T | None) -> T:
+    """Return a setting that `with_presets` has filled in."""
+    assert value is not None
+    return value
+
+
 def check(config: Config) -> None:
     """Refuse settings that cannot be meant, before any work starts.
 
     Raises:
         InputError: naming the option, its value and what was expected.
     """
-    known("method", config.distill.method, METHODS)
-    known("network", config.distill.network, ARCHITECTURES)
+    if config.distill.method not in METHODS:
+        raise unknown("method", config.distill.method, METHODS)
+    if config.distill.network not in ARCHITECTURES:
+        raise unknown("network", config.distill.network, ARCHITECTURES)
     at_least = {
         "--ipc": (config.distill.ipc, 1),
         "--iterations": (config.distill.iterations, 0),
@@ -190,19 +199,23 @@ def check(config: Config) -> None:
             raise InputError(f"{option} is {number}, expected a positive number")
     if not 0 <= config.data.validation < 1:
         raise InputError(f"--validation is {config.data.validation}, expected a share from 0 up to 1")
+    layers(config.mim)
 
 
-def known(kind: str, name: str, names: typing.Iterable[str]) -> None:
-    """Refuse a name that is not among `names`, with the closest one.
+def layers(mim: MimConfig) -> str | list[int]:
+    """Return what --mim-layers says: "all", "last" or indices.
 
     Raises:
-        InputError: naming the alternatives.
+        InputError: it says something else.
     """
-    names = list(names)
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise InputError(f"unknown {kind} {name!r}{hint} Expected one of {', '.join(names)}")
+    if mim.mim_layers in ("all", "last"):
+        return mim.mim_layers
+    try:
+        return [int(k) for k in mim.mim_layers.split(",")]
+    except ValueError as error:
+        raise InputError(
+            f"--mim-layers is {mim.mim_layers!r}, expected all, last or indices such as 0,2"
+        ) from error
 
 
 def to_json(config: Config) -> dict[str, Any]:
@@ -233,7 +246,8 @@ def _from_json(kind: Any, settings: Any, where: str) -> Any:
     types = typing.get_type_hints(kind)
     values = {}
     for name, value in settings.items():
-        known(f"setting in --config {where}:", name, types)
+        if name not in types:
+            raise unknown(f"setting in --config {where}:", name, types)
         if dataclasses.is_dataclass(types[name]):
             value = _from_json(types[name], value, where)
         elif Path in typing.get_args(types[name]) and value is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mim4dd import named, pictures, readers
-from mim4dd.errors import InputError
+from mim4dd.errors import InputError, unknown
 from mim4dd.readers import Raw
 
 NAMES = tuple(named.SETS)
@@ -164,12 +163,7 @@ def _read_path(dataset: str, image_size: int | None) -> readers.Pair:
     if not path.exists():
         if "/" in dataset or "\\" in dataset or path.suffix in (".npz", ".parquet"):
             raise InputError(f"{dataset}: no such file or folder")
-        close = get_close_matches(dataset, NAMES, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise InputError(
-            f"unknown data set {dataset!r}: {hint}Expected one of {', '.join(NAMES)}, "
-            "or the path of a folder, .npz or .parquet file"
-        )
+        raise unknown("data set", dataset, NAMES, ", or the path of a folder, .npz or .parquet file")
     if path.is_dir():
         read = pictures.read_parquet if pictures.has_parquet(path) else pictures.read_folder
         return read(path, image_size)

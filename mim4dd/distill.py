@@ -95,9 +95,10 @@ def _read(unread: list[dict[str, Tensor]], iteration: int, images: Tensor) -> di
         for name, value in zip(names, row, strict=True):
             if not math.isfinite(value):
                 raise DivergenceError(
-                    f"the {name} term became {value} in iteration {iteration - len(values) + 1 + back}; lower "
-                    f"{'--mim-weight' if name == 'mim' else '--image-lr'}"
+                    f"the {name} term became {value} in iteration {iteration - len(values) + 1 + back}; "
+                    f"lower {'--mim-weight' if name == 'mim' else '--image-lr'}"
                 )
     if not bool(images.isfinite().all()):
         raise DivergenceError(f"the images are not finite after iteration {iteration}; lower --image-lr")
-    return {name: sum(column) / len(values) for name, column in zip(names, zip(*values, strict=True), strict=True)}
+    columns = zip(*values, strict=True)
+    return {name: sum(column) / len(values) for name, column in zip(names, columns, strict=True)}

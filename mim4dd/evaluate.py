@@ -6,21 +6,23 @@ took no part in anything before.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import augment, networks
-from .data import ImageSet
+from .data import ImageSet, load
+from .errors import InputError
 from .networks import Network
 from .seeding import generator
-
-TEST_CHUNK = {"cpu": 32}  # as in the objectives: what keeps a map in the cache
-TEST_CHUNK_ELSEWHERE = 1024
+from .synthetic import SyntheticSet
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,71 @@ def accuracy(network: Network, test: ImageSet) -> float:
     """Return the share of `test` that `network` classifies rightly."""
     network.eval()
     device = test.images.device
-    chunk = TEST_CHUNK.get(device.type, TEST_CHUNK_ELSEWHERE)
     right = torch.zeros((), device=device)
-    for index in torch.arange(len(test), device=device).split(chunk):
+    for index in torch.arange(len(test), device=device).split(networks.CHUNK[device.type]):
         right += (network(test.batch(index)).argmax(1) == test.labels[index]).sum()
     return right.item() / len(test)
+
+
+def score_saved(
+    path: Path,
+    /,
+    *,
+    architectures: tuple[str, ...] = (),
+    dataset: str | None = None,
+    data_dir: Path | None = None,
+    num_eval: int = 5,
+    eval_epochs: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Train networks on a saved synthetic set and print their accuracy on the real test set.
+
+    Args:
+        path: synthetic.safetensors of a run.
+        architectures: of convnet, mlp, lenet, alexnet, vgg11, resnet18; default: the run's.
+        dataset: the real data, where they are not where the run found them: a name or a path.
+        data_dir: folder of the files of a named set.
+        num_eval: networks trained per architecture.
+        eval_epochs: epochs of each; default: the run's.
+        seed: of weights, batches and augmentations.
+        device: auto, cpu, cuda, cuda:1, ...
+    """
+    from .config import check, from_json, settled
+    from .console import print_table, steps
+    from .experiment import pick_device
+
+    saved = SyntheticSet.load(path)
+    config = from_json(saved.metadata.get("config"), str(path))
+    check(dataclasses.replace(config, eval=dataclasses.replace(config.eval, num_eval=num_eval, eval_epochs=eval_epochs)))
+    where = pick_device(device)
+    source = dataset or config.data.dataset
+    _, test = load(source, data_dir or config.data.data_dir, config.data.image_size)
+    if test.class_names != saved.class_names or test.images.shape[1:] != saved.images.shape[1:]:
+        raise InputError(
+            f"{path} holds {len(saved.class_names)} classes of {list(saved.images.shape[1:])} images, but {source} "
+            f"{test.num_classes} of {list(test.images.shape[1:])}; name the data it was made of with --dataset"
+        )
+    # The networks are trained in the saved set's normalisation, so they are tested in it too.
+    test = dataclasses.replace(test, mean=saved.mean, std=saved.std).to(where)
+    images, labels = saved.images.to(where), saved.labels.to(where)
+    rows = []
+    for architecture in architectures or (config.distill.network,):
+        protocol = Protocol(
+            epochs=eval_epochs or settled(config.eval.eval_epochs),
+            augmentation=settled(config.distill.augmentation),
+            architecture=architecture,
+            width=settled(config.distill.width),
+        )
+        with steps(architecture, num_eval) as bar:
+            accuracies: list[float] = []
+
+            def look(accuracy: float, bar=bar, accuracies=accuracies) -> None:
+                accuracies.append(accuracy)
+                bar.advance_to(len(accuracies), f"accuracy {100 * accuracy:.1f} %")
+
+            score = evaluate(
+                lambda _: (images, labels), test, protocol, num_networks=num_eval, seed=seed, on_network=look
+            )
+        rows.append((architecture, score, num_eval))
+    print_table(f"Accuracy on the test set of {len(test)} images", ("network", "accuracy", "networks"), rows)

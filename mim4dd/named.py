@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from mim4dd import pictures, readers
 from mim4dd.errors import InputError
+from mim4dd.files import atomic
 
 DEBIAN = Path("/usr/share/datasets")  # where Debian's dataset-* packages install
 log = logging.getLogger(__name__)
@@ -69,27 +69,22 @@ def fetch(url: str, target: Path, md5: str) -> None:
     """Download `url` to `target`, which appears only once it is complete and has the right sum."""
     log.info("fetching %s into %s", url, target.parent)
     digest = hashlib.md5(usedforsecurity=False)
-    partial = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (
             urllib.request.urlopen(url, timeout=60) as source,
-            tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file,
+            atomic(target) as partial,
+            partial.open("wb") as file,
         ):
-            partial = Path(file.name)
             while block := source.read(1 << 20):
                 digest.update(block)
                 file.write(block)
-        if digest.hexdigest() != md5:
-            raise InputError(f"{url}: md5 {digest.hexdigest()}, expected {md5}; damaged, try again")
-        partial.replace(target)
+            if digest.hexdigest() != md5:
+                raise InputError(f"{url}: md5 {digest.hexdigest()}, expected {md5}; damaged, try again")
     except (OSError, HTTPException) as error:
         raise InputError(
             f"{url} cannot be fetched ({error}); download it by hand and name its folder with --data-dir"
         ) from error
-    finally:
-        if partial:
-            partial.unlink(missing_ok=True)
 
 
 def _idx(base: str, *sums: str) -> tuple[File, ...]:

@@ -19,6 +19,7 @@ from .errors import InputError
 from .files import atomic
 
 FORMAT = "mim4dd-synthetic-1"
+TENSORS = ("images", "labels", "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class SyntheticSet:
     def save(self, path: str | Path) -> None:
         """Write one .safetensors file, whole or not at all."""
         facts = {"class_names": self.class_names, **self.metadata}
-        tensors = {name: getattr(self, name).contiguous().cpu() for name in ("images", "labels", "mean", "std")}
+        tensors = {name: getattr(self, name).contiguous().cpu() for name in TENSORS}
         with atomic(Path(path)) as temporary:
             save_file(tensors, temporary, {"format": FORMAT, "facts": json.dumps(facts)})
 
@@ -75,7 +76,7 @@ class SyntheticSet:
                         f"{path}: expected a synthetic set written by mim4dd ({FORMAT}), got format "
                         f"{header.get('format')!r}"
                     )
-                tensors = {name: file.get_tensor(name) for name in ("images", "labels", "mean", "std")}
+                tensors = {name: file.get_tensor(name) for name in TENSORS}
             facts = json.loads(header["facts"])
             class_names = tuple(facts.pop("class_names"))
         except FileNotFoundError as error:
@@ -113,14 +114,14 @@ def select_random(real: ImageSet, ipc: int, generator: torch.Generator) -> Tenso
     smallest = int(counts.argmin())
     if counts[smallest] < ipc:
         raise InputError(
-            f"class {real.class_names[smallest]!r} has {int(counts[smallest])} training images, fewer than the "
-            f"{ipc} asked for; use a smaller --ipc"
+            f"class {real.class_names[smallest]!r} has {int(counts[smallest])} training images, fewer than "
+            f"the {ipc} asked for; use a smaller --ipc"
         )
     return real.sample(ipc, generator)
 
 
 def select_kmeans(real: ImageSet, ipc: int, generator: torch.Generator) -> Tensor:
-    """Return indices [num_classes, ipc] of the real images nearest to k-means centres of their class's pixels.
+    """Return indices [num_classes, ipc] of the real images nearest to k-means centres in pixel space.
 
     Raises:
         InputError: fewer images in a class than `ipc`.

@@ -807,7 +807,7 @@ def test_parquet_mistakes(tmp_path):
 
 def test_unknown_name_and_missing_path(tmp_path):
     with pytest.raises(
-        InputError, match="unknown data set 'fashon-mnist': did you mean fashion-mnist.*Expected.*svhn"
+        InputError, match="unknown data set 'fashon-mnist', did you mean fashion-mnist.*Expected.*svhn"
     ):
         load("fashon-mnist")
     with pytest.raises(InputError, match="unknown data set 'zzz': Expected one of digits"):

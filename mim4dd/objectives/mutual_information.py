@@ -97,15 +97,15 @@ class MutualInformation(nn.Module):
         Raises:
             ValueError: maps, labels or layers do not fit.
         """
-        synthetic_maps = [synthetic_features] if isinstance(synthetic_features, Tensor) else synthetic_features
-        real_maps = [real_features] if isinstance(real_features, Tensor) else real_features
-        if len(synthetic_maps) != len(real_maps):
+        synthetic = [synthetic_features] if isinstance(synthetic_features, Tensor) else synthetic_features
+        real = [real_features] if isinstance(real_features, Tensor) else real_features
+        if len(synthetic) != len(real):
             raise ValueError(
-                f"mim4dd.MutualInformation: {len(synthetic_maps)} synthetic maps, but {len(real_maps)} real ones"
+                f"mim4dd.MutualInformation: {len(synthetic)} synthetic maps, but {len(real)} real ones"
             )
         total = torch.zeros((), device=synthetic_labels.device)
-        for k in layer_indices(self.layers, len(synthetic_maps)):
-            anchors, keys = self._embed(k, synthetic_maps[k]), self._embed(k, real_maps[k])
+        for k in layer_indices(self.layers, len(synthetic)):
+            anchors, keys = self._embed(k, synthetic[k]), self._embed(k, real[k])
             loss = nce_loss(
                 anchors,
                 keys,
@@ -116,7 +116,7 @@ class MutualInformation(nn.Module):
                 negatives=self.negatives,
                 symmetric=self.symmetric,
             )
-            total = total + self.weight * self.layer_decay ** (len(synthetic_maps) - 1 - k) * loss
+            total = total + self.weight * self.layer_decay ** (len(synthetic) - 1 - k) * loss
         return total
 
     def get_extra_state(self) -> dict[int, Tensor]:
