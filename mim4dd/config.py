@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from .augment import DSA
+from .augment import DSA, parts_of
 from .errors import InputError, unknown
 from .networks import ARCHITECTURES
 from .objectives import METHODS
@@ -199,6 +199,11 @@ def check(config: Config) -> None:
             raise InputError(f"{option} is {number}, expected a positive number")
     if not 0 <= config.data.validation < 1:
         raise InputError(f"--validation is {config.data.validation}, expected a share from 0 up to 1")
+    if config.distill.augmentation is not None:
+        try:
+            parts_of(config.distill.augmentation)
+        except ValueError as error:
+            raise InputError(f"--augmentation: {error}") from error
     layers(config.mim)
 
 
@@ -237,17 +242,26 @@ def read_config(path: Path) -> Config:
         raise InputError(f"--config {path} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise InputError(f"--config {path} is not JSON ({error})") from error
-    return _from_json(Config, settings.get("config", settings), str(path))
+    return from_json(settings.get("config", settings) if isinstance(settings, dict) else settings, str(path))
+
+
+def from_json(settings: Any, source: str) -> Config:
+    """Return the configuration that `to_json` made `settings` of; `source` names it in errors.
+
+    Raises:
+        InputError: an unknown setting, or no settings at all.
+    """
+    return _from_json(Config, settings, source)
 
 
 def _from_json(kind: Any, settings: Any, where: str) -> Any:
     if not isinstance(settings, dict):
-        raise InputError(f"--config {where}: expected an object of settings, got {settings!r}")
+        raise InputError(f"{where}: expected an object of settings, got {settings!r}")
     types = typing.get_type_hints(kind)
     values = {}
     for name, value in settings.items():
         if name not in types:
-            raise unknown(f"setting in --config {where}:", name, types)
+            raise unknown(f"setting in {where}:", name, types)
         if dataclasses.is_dataclass(types[name]):
             value = _from_json(types[name], value, where)
         elif Path in typing.get_args(types[name]) and value is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -18,7 +19,27 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from .errors import InputError
+from .evaluate import Score
+
 console = Console(highlight=False)
+
+
+def guarded(command: Callable[[], int | None]) -> int:
+    """Run a command line; return its exit code, 2 for the user's mistakes and 130 for an interruption."""
+    try:
+        return command() or 0
+    except InputError as error:
+        complain(str(error))
+        return 2
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return 130
+
+
+def complain(message: str) -> None:
+    """Tell what went wrong, apart from the output."""
+    sys.stderr.write(f"mim4dd: {message}\n")
 
 
 class _Rate(ProgressColumn):
@@ -61,9 +82,22 @@ def steps(title: str, total: int) -> Iterator[Steps]:
         yield Steps(bar, title, total)
 
 
+def with_accuracy(title: str, num_networks: int, score: Callable[..., Score]) -> Score:
+    """Call `score(on_network=...)` under a bar that shows the mean accuracy so far."""
+    with steps(title, num_networks) as bar:
+        accuracies: list[float] = []
+
+        def look(accuracy: float) -> None:
+            accuracies.append(accuracy)
+            bar.advance_to(len(accuracies), f"accuracy {Score(tuple(accuracies))}")
+
+        return score(on_network=look)
+
+
 def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
     """Print a table whose last row stands out."""
-    table = Table(*columns, title=title, title_justify="left")
+    console.print(title, style="italic")
+    table = Table(*columns)
     cells = [[str(cell) for cell in row] for row in rows]
     for k, row in enumerate(cells):
         table.add_row(*row, style="bold" if k == len(cells) - 1 else None)

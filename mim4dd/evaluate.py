@@ -7,9 +7,10 @@ took no part in anything before.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from . import augment, networks
 from .data import ImageSet, load
-from .errors import InputError
+from .errors import InputError, unknown
 from .networks import Network
 from .seeding import generator
 from .synthetic import SyntheticSet
+
+OnNetwork = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,9 @@ class Score:
         """Sample standard deviation over the networks; 0 for a single one."""
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
 
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f} %"
+
 
 def evaluate(
     training_set: Callable[[int], tuple[Tensor, Tensor]],
@@ -74,7 +80,7 @@ def evaluate(
     *,
     num_networks: int,
     seed: int,
-    on_network: Callable[[float], None] = lambda _: None,
+    on_network: OnNetwork = lambda _: None,
 ) -> Score:
     """Train `num_networks` networks and test each once.
 
@@ -164,20 +170,24 @@ def score_saved(
         seed: of weights, batches and augmentations.
         device: auto, cpu, cuda, cuda:1, ...
     """
-    from .config import check, from_json, settled
-    from .console import print_table, steps
+    from .config import from_json, settled
+    from .console import print_table, with_accuracy
     from .experiment import pick_device
 
+    for option, value in (("--num-eval", num_eval), ("--eval-epochs", eval_epochs)):
+        if value is not None and value < 1:
+            raise InputError(f"{option} is {value}, expected at least 1")
+    for name in set(architectures) - set(networks.ARCHITECTURES):
+        raise unknown("architecture", name, networks.ARCHITECTURES)
     saved = SyntheticSet.load(path)
     config = from_json(saved.metadata.get("config"), str(path))
-    check(dataclasses.replace(config, eval=dataclasses.replace(config.eval, num_eval=num_eval, eval_epochs=eval_epochs)))
     where = pick_device(device)
     source = dataset or config.data.dataset
     _, test = load(source, data_dir or config.data.data_dir, config.data.image_size)
     if test.class_names != saved.class_names or test.images.shape[1:] != saved.images.shape[1:]:
         raise InputError(
-            f"{path} holds {len(saved.class_names)} classes of {list(saved.images.shape[1:])} images, but {source} "
-            f"{test.num_classes} of {list(test.images.shape[1:])}; name the data it was made of with --dataset"
+            f"{path} holds {len(saved.class_names)} classes of images {list(saved.images.shape[1:])}, but "
+            f"{source} {test.num_classes} of {list(test.images.shape[1:])}; name its data with --dataset"
         )
     # The networks are trained in the saved set's normalisation, so they are tested in it too.
     test = dataclasses.replace(test, mean=saved.mean, std=saved.std).to(where)
@@ -190,15 +200,25 @@ def score_saved(
             architecture=architecture,
             width=settled(config.distill.width),
         )
-        with steps(architecture, num_eval) as bar:
-            accuracies: list[float] = []
-
-            def look(accuracy: float, bar=bar, accuracies=accuracies) -> None:
-                accuracies.append(accuracy)
-                bar.advance_to(len(accuracies), f"accuracy {100 * accuracy:.1f} %")
-
-            score = evaluate(
-                lambda _: (images, labels), test, protocol, num_networks=num_eval, seed=seed, on_network=look
-            )
+        score = with_accuracy(
+            architecture,
+            num_eval,
+            functools.partial(
+                evaluate, lambda _: (images, labels), test, protocol, num_networks=num_eval, seed=seed
+            ),
+        )
         rows.append((architecture, score, num_eval))
     print_table(f"Accuracy on the test set of {len(test)} images", ("network", "accuracy", "networks"), rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    import tyro
+
+    from .console import guarded
+
+    return guarded(lambda: tyro.cli(score_saved, prog="python -m mim4dd.evaluate", args=arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,7 +15,7 @@ from .config import Config, layers, settled
 from .data import ImageSet, load
 from .distill import Progress, distill
 from .errors import InputError
-from .evaluate import Protocol, Score, evaluate
+from .evaluate import OnNetwork, Protocol, Score, evaluate
 from .objectives import METHODS, MutualInformation, Problem
 from .objectives.mutual_information import layer_indices
 from .seeding import generator
@@ -124,11 +124,11 @@ class Experiment:
             on_progress=on_progress,
         )
 
-    def score(self, images: Tensor, on_network: Callable[[float], None]) -> Score:
+    def score(self, images: Tensor, on_network: OnNetwork) -> Score:
         """Evaluate synthetic images [n, C, H, W], class by class."""
         return self._evaluate(lambda _: (images, self.start.labels), on_network)
 
-    def baseline(self, name: str, on_network: Callable[[float], None]) -> Score:
+    def baseline(self, name: str, on_network: OnNetwork) -> Score:
         """Evaluate real images: "random" (new ones for every network), "kmeans" or "full"."""
         real, ipc, seed = self.train, self.config.distill.ipc, self.config.seed
         if name == "full":
@@ -147,7 +147,7 @@ class Experiment:
     def _evaluate(
         self,
         training_set: Callable[[int], tuple[Tensor, Tensor]],
-        on_network: Callable[[float], None],
+        on_network: OnNetwork,
         full: bool = False,
     ) -> Score:
         settings, epochs = self.config.distill, settled(self.config.eval.eval_epochs)

@@ -13,6 +13,7 @@ import jinja2
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from .evaluate import Score
 from .files import atomic
 from .synthetic import SyntheticSet
 
@@ -81,10 +82,7 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str, int]]:
     if result["accuracy_mean"] is not None:
         method = result["method"]
         scores.append((f"{method} with mutual information" if result["mim_weight"] else method, result))
-    return [
-        (name, f"{100 * s['accuracy_mean']:.1f} ± {100 * s['accuracy_std']:.1f} %", s["num_networks"])
-        for name, s in scores
-    ]
+    return [(name, str(Score(tuple(s["accuracies"]))), s["num_networks"]) for name, s in scores]
 
 
 def write(folder: Path, synthetic: SyntheticSet, result: Mapping[str, Any]) -> None:

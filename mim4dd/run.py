@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from . import __version__, report
 from .config import Config, check, read_config, settled, to_json, with_presets
-from .console import console, print_table, steps
+from .console import complain, console, guarded, print_table, steps, with_accuracy
 from .distill import DivergenceError, Progress
 from .errors import InputError
 from .evaluate import Score
@@ -27,22 +28,12 @@ SAVE_EVERY = 60  # seconds between saves of a set in the making
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, 1 (diverged), 2 (bad input) or 130 (interrupted)."""
-    try:
-        config = parse(sys.argv[1:] if arguments is None else arguments)
-        experiment = Experiment.prepare(config)
-        folder = open_folder(experiment)
-        return run(experiment, folder)
-    except InputError as error:
-        complain(str(error))
-        return 2
-    except KeyboardInterrupt:
-        complain("interrupted")
-        return 130
 
+    def command() -> int:
+        experiment = Experiment.prepare(parse(sys.argv[1:] if arguments is None else arguments))
+        return run(experiment, open_folder(experiment))
 
-def complain(message: str) -> None:
-    """Tell what went wrong, apart from the output."""
-    sys.stderr.write(f"mim4dd: {message}\n")
+    return guarded(command)
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -202,26 +193,15 @@ def evaluations(experiment: Experiment, images: Tensor) -> tuple[Score | None, d
     if not num_networks:
         return None, {}
 
-    def scored(title: str, score: Callable[[Callable[[float], None]], Score]) -> Score:
-        with steps(title, num_networks) as bar:
-            accuracies: list[float] = []
-
-            def look(accuracy: float) -> None:
-                accuracies.append(accuracy)
-                mean = sum(accuracies) / len(accuracies)
-                bar.advance_to(len(accuracies), f"accuracy {100 * mean:.1f} %")
-
-            return score(look)
-
-    def baseline(name: str) -> Callable[[Callable[[float], None]], Score]:
+    def baseline(name: str) -> Callable[..., Score]:
         if name != "base":
-            return lambda look: experiment.baseline(name, look)
+            return functools.partial(experiment.baseline, name)
         base = with_progress("distil (base)", experiment, lambda p: experiment.distill(p, with_mim=False))
-        return lambda look: experiment.score(base, look)
+        return functools.partial(experiment.score, base)
 
     names: list[str] = [*dict.fromkeys(experiment.config.eval.baselines)]
-    baselines = {name: scored(f"evaluate ({name})", baseline(name)) for name in names}
-    return scored("evaluate", lambda look: experiment.score(images, look)), baselines
+    baselines = {name: with_accuracy(f"evaluate ({name})", num_networks, baseline(name)) for name in names}
+    return with_accuracy("evaluate", num_networks, functools.partial(experiment.score, images)), baselines
 
 
 def score_facts(score: Score | None) -> dict[str, Any]:

@@ -1,0 +1,182 @@
+import dataclasses
+
+import pytest
+import torch
+from conftest import close, digits_problem
+
+import mim4dd
+from mim4dd.losses import calibrated_noise_ratio
+from mim4dd.networks import ConvNet
+from mim4dd.objectives import METHODS, DistributionMatching, MutualInformation, distribution_distance
+from mim4dd.objectives.mutual_information import layer_indices
+
+
+@pytest.mark.parametrize("shape", ["1x28x28", "3x32x32"])
+def test_distribution_matching_equals_the_published_one(golden, shape):
+    file = golden(f"objectives_{shape}")
+    channels, height, width = (int(n) for n in shape.split("x"))
+    network = ConvNet(channels, 10, width=16, image_size=(height, width)).requires_grad_(False)
+    weights = [value for name, value in file.items() if name.startswith("w.")]
+    for parameter, weight in zip(network.parameters(), weights, strict=True):
+        parameter.copy_(weight)
+    synthetic = file["synthetic"].requires_grad_()
+    distance = distribution_distance(
+        network.embed(file["real"].flatten(0, 1)),
+        network.embed(synthetic),
+        torch.arange(3).repeat_interleave(5),
+        torch.arange(3).repeat_interleave(2),
+    )
+    close(distance, file["dm.loss"])
+    close(torch.autograd.grad(distance, synthetic)[0], file["dm.grad"])
+
+
+def test_distribution_distance_by_hand_with_missing_classes():
+    real = torch.tensor([[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]])
+    synthetic = torch.tensor([[1.0, 1.0], [5.0, 5.0]])
+    # class 0: means (2, 3) and (1, 1); class 1 has no synthetic image, class 2 no real one
+    distance = distribution_distance(real, synthetic, torch.tensor([0, 0, 1]), torch.tensor([0, 2]))
+    assert distance.item() == 1 + 4
+    assert distribution_distance(real, synthetic[:0], torch.tensor([0, 0, 1]), torch.tensor([])) == 0
+
+
+def test_distribution_distance_gradcheck(generator):
+    real = torch.randn(5, 2, 3, dtype=torch.float64, generator=generator)
+    synthetic = torch.randn(4, 2, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    labels = torch.tensor([0, 1, 1, 0, 2]), torch.tensor([1, 0, 2, 1])
+    assert torch.autograd.gradcheck(lambda s: distribution_distance(real, s, *labels), synthetic)
+
+
+def test_distribution_distance_names_bad_input():
+    with pytest.raises(ValueError, match="real_features have width 3 and synthetic_features 4"):
+        distribution_distance(torch.zeros(1, 3), torch.zeros(1, 4), torch.zeros(1), torch.zeros(1))
+    with pytest.raises(ValueError, match=r"synthetic_labels is \[2\], expected \[1\]"):
+        distribution_distance(torch.zeros(1, 3), torch.zeros(1, 3), torch.zeros(1), torch.zeros(2))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_objective_repeats_itself_and_only_itself(method):
+    problem, images = digits_problem(ipc=2)
+    draws = []
+    for seed in (0, 0, 1):
+        objective = METHODS[method](dataclasses.replace(problem, seed=seed))
+        x = images.clone().requires_grad_()
+        losses = [objective(x).loss for _ in range(2)]
+        draws.append((torch.stack(losses).detach(), torch.autograd.grad(losses[1], x)[0]))
+    assert torch.equal(draws[0][0], draws[1][0])
+    assert torch.equal(draws[0][1], draws[1][1])
+    assert not torch.equal(draws[0][0], draws[2][0])
+    assert draws[0][0][0] != draws[0][0][1], "every iteration draws anew"
+
+
+def test_chunked_real_features_are_those_of_one_pass():
+    problem, images = digits_problem(ipc=7)  # 70 images: two chunks of 32 and a rest
+    problem = dataclasses.replace(problem, layers=(0,))
+    objective = DistributionMatching(problem)
+    objective(images)
+    first, last = problem.real_features(objective.network, images)
+    whole = objective.network.features(images)
+    torch.testing.assert_close(first, whole[0])
+    torch.testing.assert_close(last, whole[1])
+    unneeded, _ = dataclasses.replace(problem, layers=()).real_features(objective.network, images)
+    assert not unneeded.numel()
+
+
+def maps(generator, rows, sizes=((4, 3, 3), (6, 2, 2))):
+    return [torch.randn(rows, *size, generator=generator) for size in sizes]
+
+
+def test_mutual_information_is_the_weighted_sum_over_layers(generator):
+    synthetic, real = maps(generator, 6), maps(generator, 20)
+    labels = torch.arange(6) % 3, torch.arange(20) % 3
+    losses = [
+        mim4dd.nce_loss(s.flatten(1), r.flatten(1), *labels, temperature=0.2, noise_ratio=3.0, symmetric=True)
+        for s, r in zip(synthetic, real, strict=True)
+    ]
+    options = {"temperature": 0.2, "noise_ratio": 3.0, "symmetric": True, "weight": 5.0, "layer_decay": 0.5}
+    for layers, expected in [
+        ("last", 5 * losses[1]),
+        ("all", 5 * (losses[1] + 0.5 * losses[0])),
+        ([-2], 5 * 0.5 * losses[0]),
+    ]:
+        term = MutualInformation(layers=layers, **options)
+        torch.testing.assert_close(term(synthetic, real, *labels), expected)
+    single = MutualInformation(**options)(synthetic[1], real[1], *labels)
+    torch.testing.assert_close(single, 5 * losses[1])
+
+
+def test_mutual_information_is_calibrated_once_per_layer(generator):
+    labels = torch.arange(6) % 3, torch.arange(20) % 3
+    first, second = ((maps(generator, 6), maps(generator, 20)) for _ in range(2))
+    term = MutualInformation(layers="all")
+    term(*first, *labels)
+    expected = sum(
+        mim4dd.nce_loss(s2, r2, *labels, noise_ratio=calibrated_noise_ratio(s1, r1, *labels))
+        for s1, r1, s2, r2 in zip(
+            *([m.flatten(1) for m in side] for batch in (first, second) for side in batch), strict=True
+        )
+    )
+    torch.testing.assert_close(term(*second, *labels), expected)
+    copy = MutualInformation(layers="all")
+    copy.load_state_dict(term.state_dict())
+    torch.testing.assert_close(copy(*second, *labels), expected)
+
+
+@pytest.mark.parametrize("projection", ["random", "trained"])
+def test_projection_embeds_every_layer(generator, projection):
+    synthetic, real = maps(generator, 6), maps(generator, 20)
+    labels = torch.arange(6) % 3, torch.arange(20) % 3
+    term = MutualInformation(
+        layers="all",
+        projection=projection,
+        projection_size=5,
+        feature_sizes=(36, 24),
+        generator=generator,
+        noise_ratio=1.0,
+    )
+    shapes = [tuple(p.shape) for p in term.projections.values()]
+    assert shapes == [(36, 5), (24, 5)]
+    assert all(p.requires_grad == (projection == "trained") for p in term.parameters())
+    expected = sum(
+        mim4dd.nce_loss(s.flatten(1) @ p, r.flatten(1) @ p, *labels)
+        for s, r, p in zip(synthetic, real, term.projections.values(), strict=True)
+    )
+    torch.testing.assert_close(term(synthetic, real, *labels), expected)
+
+
+def test_mutual_information_pulls_images_to_their_class(generator):
+    """Descending on the term makes an anchor's nearest keys those of its label."""
+    centres = torch.randn(3, 16, generator=generator)
+    labels = torch.arange(30) % 3
+    real = centres[labels] + 0.3 * torch.randn(30, 16, generator=generator)
+    anchors = torch.randn(3, 16, generator=generator).requires_grad_()
+    term = MutualInformation()
+    optimizer = torch.optim.SGD([anchors], lr=1.0)
+    for _ in range(50):
+        optimizer.zero_grad()
+        term(anchors, real, torch.arange(3), labels).backward()
+        optimizer.step()
+    cosine = torch.nn.functional.cosine_similarity(anchors[:, None], real[None], dim=2)
+    assert torch.equal(labels[cosine.argmax(1)], torch.arange(3))
+    assert cosine[torch.arange(3)[:, None] == labels].min() > cosine[torch.arange(3)[:, None] != labels].max()
+
+
+def test_layer_indices():
+    assert layer_indices("all", 3) == [0, 1, 2]
+    assert layer_indices("last", 3) == [2]
+    assert layer_indices([-1, 0, 2], 3) == [0, 2]
+    with pytest.raises(ValueError, match="there is no layer 3, the network has 3"):
+        layer_indices([3], 3)
+    with pytest.raises(ValueError, match="layers is 'first'"):
+        layer_indices("first", 3)
+
+
+def test_mutual_information_names_bad_input(generator):
+    with pytest.raises(ValueError, match="noise_ratio is 'auto'"):
+        MutualInformation(noise_ratio="auto")
+    with pytest.raises(ValueError, match="projection is 'learned'"):
+        MutualInformation(projection="learned")
+    with pytest.raises(ValueError, match="needs feature_sizes and a generator"):
+        MutualInformation(projection="random")
+    labels = torch.arange(2)
+    with pytest.raises(ValueError, match="2 synthetic maps, but 1 real ones"):
+        MutualInformation()(maps(generator, 2), maps(generator, 2)[:1], labels, labels)
