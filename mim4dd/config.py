@@ -15,6 +15,7 @@ from .networks import ARCHITECTURES
 from .objectives import METHODS
 
 T = TypeVar("T")
+FLOAT32_MAX = 3.4e38
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ def check(config: Config) -> None:
         "--mim-layer-decay": config.mim.mim_layer_decay,
     }
     for option, number in above_zero.items():
-        if not isinstance(number, str) and not number > 0:
+        if not isinstance(number, str) and not 0 < number < FLOAT32_MAX:
             raise InputError(f"{option} is {number}, expected a positive number")
     if not 0 <= config.data.validation < 1:
         raise InputError(f"--validation is {config.data.validation}, expected a share from 0 up to 1")

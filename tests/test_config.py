@@ -95,6 +95,7 @@ def test_bad_files_are_named(tmp_path, content, message):
         ({"distill": DistillConfig(ipc=0)}, "--ipc is 0, expected at least 1"),
         ({"distill": DistillConfig(iterations=-1)}, "--iterations is -1"),
         ({"distill": DistillConfig(image_lr=float("nan"))}, "--image-lr is nan, expected a positive number"),
+        ({"distill": DistillConfig(image_lr=1e300)}, "--image-lr is 1e\\+300, expected a positive number"),
         ({"distill": DistillConfig(augmentation="color_shear")}, "unknown part 'shear'"),
         ({"mim": MimConfig(mim_weight=-2.0)}, "--mim-weight is -2.0, expected at least 0"),
         ({"mim": MimConfig(mim_temperature=0.0)}, "--mim-temperature is 0.0"),
