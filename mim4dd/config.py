@@ -43,7 +43,7 @@ class DistillConfig:
     """Images per class."""
     iterations: int | None = None
     """Update steps of the images."""
-    init: Literal["real", "kmeans", "noise"] = "real"
+    init: Literal["real", "kmeans", "noise"] | None = None
     """Start from random real images, from those nearest to k-means centres, or from noise."""
     real_batch: int | None = None
     """Real images per class and iteration."""
@@ -121,8 +121,9 @@ class Config:
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of a run."""
+    """Sizes of a run, and where it starts."""
 
+    init: str
     iterations: int
     real_batch: int
     width: int
@@ -130,9 +131,9 @@ class Preset:
     eval_epochs: int
 
 
-QUICK = Preset(iterations=10, real_batch=16, width=16, num_eval=1, eval_epochs=20)
-SHORT = Preset(iterations=200, real_batch=64, width=64, num_eval=5, eval_epochs=300)
-PAPER = Preset(iterations=20_000, real_batch=256, width=128, num_eval=20, eval_epochs=1000)
+QUICK = Preset(init="kmeans", iterations=10, real_batch=16, width=16, num_eval=1, eval_epochs=20)
+SHORT = Preset(init="kmeans", iterations=200, real_batch=64, width=64, num_eval=5, eval_epochs=300)
+PAPER = Preset(init="real", iterations=20_000, real_batch=256, width=128, num_eval=20, eval_epochs=1000)
 
 # Weight of the mutual-information term from each IPC on, chosen on validation splits (README, "Settings"):
 # more images per class want less of it, since it pulls the images of a class together.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,17 +25,17 @@ FULL_EPOCHS = 20  # full data: this fraction of the epochs, but at least 5; and 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """One distillation: the settings, the real images and the synthetic ones to start from.
+    """One distillation: the settings, what is to be matched, and the synthetic images to start from.
 
     Attributes:
         config: with no setting left open.
-        train: on the device of the run.
+        problem: the real images and how they are looked at, on the device of the run.
         test: what accuracies are measured on, also there.
         start: the synthetic set before the first update.
     """
 
     config: Config
-    train: ImageSet
+    problem: Problem
     test: ImageSet
     start: SyntheticSet
 
@@ -53,11 +52,21 @@ class Experiment:
             train, test = train.split(config.data.validation, generator(config.seed, "validation"))
         train, test = train.to(device), test.to(device)
         start = synthetic.initialise(
-            train, config.distill.ipc, config.distill.init, generator(config.seed, "init", device)
+            train, config.distill.ipc, settled(config.distill.init), generator(config.seed, "init", device)
         )
-        experiment = cls(config, train, test, start)
-        assert experiment.problem  # refuses what the network cannot do, before any work
-        return experiment
+        problem = Problem(
+            real=train,
+            labels=start.labels,
+            architecture=config.distill.network,
+            width=settled(config.distill.width),
+            real_batch=settled(config.distill.real_batch),
+            augmentation=settled(config.distill.augmentation),
+            layers=(),
+            seed=config.seed,
+        )
+        if config.mim.mim_weight:
+            problem = dataclasses.replace(problem, layers=_layers(problem, config))
+        return cls(config, problem, test, start)
 
     @property
     def name(self) -> str:
@@ -66,30 +75,14 @@ class Experiment:
         return Path(dataset).stem if Path(dataset).exists() else dataset
 
     @property
+    def train(self) -> ImageSet:
+        """The real training images."""
+        return self.problem.real
+
+    @property
     def device(self) -> torch.device:
         """Where everything lies."""
         return self.train.images.device
-
-    @cached_property
-    def problem(self) -> Problem:
-        """What the base method is to match."""
-        settings = self.config.distill
-        problem = Problem(
-            real=self.train,
-            labels=self.start.labels,
-            architecture=settings.network,
-            width=settled(settings.width),
-            real_batch=settled(settings.real_batch),
-            augmentation=settled(settings.augmentation),
-            layers=(),
-            seed=self.config.seed,
-        )
-        mim = self.config.mim
-        try:
-            chosen = layer_indices(layers(mim), len(problem.network().feature_sizes))
-        except ValueError as error:
-            raise InputError(f"--mim-layers is {mim.mim_layers}; {error}") from error
-        return dataclasses.replace(problem, layers=chosen if mim.mim_weight else ())
 
     def mutual_information(self) -> MutualInformation:
         """Return a new add-on, by the settings."""
@@ -165,6 +158,13 @@ class Experiment:
             seed=self.config.seed,
             on_network=on_network,
         )
+
+
+def _layers(problem: Problem, config: Config) -> list[int]:
+    try:
+        return layer_indices(layers(config.mim), len(problem.network().feature_sizes))
+    except ValueError as error:
+        raise InputError(f"--mim-layers is {config.mim.mim_layers}; {error}") from error
 
 
 def pick_device(name: str) -> torch.device:

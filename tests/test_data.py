@@ -810,7 +810,7 @@ def test_unknown_name_and_missing_path(tmp_path):
         InputError, match="unknown data set 'fashon-mnist', did you mean fashion-mnist.*Expected.*svhn"
     ):
         load("fashon-mnist")
-    with pytest.raises(InputError, match="unknown data set 'zzz': Expected one of digits"):
+    with pytest.raises(InputError, match="unknown data set 'zzz'. Expected one of digits"):
         load("zzz")
     for missing in (f"{tmp_path}/no", "no.npz", "no.parquet"):
         with pytest.raises(InputError, match="no such file or folder"):

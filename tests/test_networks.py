@@ -28,7 +28,7 @@ def test_convnet_embeds_as_the_published_one(golden, shape):
 
 
 @pytest.mark.parametrize("architecture", networks.ARCHITECTURES)
-@pytest.mark.parametrize("size", [8, 28, 32, 64])
+@pytest.mark.parametrize("size", [8, 28, 32, 128])
 def test_every_network_takes_every_size(architecture, size):
     network = networks.create(architecture, 3, 7, (size, size), width=8)
     networks.initialise(network, generator(0, "test"))
