@@ -87,7 +87,8 @@ def run(experiment: Experiment, folder: Path) -> int:
     console.print(
         f"[bold]{experiment.name}[/]: {len(train)} training images of {train.num_classes} classes, "
         f"{'x'.join(map(str, train.images.shape[1:]))}; {config.distill.ipc} a class to distil on "
-        f"{device_name(experiment.device)}"
+        f"{device_name(experiment.device)}",
+        soft_wrap=True,
     )
     keeper = Keeper(experiment, folder / "synthetic.safetensors")
     began = time.monotonic()
