@@ -2,23 +2,43 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import close, digits_problem
 
 import mim4dd
 from mim4dd.losses import calibrated_noise_ratio
 from mim4dd.networks import ConvNet
-from mim4dd.objectives import METHODS, DistributionMatching, MutualInformation, distribution_distance
+from mim4dd.objectives import (
+    METHODS,
+    DistributionMatching,
+    MutualInformation,
+    distribution_distance,
+    gradient_distance,
+    trajectory_distance,
+)
 from mim4dd.objectives.mutual_information import layer_indices
 
+SHAPES = ["1x28x28", "3x32x32"]
 
-@pytest.mark.parametrize("shape", ["1x28x28", "3x32x32"])
+
+def golden_network(shape, file):
+    """The golden file's network, and its weights by the network's names."""
+    channels, height, width = (int(n) for n in shape.split("x"))
+    network = ConvNet(channels, 10, width=16, image_size=(height, width))
+    names = [name for name, _ in network.named_parameters()]
+
+    def weights(prefix):
+        values = [value for name, value in file.items() if name.startswith(prefix)]
+        return dict(zip(names, values, strict=True))
+
+    network.load_state_dict(weights("w."))
+    return network, weights
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_distribution_matching_equals_the_published_one(golden, shape):
     file = golden(f"objectives_{shape}")
-    channels, height, width = (int(n) for n in shape.split("x"))
-    network = ConvNet(channels, 10, width=16, image_size=(height, width)).requires_grad_(False)
-    weights = [value for name, value in file.items() if name.startswith("w.")]
-    for parameter, weight in zip(network.parameters(), weights, strict=True):
-        parameter.copy_(weight)
+    network, _ = golden_network(shape, file)
     synthetic = file["synthetic"].requires_grad_()
     distance = distribution_distance(
         network.embed(file["real"].flatten(0, 1)),
@@ -28,6 +48,127 @@ def test_distribution_matching_equals_the_published_one(golden, shape):
     )
     close(distance, file["dm.loss"])
     close(torch.autograd.grad(distance, synthetic)[0], file["dm.grad"])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("metric", "name"), [("rowwise", "ours"), ("mse", "mse"), ("cosine", "cos")])
+def test_gradient_matching_equals_the_published_one(golden, shape, metric, name):
+    file = golden(f"objectives_{shape}")
+    network, _ = golden_network(shape, file)
+    synthetic = file["synthetic"].requires_grad_()
+
+    def gradients(images, label, **options):
+        loss = F.cross_entropy(network(images), torch.full((len(images),), label))
+        return torch.autograd.grad(loss, [*network.parameters()], **options)
+
+    distance = sum(
+        gradient_distance(
+            gradients(synthetic[2 * c : 2 * c + 2], c, create_graph=True), gradients(real, c), metric
+        )
+        for c, real in enumerate(file["real"])
+    )
+    close(distance, file[f"dc_{name}.loss"])
+    close(torch.autograd.grad(distance, synthetic)[0], file[f"dc_{name}.grad"])
+
+
+def test_gradient_distance_by_hand():
+    one = [torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([5.0])]
+    other = [torch.tensor([[0.0, 3.0], [0.0, 4.0]]), torch.tensor([-5.0])]
+    assert gradient_distance(one, other).item() == pytest.approx(1, abs=1e-5), "vectors count for nothing"
+    assert gradient_distance(one, other, "mse").item() == 1 + 9 + 4 + 100
+    dot, norms = 8 - 25, ((1 + 4 + 25) * (9 + 16 + 25)) ** 0.5
+    assert gradient_distance(one, other, "cosine").item() == pytest.approx(1 - dot / norms, abs=1e-5)
+    assert gradient_distance(one[1:], other[1:]).item() == 0
+
+
+@pytest.mark.parametrize("metric", ["rowwise", "mse", "cosine"])
+def test_gradient_distance_gradcheck(generator, metric):
+    synthetic, real = (
+        [torch.randn(s, dtype=torch.float64, generator=generator) for s in ((2, 3), (4,), (2, 1, 2, 2))]
+        for _ in range(2)
+    )
+    for g in (*synthetic, *real):
+        g.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *s: gradient_distance(s, real, metric), synthetic)
+    assert torch.autograd.grad(gradient_distance(synthetic, real, metric), real, allow_unused=True) == (
+        None,
+        None,
+        None,
+    )
+
+
+def test_gradient_distance_names_bad_input():
+    with pytest.raises(ValueError, match=r"shapes \[\(2,\)\] and real_grads \[\(3,\)\]"):
+        gradient_distance([torch.zeros(2)], [torch.zeros(3)])
+    with pytest.raises(ValueError, match="metric is 'l2'"):
+        gradient_distance([], [], "l2")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("memory", ["constant", "unrolled"])
+def test_trajectory_matching_equals_the_published_one(golden, shape, memory):
+    file = golden(f"objectives_{shape}")
+    network, weights = golden_network(shape, file)
+    synthetic = file["synthetic"].requires_grad_()
+    step_size = file["mtt.lr"].float().requires_grad_()
+    distance = trajectory_distance(
+        network,
+        weights("w."),
+        weights("target."),
+        synthetic,
+        torch.arange(3).repeat_interleave(2),
+        steps=int(file["mtt.steps"]),
+        step_size=step_size,
+        memory=memory,
+    )
+    close(distance, file["mtt.loss"])
+    by_images, by_step = torch.autograd.grad(distance, [synthetic, step_size])
+    close(by_images, file["mtt.grad"])
+    close(by_step, file["mtt.grad_lr"])
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_constant_memory_is_exact(generator, steps):
+    """In float64 with large steps, where the terms across steps matter, the two forms agree to 1e-10."""
+    network = ConvNet(1, 3, width=4, depth=1, image_size=(8, 8)).double()
+    start, target = (
+        {n: torch.randn(p.shape, dtype=p.dtype, generator=generator) for n, p in network.named_parameters()}
+        for _ in range(2)
+    )
+    labels = torch.tensor([0, 1, 2, 0])
+    results = []
+    for memory in ("constant", "unrolled"):
+        x = torch.randn(4, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        inputs = [x.requires_grad_(), torch.tensor(0.5, dtype=torch.float64, requires_grad=True)]
+        distance = trajectory_distance(
+            network, start, target, x, labels, steps=steps, step_size=inputs[1], memory=memory
+        )
+        gradients = torch.autograd.grad(3 * distance, inputs)
+        results.append((distance, *gradients))
+    for constant, unrolled in zip(*results, strict=True):
+        torch.testing.assert_close(constant, unrolled, rtol=1e-10, atol=1e-12)
+    assert not any(value.requires_grad for value in start.values()), "the caller's weights stay as they are"
+
+
+def test_constant_memory_refuses_a_second_derivative(generator):
+    network = ConvNet(1, 2, width=2, depth=1, image_size=(8, 8))
+    weights = dict(network.named_parameters())
+    target = {name: value + 1 for name, value in weights.items()}
+    x = torch.randn(2, 1, 8, 8, generator=generator, requires_grad=True)
+    distance = trajectory_distance(network, weights, target, x, torch.tensor([0, 1]), steps=1, step_size=0.1)
+    (gradient,) = torch.autograd.grad(distance, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_trajectory_distance_names_bad_input(generator):
+    network = ConvNet(1, 2, width=2, depth=1, image_size=(8, 8))
+    weights = dict(network.named_parameters())
+    x, labels = torch.randn(2, 1, 8, 8, generator=generator), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="target does not fit the network, see weight 'blocks"):
+        trajectory_distance(network, weights, {}, x, labels, steps=1, step_size=0.1)
+    with pytest.raises(ValueError, match="memory is 'none', expected 'constant' or 'unrolled'"):
+        trajectory_distance(network, weights, weights, x, labels, steps=1, step_size=0.1, memory="none")
 
 
 def test_distribution_distance_by_hand_with_missing_classes():

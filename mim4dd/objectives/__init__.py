@@ -2,7 +2,9 @@
 
 from .base import Matched, Objective, Problem
 from .distribution import DistributionMatching, distribution_distance
+from .gradient import gradient_distance
 from .mutual_information import MutualInformation
+from .trajectory import trajectory_distance
 
 __all__ = [
     "METHODS",
@@ -12,6 +14,8 @@ __all__ = [
     "Objective",
     "Problem",
     "distribution_distance",
+    "gradient_distance",
+    "trajectory_distance",
 ]
 
 METHODS: dict[str, type[Objective]] = {"dm": DistributionMatching}
