@@ -38,7 +38,7 @@ class DistillConfig:
     """The distillation. What is not given comes from a preset for the data set and the IPC."""
 
     method: str = "dm"
-    """Base method: dm (distribution matching)."""
+    """Base method: dm (distribution matching), dc (gradient matching) or dsa (dc with augmentation)."""
     ipc: int = 1
     """Images per class."""
     iterations: int | None = None
@@ -47,8 +47,8 @@ class DistillConfig:
     """Start from random real images, from those nearest to k-means centres, or from noise."""
     real_batch: int | None = None
     """Real images per class and iteration."""
-    image_lr: float = 1.0
-    """Learning rate of the images."""
+    image_lr: float | None = None
+    """Learning rate of the images; default: as the method was published."""
     image_momentum: float = 0.5
     """Momentum of the images' updates."""
     network: str = "convnet"
@@ -56,7 +56,8 @@ class DistillConfig:
     width: int | None = None
     """Channels of the ConvNet's blocks."""
     augmentation: str | None = None
-    """Parts of the siamese augmentation joined by "_", or none. Default: all, but no flip for characters."""
+    """Parts of the siamese augmentation joined by "_", or none; default: all, but no flip for characters,
+    and none for dc."""
 
 
 @dataclass(frozen=True)
@@ -132,23 +133,28 @@ class Preset:
 
 
 QUICK = Preset(init="kmeans", iterations=10, real_batch=16, width=16, num_eval=1, eval_epochs=20)
-SHORT = Preset(init="kmeans", iterations=200, real_batch=64, width=64, num_eval=5, eval_epochs=300)
+SHORT = Preset(init="kmeans", iterations=200, real_batch=128, width=64, num_eval=5, eval_epochs=300)
 PAPER = Preset(init="real", iterations=20_000, real_batch=256, width=128, num_eval=20, eval_epochs=1000)
 
-# Weight of the mutual-information term from each IPC on, chosen on validation splits (README, "Settings"):
-# more images per class want less of it, since it pulls the images of a class together.
-MIM_WEIGHTS = {1: 100.0, 10: 10.0, 50: 1.0}
 NO_FLIP = ("digits", "mnist", "kmnist", "svhn")  # a mirrored character is another one, or none
 
 
 def with_presets(config: Config) -> Config:
     """Return the configuration with every setting that was left open filled in."""
     preset = QUICK if config.quick else PAPER if config.preset == "paper" else SHORT
-    weight = next(w for ipc, w in sorted(MIM_WEIGHTS.items(), reverse=True) if config.distill.ipc >= ipc)
-    flip = config.data.dataset not in NO_FLIP
+    method = METHODS[config.distill.method]
+    weight = method.mim_weights[max(ipc for ipc in method.mim_weights if ipc <= config.distill.ipc)]
+    if config.data.dataset == "digits":
+        weight /= 10  # of 8x8 pixels: smaller feature maps, and as much smaller a distance to balance
+    augmentation = DSA.replace("_flip", "") if config.data.dataset in NO_FLIP else DSA
     return dataclasses.replace(
         config,
-        distill=_filled(config.distill, preset, augmentation=DSA if flip else DSA.replace("_flip", "")),
+        distill=_filled(
+            config.distill,
+            preset,
+            image_lr=method.image_lr,
+            augmentation=augmentation if method.augmented else "none",
+        ),
         mim=_filled(config.mim, preset, mim_weight=weight),
         eval=_filled(config.eval, preset),
     )
@@ -197,7 +203,7 @@ def check(config: Config) -> None:
         "--mim-layer-decay": config.mim.mim_layer_decay,
     }
     for option, number in above_zero.items():
-        if not isinstance(number, str) and not 0 < number < FLOAT32_MAX:
+        if isinstance(number, float) and not 0 < number < FLOAT32_MAX:
             raise InputError(f"{option} is {number}, expected a positive number")
     if not 0 <= config.data.validation < 1:
         raise InputError(f"--validation is {config.data.validation}, expected a share from 0 up to 1")

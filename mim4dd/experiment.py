@@ -108,10 +108,10 @@ class Experiment:
         """
         settings = self.config.distill
         return distill(
-            METHODS[settings.method](self.problem),
+            METHODS[settings.method].objective(self.problem),
             self.start.images,
             iterations=settled(settings.iterations),
-            lr=settings.image_lr,
+            lr=settled(settings.image_lr),
             momentum=settings.image_momentum,
             mutual_information=self.mutual_information() if with_mim and self.config.mim.mim_weight else None,
             on_progress=on_progress,

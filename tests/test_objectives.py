@@ -6,16 +6,19 @@ import torch.nn.functional as F
 from conftest import close, digits_problem
 
 import mim4dd
+from mim4dd import augment, seeding
 from mim4dd.losses import calibrated_noise_ratio
 from mim4dd.networks import ConvNet
 from mim4dd.objectives import (
     METHODS,
     DistributionMatching,
+    GradientMatching,
     MutualInformation,
     distribution_distance,
     gradient_distance,
     trajectory_distance,
 )
+from mim4dd.objectives.gradient import loops
 from mim4dd.objectives.mutual_information import layer_indices
 
 SHAPES = ["1x28x28", "3x32x32"]
@@ -196,10 +199,10 @@ def test_distribution_distance_names_bad_input():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_objective_repeats_itself_and_only_itself(method):
-    problem, images = digits_problem(ipc=2)
+    problem, images = digits_problem()
     draws = []
     for seed in (0, 0, 1):
-        objective = METHODS[method](dataclasses.replace(problem, seed=seed))
+        objective = METHODS[method].objective(dataclasses.replace(problem, seed=seed))
         x = images.clone().requires_grad_()
         losses = [objective(x).loss for _ in range(2)]
         draws.append((torch.stack(losses).detach(), torch.autograd.grad(losses[1], x)[0]))
@@ -220,6 +223,62 @@ def test_chunked_real_features_are_those_of_one_pass():
     torch.testing.assert_close(last, whole[1])
     unneeded, _ = dataclasses.replace(problem, layers=()).real_features(objective.network, images)
     assert not unneeded.numel()
+
+
+@pytest.mark.parametrize("augmentation", ["none", "color_crop"])
+def test_gradient_matching_sums_over_the_classes(augmentation):
+    """Against a plain loop over classes with the same draws."""
+    problem, images = digits_problem(ipc=2)
+    problem = dataclasses.replace(problem, augmentation=augmentation, layers=(1,))
+    x = images.clone().requires_grad_()
+    objective = GradientMatching(problem)
+    matched = objective(x)
+
+    real, network = problem.real, objective.network.network
+    parameters = [*network.requires_grad_().parameters()]
+    index = real.sample(problem.real_batch, seeding.generator(0, "dc/real"))
+    params = augment.sample(augmentation, 10, (8, 8), generator=seeding.generator(0, "dc/augmentation"))
+    expected = 0
+    for c in range(10):
+        grads = []
+        for batch in (x[2 * c : 2 * c + 2], real.batch(index[c])):
+            labels = torch.full((len(batch),), c)
+            loss = F.cross_entropy(network(augment.apply(batch, params[labels])), labels)
+            grads.append(torch.autograd.grad(loss, parameters, create_graph=True))
+        expected = expected + gradient_distance(*grads)
+    close(matched.loss, expected)
+    close(*(torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in (matched.loss, expected)))
+    spread = params[matched.synthetic_labels]
+    close(matched.synthetic_features[1], network.features(augment.apply(images, spread))[1])
+    assert not matched.synthetic_features[0].numel(), "a map that the add-on does not ask for"
+    assert not matched.real_features[1].requires_grad
+
+
+def test_gradient_matching_loops_are_the_published_ones():
+    published = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
+    assert {ipc: loops(ipc) for ipc in published} == published
+    assert all(1 <= outer <= 50 and inner >= 10 for outer, inner in map(loops, range(2, 200)))
+
+
+def test_gradient_matching_trains_its_network_between_image_steps():
+    problem, images = digits_problem(ipc=2)
+    objective = GradientMatching(problem)
+    assert objective.outer == 2
+
+    def weights():
+        return torch.cat([p.flatten() for p in objective.network.parameters()]).clone()
+
+    def loss():
+        return F.cross_entropy(objective.network.network(images), problem.labels)
+
+    objective(images)
+    first, first_loss = weights(), loss()
+    objective(images)
+    assert loss() < first_loss
+    objective(images)
+    third = weights()
+    assert not torch.equal(third, first), "a new network"
+    assert third.abs().max() <= first.abs().max() * 1.01, "that is not trained yet"
 
 
 def maps(generator, rows, sizes=((4, 3, 3), (6, 2, 2))):

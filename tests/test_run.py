@@ -13,6 +13,7 @@ from PIL import Image
 
 import mim4dd
 from mim4dd import evaluate, report, run
+from mim4dd.objectives import METHODS
 from mim4dd.synthetic import SyntheticSet
 
 QUICK = ["--quick", "--iterations", "3", "--eval-epochs", "2"]
@@ -72,6 +73,17 @@ def test_saved_set_is_ready_to_use(finished):
     image, label = synthetic.dataset()[5]
     assert image.shape == (1, 8, 8)
     assert label == 2
+
+
+@pytest.mark.parametrize("weight", ["0", "1"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_beats_random_images(tmp_path, method, weight):
+    sizes = ["--iterations", "40", "--eval-epochs", "60", "--num-eval", "3", "--init", "real"]
+    arguments = ["--quick", *sizes, "--method", method, "--mim-weight", weight, "--out", str(tmp_path / "a")]
+    assert run.main(arguments) == 0
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert result["method"] == method
+    assert result["accuracy_mean"] > result["baselines"]["random"]["accuracy_mean"] + 0.03
 
 
 def test_same_command_same_images(finished, tmp_path):

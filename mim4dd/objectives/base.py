@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,7 +34,7 @@ class Problem:
     width: int
     real_batch: int
     augmentation: str
-    layers: Collection[int]
+    layers: Sequence[int]
     seed: int
 
     def network(self) -> Network:
@@ -72,9 +72,7 @@ class Matched:
 
 
 class Objective(Protocol):
-    """A base method. It draws what it needs, real images and networks, with generators of its own."""
-
-    def __init__(self, problem: Problem) -> None: ...
+    """A base method for one problem. It draws what it needs, real images and networks, by itself."""
 
     def __call__(self, images: Tensor) -> Matched:
         """Match the synthetic images [n, C, H, W] against the problem's real ones."""
