@@ -252,19 +252,24 @@ def _scales(features: Tensor, temperature: float | Tensor, noise_ratios: Sequenc
     """[2, L]: the temperature and the noise ratio of each layer, on the device, at least float32."""
     dtype = torch.promote_types(features.dtype, torch.float32)
     values = (*[temperature] * len(noise_ratios), *noise_ratios)
-    if any(isinstance(value, Tensor) for value in values):
+    constants = tuple(value for value in values if not isinstance(value, Tensor))
+    if len(constants) < len(values):
         tensors = [
             torch.as_tensor(value, dtype=dtype, device=features.device).reshape(()) for value in values
         ]
         scales = torch.stack(tensors).reshape(2, -1)
         return torch.where(scales > 0, scales, math.nan)
+    return _numbers(constants, dtype, features.device).reshape(2, -1)
+
+
+def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values as a tensor, kept: copying numbers to a device costs more than a small loss."""
     if torch.compiler.is_compiling():
-        return torch.tensor(values, dtype=dtype, device=features.device).reshape(2, -1)
-    return _constant(values, dtype, features.device)
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _kept_numbers(values, dtype, device)
 
 
 @lru_cache(maxsize=256)
-def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The values as a tensor [2, L], kept: copying numbers to a device costs more than a small loss."""
+def _kept_numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype, device=device).reshape(2, -1)
+        return torch.tensor(values, dtype=dtype, device=device)
