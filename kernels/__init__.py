@@ -4,8 +4,10 @@ They take tensors and know nothing of distillation. `contrast` is the door; `ski
 ways through, chosen by the number of pairs.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,8 @@ from torch import Tensor
 from mim4dd.reference import Objective, saved_dtype
 
 from . import blocks, skinny
+from .autotune import tuned
+from .launch import precision_of
 
 __all__ = ["contrast"]
 
@@ -46,26 +50,11 @@ def contrast(
     if m and n:
         aligned = [_aligned(value) for value in features]
         labels = anchor_labels.contiguous(), key_labels.contiguous()
+        call = partial(_contrast, objective, scales, *labels, aligned[:layers], aligned[layers:], wanted)
         guard = torch.cuda.device(scales.device) if scales.is_cuda else nullcontext()
-        with guard, torch.autocast(scales.device.type, enabled=False):
-            if m * n <= SKINNY_PAIRS:
-                results = skinny.contrast(
-                    objective, scales.contiguous(), *labels, aligned[:layers], aligned[layers:], wanted
-                )
-            else:
-                single = [
-                    blocks.contrast(
-                        objective,
-                        scales[:, layer : layer + 1].contiguous(),
-                        *labels,
-                        aligned[layer],
-                        aligned[layers + layer],
-                        wanted,
-                    )
-                    for layer in range(layers)
-                ]
-                columns = [list(column) for column in zip(*single, strict=True)]
-                results = [torch.cat(columns[0]), torch.cat(columns[1], 1), *columns[2], *columns[3]]
+        unchanged = torch.autocast(scales.device.type, enabled=False)
+        with guard, unchanged, _tuned(objective, aligned, m, n, wanted, call):
+            results = call()
     else:
         results = [scales.new_zeros(layers), torch.zeros_like(scales)]
         results += [torch.zeros_like(value, dtype=saved_dtype(value.dtype)) for value in features]
@@ -80,6 +69,48 @@ def contrast(
             for index, (feature, by_feature) in enumerate(zip(features, by_features, strict=True))
         ),
     ]
+
+
+def _contrast(
+    objective: Objective,
+    scales: Tensor,
+    anchor_labels: Tensor,
+    key_labels: Tensor,
+    anchors: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """`contrast` of aligned features, through the path for their number of pairs."""
+    labels = anchor_labels, key_labels
+    if len(anchors[0]) * len(keys[0]) <= SKINNY_PAIRS:
+        return skinny.contrast(objective, scales.contiguous(), *labels, anchors, keys, wanted)
+    single = [
+        blocks.contrast(objective, scales[:, layer : layer + 1].contiguous(), *labels, a, k, wanted)
+        for layer, (a, k) in enumerate(zip(anchors, keys, strict=True))
+    ]
+    losses, by_scales, by_anchors, by_keys = ([*column] for column in zip(*single, strict=True))
+    return [torch.cat(losses), torch.cat(by_scales, 1), *by_anchors, *by_keys]
+
+
+def _tuned(
+    objective: Objective,
+    features: Sequence[Tensor],
+    m: int,
+    n: int,
+    wanted: Sequence[bool],
+    call: Callable[[], object],
+) -> AbstractContextManager[None]:
+    """Search launch configurations if asked to; sizes within a power of two share theirs."""
+    if os.environ.get("MIM4DD_AUTOTUNE") != "1":
+        return nullcontext()
+    few = m * n <= SKINNY_PAIRS
+    tables = ["DOTS", "PRODUCT"] if few else [blocks.table_name(objective, wanted)]
+    widths = {value.shape[1] for value in features}
+    sizes = [str((size - 1).bit_length()) for size in (m, n, *sorted(widths))]
+    first = features[0]
+    precision = precision_of(first.dtype)
+    kind = "-".join([*tables, objective.name, precision, *sizes])
+    return tuned(kind, tables, precision, first.element_size(), first.device, call)
 
 
 def _aligned(features: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mim4dd.reference import Objective, saved_dtype
 
-from . import launch
 from .block_kernels import pairs_kernel, rows_kernel, sums_kernel
 from .launch import Tile, choose, dot_precision, precision_of
 
@@ -45,8 +44,13 @@ def contrast(
     m, n, width, device = len(anchors), len(keys), anchors.shape[1], anchors.device
     precision = precision_of(anchors.dtype)
     largest = (min(m, BLOCK), min(n, BLOCK))
-    table = launch.LONG_BLOCKS if objective.symmetric or wanted[0] else launch.BLOCKS
-    tile = choose(table, precision, anchors.element_size(), device, lambda t: _tiles(t, *largest))
+    tile = choose(
+        table_name(objective, wanted),
+        precision,
+        anchors.element_size(),
+        device,
+        lambda t: _tiles(t, *largest),
+    )
     options = {
         "SYMMETRIC": objective.symmetric, "PRECISION": dot_precision(precision), "GROUP": 8,
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_D": tile.d,
@@ -115,6 +119,11 @@ def contrast(
     by_scales = -torch.stack([sums[1] / temperature.square(), sums[2] / scales[1, 0]])[:, None]
     saved = saved_dtype(anchors.dtype)
     return [sums[:1], by_scales, by_anchors.to(saved), by_keys.to(saved)]
+
+
+def table_name(objective: Objective, wanted: Sequence[bool]) -> str:
+    """The launch table of a call."""
+    return "LONG_BLOCKS" if objective.symmetric or wanted[0] else "BLOCKS"
 
 
 def _rows(features: Tensor, labels: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

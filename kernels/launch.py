@@ -6,7 +6,9 @@ last that fits. `tests/test_kernels_compiled.py` compiles every entry: no spills
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -61,6 +63,20 @@ LONG_BLOCKS: Table = {
 }
 
 
+TABLES = {"DOTS": DOTS, "PRODUCT": PRODUCT, "BLOCKS": BLOCKS, "LONG_BLOCKS": LONG_BLOCKS}
+_forced: ContextVar[dict[str, Tile]] = ContextVar("forced", default={})  # noqa: B039 (never changed in place)
+
+
+@contextmanager
+def forced(tiles: dict[str, Tile]) -> Iterator[None]:
+    """Use these tiles, by the name of their table, in place of what the table would choose."""
+    token = _forced.set(tiles)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
 @lru_cache(maxsize=64)
 def device_limits(device: torch.device) -> tuple[int, int]:
     """Shared memory a program may have, in bytes, and the number of multiprocessors."""
@@ -72,17 +88,25 @@ def device_limits(device: torch.device) -> tuple[int, int]:
     return properties["max_shared_mem"], properties["multiprocessor_count"]
 
 
+def fitting(table: str, precision: str, itemsize: int, device: torch.device) -> list[Tile]:
+    """The entries that fit the device's shared memory."""
+    shared, _ = device_limits(device)
+    return [tile for tile in TABLES[table][precision] if tile.shared(itemsize) <= shared]
+
+
 def choose(
-    table: Table,
+    table: str,
     precision: str,
     itemsize: int,
     device: torch.device,
     programs: Callable[[Tile], int],
 ) -> Tile:
     """Return the entry for a call that would start `programs(tile)` programs."""
-    shared, multiprocessors = device_limits(device)
-    fitting = [tile for tile in table[precision] if tile.shared(itemsize) <= shared]
-    return next((tile for tile in fitting if programs(tile) >= multiprocessors), fitting[-1])
+    if table in _forced.get():
+        return _forced.get()[table]
+    _, multiprocessors = device_limits(device)
+    tiles = fitting(table, precision, itemsize, device)
+    return next((tile for tile in tiles if programs(tile) >= multiprocessors), tiles[-1])
 
 
 def precision_of(dtype: torch.dtype) -> str:

@@ -60,7 +60,7 @@ def contrast(
     # Every program sums the same number of features, so that layers of different widths are balanced; two
     # programs a multiprocessor hide the latency of each other's loads.
     tile = choose(
-        launch.DOTS,
+        "DOTS",
         precision,
         anchors[0].element_size(),
         device,
@@ -114,7 +114,7 @@ def contrast(
         return [triton.cdiv(rows, tile.m) * triton.cdiv(width, tile.d) for width in widths]
 
     tile = choose(
-        launch.PRODUCT,
+        "PRODUCT",
         precision,
         anchors[0].element_size(),
         device,

@@ -1,5 +1,7 @@
 """The fused kernels against the plain formula in float64; without a GPU in Triton's interpreter."""
 
+import json
+
 import pytest
 import torch
 from conftest import DEVICE
@@ -10,7 +12,7 @@ from mim4dd.reference import Objective
 
 pytest.importorskip("triton")
 
-from mim4dd.kernels import blocks, launch
+from mim4dd.kernels import autotune, blocks, launch
 
 from mim4dd import kernels
 
@@ -147,8 +149,21 @@ def test_runs_are_identical(path):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_autotune_keeps_its_choice_on_disk(path, monkeypatch, tmp_path):
+    monkeypatch.setenv("MIM4DD_AUTOTUNE", "1")
+    monkeypatch.setenv("MIM4DD_CACHE", str(tmp_path))
+    monkeypatch.setattr(autotune, "REPEATS", 1)
+    check(OBJECTIVES[0], *problem(4, 9, [16]))
+    (file,) = tmp_path.iterdir()
+    choice = json.loads(file.read_text())
+    assert len(choice) == 1
+    monkeypatch.setattr(autotune, "_seconds", None)  # a second call of the kind does not search
+    check(OBJECTIVES[0], *problem(4, 9, [16]))
+    assert json.loads(file.read_text()) == choice
+
+
 def test_a_small_device_gets_a_small_tile():
-    for table in (launch.DOTS, launch.PRODUCT, launch.BLOCKS, launch.LONG_BLOCKS):
+    for table in launch.TABLES.values():
         for precision, itemsize in (("half", 2), ("tf32", 4), ("ieee", 4)):
             assert table[precision][-1].shared(itemsize) <= 48 * 1024
 

@@ -1,0 +1,77 @@
+"""MIM4DD_AUTOTUNE=1: time the entries of the launch table for each new kind of call, keep the best on disk.
+
+Off by default, as the table is chosen for the sizes of use and a search delays the first call of every kind.
+The file is launch-<device>-triton-<version>.json in $MIM4DD_CACHE (default: ~/.cache/mim4dd); delete it to
+search anew.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import triton
+
+from . import launch
+from .launch import Tile
+
+REPEATS = 5
+
+
+def tuned(
+    kind: str,
+    tables: list[str],
+    precision: str,
+    itemsize: int,
+    device: torch.device,
+    call: Callable[[], object],
+) -> AbstractContextManager[None]:
+    """Return a context in which `call` runs with the best entries of `tables`; search if not known yet.
+
+    Args:
+        kind: what the choice is kept by; calls of one kind share it.
+        tables: names of the tables the call chooses from, searched one after the other.
+        precision: as in `launch.choose`.
+        itemsize: bytes of a feature.
+        device: where the call runs.
+        call: runs the call once.
+    """
+    path = _path(device)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if kind not in known:
+        best: dict[str, Tile] = {}
+        for table in tables:
+            seconds = {}
+            for tile in launch.fitting(table, precision, itemsize, device):
+                with launch.forced({**best, table: tile}):
+                    seconds[tile] = _seconds(call, device)
+            best[table] = min(seconds, key=seconds.__getitem__)
+        known[kind] = {table: asdict(tile) for table, tile in best.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Whole or not at all: other processes may read it.
+        whole = path.with_suffix(f".{os.getpid()}")
+        whole.write_text(json.dumps(known, indent=1) + "\n")
+        whole.replace(path)
+    return launch.forced({table: Tile(**tile) for table, tile in known[kind].items()})
+
+
+def _path(device: torch.device) -> Path:
+    name = torch.cuda.get_device_name(device).replace(" ", "-") if device.type == "cuda" else device.type
+    folder = os.environ.get("MIM4DD_CACHE") or Path.home() / ".cache" / "mim4dd"
+    return Path(folder) / f"launch-{name}-triton-{triton.__version__}.json"
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The least of a few runs, after one that compiles."""
+    times = []
+    for _ in range(1 + REPEATS):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
