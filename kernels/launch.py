@@ -52,7 +52,7 @@ PRODUCT: Table = {
 BLOCKS: Table = {
     "half": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 64, 32, 4, 2)),
     "tf32": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 2)),
-    "ieee": (Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 2)),
+    "ieee": (Tile(64, 64, 32, 4, 3),),
 }
 # Where more is computed of each pair (symmetric, or gradients by the scales), 128 x 128 takes 255 registers
 # and spills 270 bytes.

@@ -12,7 +12,6 @@ from mim4dd.synthetic import initialise
 # Read when the kernels are imported: without a GPU they run in Triton's interpreter, on CPU tensors.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 GOLDEN = Path(__file__).parent / "golden"
 

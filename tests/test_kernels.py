@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from conftest import DEVICE
 
 import mim4dd
 from mim4dd import reference
@@ -16,6 +15,7 @@ from mim4dd.kernels import autotune, blocks, launch
 
 from mim4dd import kernels
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OBJECTIVES = [
     Objective("nce"),
     Objective("nce", negatives=3.0, symmetric=True),
