@@ -129,31 +129,59 @@ def sample(
     return params
 
 
+def pad_and_crop(batch: int, padding: int, *, generator: torch.Generator) -> AugmentParams:
+    """Draw the usual random crop: pad with `padding` zeros on every side, cut the old size out anywhere.
+
+    Raises:
+        ValueError: negative padding.
+    """
+    if padding < 0:
+        raise ValueError(f"mim4dd.augment.pad_and_crop: padding is {padding}, expected 0 or more pixels")
+    identity = AugmentParams.identity(batch, device=generator.device)
+    return dataclasses.replace(identity, **_draw_shifts(batch, (padding, padding), generator))
+
+
 def apply(
-    images: Tensor, params: AugmentParams, *, align_corners: bool = True, backend: str | None = None
+    images: Tensor,
+    params: AugmentParams,
+    *,
+    rows: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    align_corners: bool = True,
+    backend: str | None = None,
 ) -> Tensor:
     """Augment images: colour, then one resampling (shift, flip, scale, rotate composed), then cutout.
 
     Colour is brightness, saturation, contrast in this order; resampling is bilinear with zeros outside, and
-    exact where only shifts and flips are asked for. Differentiable in the images.
+    exact where only shifts and flips are asked for. Differentiable in the images, any number of times.
 
     Args:
-        images: float [B, C, H, W].
-        params: B rows.
+        images: [B, C, H, W], any strides; float16, bfloat16, float32 or float64, or uint8, which is taken as
+            a fraction of 255. At most 16384 channels and pixels a side. Sums are in float32 at least.
+        params: B rows, or any number of them where `rows` says which image takes which.
+        rows: int64 [B], the row of each image; labels, where there is a row per class.
+        mean: float32 [C], subtracted from the images first, of pixels in [0, 1]. Given with `std`.
+        std: float32 [C], what the images are then divided by.
         align_corners: the meaning of a normalised coordinate (the DSA paper ran with True); the two differ
             only where a non-square image is rotated.
         backend: "reference", "fused" (compiled), or None for the best that is built.
 
     Returns:
-        A new tensor [B, C, H, W] of the images' dtype.
+        A new tensor [B, C, H, W] of the images' dtype (float32 for uint8) and memory format. On CUDA, where
+        looking at values would wait for the device, an image whose parameters are not finite, or whose row is
+        out of range, is all NaN; on the CPU it is an error.
 
     Raises:
-        ValueError: wrong rank, dtype, parameter length or device, or an unknown backend.
+        ValueError: wrong rank, size, dtype, device or number of rows; parameters that are not finite or rows
+            out of range (CPU); an unknown backend.
         RuntimeError: `backend="fused"` where the extension is not built.
     """
-    _check(images, params)
-    images = _colour(images, params, extension.resolve("augment.apply", backend, images.device))
-    return _cutout(_resample(images, params, align_corners), params)
+    _check(images, params, rows, mean, std)
+    if extension.resolve("augment.apply", backend, images.device) == "fused":
+        fields = list(vars(params).values())
+        return torch.ops.mim4dd.augment(images, fields, rows, mean, std, align_corners, False)
+    return _reference(images, params, rows, mean, std, align_corners)
 
 
 # ------------------------------------------------------------------------------------------------- drawing
@@ -176,7 +204,10 @@ def _draw_color(rows: int, _: tuple[int, int], generator: torch.Generator) -> di
 
 
 def _draw_crop(rows: int, size: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
-    reach = [int(side * CROP + 0.5) for side in size]
+    return _draw_shifts(rows, (int(size[0] * CROP + 0.5), int(size[1] * CROP + 0.5)), generator)
+
+
+def _draw_shifts(rows: int, reach: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
     return {
         "shift_y": _integers(-reach[0], reach[0] + 1, rows, generator),
         "shift_x": _integers(-reach[1], reach[1] + 1, rows, generator),
@@ -218,9 +249,28 @@ _DRAW: dict[str, Callable[[int, tuple[int, int], torch.Generator], dict[str, Ten
 # ------------------------------------------------------------------------------------------ reference maths
 
 
-def _colour(images: Tensor, params: AugmentParams, backend: str) -> Tensor:
-    if backend == "fused":
-        return torch.ops.mim4dd.colour(images, params.brightness, params.saturation, params.contrast)
+def _reference(
+    images: Tensor,
+    params: AugmentParams,
+    rows: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    align_corners: bool,
+) -> Tensor:
+    if images.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_values(params, rows)
+    if rows is not None:
+        params = params[rows]
+    x = images.to(torch.promote_types(images.dtype, torch.float32))
+    if images.dtype == torch.uint8:
+        x = x / 255
+    if mean is not None and std is not None:
+        x = (x - mean[:, None, None]) / std[:, None, None]
+    x = _cutout(_resample(_colour(x, params), params, align_corners), params)
+    return x.to(images.dtype if images.is_floating_point() else torch.float32)
+
+
+def _colour(images: Tensor, params: AugmentParams) -> Tensor:
     brightness, saturation, contrast = (
         field.to(images.dtype)[:, None, None, None]
         for field in (params.brightness, params.saturation, params.contrast)
@@ -235,7 +285,7 @@ def _colour(images: Tensor, params: AugmentParams, backend: str) -> Tensor:
 def _resample(images: Tensor, params: AugmentParams, align_corners: bool) -> Tensor:
     """Sample at shift(flip(scale(rotate(p)))), p counted in pixels from the centre so that no step rounds."""
     height, width = images.shape[2:]
-    dtype = torch.promote_types(images.dtype, torch.float32)
+    dtype = images.dtype
 
     def per_image(field: Tensor) -> Tensor:
         return field.to(dtype)[:, None, None]
@@ -250,7 +300,7 @@ def _resample(images: Tensor, params: AugmentParams, align_corners: bool) -> Ten
     sample_x = torch.where(params.flip[:, None, None], -sample_x, sample_x)
     sample_x = sample_x + per_image(params.shift_x) + (width - 1) / 2
     sample_y = sample_y + per_image(params.shift_y) + (height - 1) / 2
-    return _bilinear(images, sample_y.clamp(-1, height), sample_x.clamp(-1, width)).to(images.dtype)
+    return _bilinear(images, sample_y.clamp(-1, height), sample_x.clamp(-1, width))
 
 
 def _bilinear(images: Tensor, y: Tensor, x: Tensor) -> Tensor:
@@ -277,20 +327,72 @@ def _cutout(images: Tensor, params: AugmentParams) -> Tensor:
     return images.masked_fill(box[:, None], 0)
 
 
-def _check(images: Tensor, params: AugmentParams) -> None:
-    if images.ndim != 4 or not images.is_floating_point():
-        raise ValueError(
-            f"mim4dd.augment.apply: images is {list(images.shape)} of {images.dtype}, expected floating "
-            "[batch, channels, height, width]"
+# -------------------------------------------------------------------------------------------------- checking
+
+_FLOATS = (torch.float32, torch.float64)
+_INTEGERS = (torch.int32, torch.int64)
+_FIELD_DTYPES = {"shift_y": _INTEGERS, "shift_x": _INTEGERS, "cutout": _INTEGERS, "flip": (torch.bool,)}
+_IMAGE_DTYPES = (torch.float16, torch.bfloat16, *_FLOATS, torch.uint8)
+_MAX_SIDE = 16384  # kMaxSide of csrc/augment.h
+
+
+def _error(message: str) -> ValueError:
+    return ValueError(f"mim4dd.augment.apply: {message}")
+
+
+def _check(
+    images: Tensor, params: AugmentParams, rows: Tensor | None, mean: Tensor | None, std: Tensor | None
+) -> None:
+    """Check what is known without looking at values."""
+    if images.ndim != 4 or images.dtype not in _IMAGE_DTYPES:
+        raise _error(
+            f"images is {list(images.shape)} of {images.dtype}, expected [batch, channels, height, width] of "
+            f"{_either(_IMAGE_DTYPES)}"
         )
+    if not all(1 <= size <= _MAX_SIDE for size in images.shape[1:]):
+        raise _error(
+            f"images is {list(images.shape)}, expected sizes from 1 to {_MAX_SIDE} but for the batch"
+        )
+    count = len(images) if rows is None else len(params)
     for name, field in vars(params).items():
-        expected = (len(images), 4) if name == "cutout" else (len(images),)
-        if tuple(field.shape) != expected:
-            raise ValueError(
-                f"mim4dd.augment.apply: params.{name} is {list(field.shape)}, expected {list(expected)}, one "
-                "row per image"
-            )
-        if field.device != images.device:
-            raise ValueError(
-                f"mim4dd.augment.apply: params.{name} is on {field.device} and images on {images.device}"
-            )
+        expected = (count, 4) if name == "cutout" else (count,)
+        if field.shape != expected:
+            per = "one row per image, or rows=" if rows is None else "as many rows as params.brightness"
+            raise _error(f"params.{name} is {list(field.shape)}, expected {list(expected)}, {per}")
+        dtypes = _FIELD_DTYPES.get(name, _FLOATS)
+        if field.dtype not in dtypes:
+            raise _error(f"params.{name} is of {field.dtype}, expected {_either(dtypes)}")
+        _check_device(f"params.{name}", field, images)
+    if rows is not None:
+        if rows.shape != images.shape[:1] or rows.dtype != torch.int64:
+            raise _error(f"rows is {list(rows.shape)} of {rows.dtype}, expected torch.int64 [{len(images)}]")
+        _check_device("rows", rows, images)
+    if (mean is None) != (std is None):
+        raise _error("mean and std are given together or not at all")
+    for name, value in (("mean", mean), ("std", std)):
+        if value is not None:
+            if value.shape != images.shape[1:2] or value.dtype != torch.float32 or not value.is_contiguous():
+                raise _error(
+                    f"{name} is {list(value.shape)} of {value.dtype}, expected contiguous torch.float32 "
+                    f"[{images.shape[1]}], one per channel"
+                )
+            _check_device(name, value, images)
+
+
+def _either(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype) for dtype in dtypes)
+
+
+def _check_device(name: str, value: Tensor, images: Tensor) -> None:
+    if value.device != images.device:
+        raise _error(f"{name} is on {value.device} and images on {images.device}")
+
+
+def _check_values(params: AugmentParams, rows: Tensor | None) -> None:
+    for name, field in vars(params).items():
+        if not field.isfinite().all():
+            raise _error(f"params.{name} is not finite")
+    if rows is not None and len(rows):
+        low, high = (int(bound) for bound in rows.aminmax())
+        if low < 0 or high >= len(params):
+            raise _error(f"rows holds {low} to {high}, expected 0 to {len(params) - 1}")
