@@ -107,13 +107,7 @@ def sample(
     Raises:
         ValueError: an unknown part or mode.
     """
-    parts = [] if strategy in ("", "none") else strategy.split("_")
-    unknown = [part for part in parts if part not in _DRAW]
-    if unknown:
-        raise ValueError(
-            f"mim4dd.augment.sample: unknown part {unknown[0]!r} of strategy {strategy!r}, expected some of "
-            f"{DSA} joined by '_'"
-        )
+    parts = parts_of(strategy)
     if mode not in ("single", "all"):
         raise ValueError(f"mim4dd.augment.sample: mode is {mode!r}, expected 'single' or 'all'")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -127,6 +121,21 @@ def sample(
     if siamese:
         params = params._map(lambda field: field.expand(batch, *field.shape[1:]))
     return params
+
+
+def parts_of(strategy: str) -> list[str]:
+    """Return the parts of a strategy string.
+
+    Raises:
+        ValueError: an unknown part.
+    """
+    parts = [] if strategy in ("", "none") else strategy.split("_")
+    for part in parts:
+        if part not in _DRAW:
+            raise ValueError(
+                f"mim4dd.augment: unknown part {part!r} of strategy {strategy!r}, expected some of {DSA}"
+            )
+    return parts
 
 
 def pad_and_crop(batch: int, padding: int, *, generator: torch.Generator) -> AugmentParams:

@@ -1,5 +1,18 @@
-"""Errors that are the user's to mend; the command lines print them in one line and exit with 2."""
+"""Errors that are the user's to mend; the command lines print them in a line or two and exit with 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
     """Something given to mim4dd is wrong: the text names the value, what was expected and what to do."""
+
+
+def unknown(kind: str, name: str, names: Iterable[str], also: str = "") -> InputError:
+    """Return the error for a name that is not among `names`, with those that come close."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f", did you mean {' or '.join(close)}?" if close else "."
+    return InputError(f"unknown {kind} {name!r}{hint} Expected one of {', '.join(names)}{also}")

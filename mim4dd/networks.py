@@ -7,7 +7,6 @@ one flattened, `forward(x)` the class logits.
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -15,9 +14,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError
+from .errors import InputError, unknown
 
 Size = tuple[int, int]
+
+# Images per forward pass without gradients: on CPU what keeps a map in the cache (2 times faster than 256).
+CHUNK = {"cpu": 32, "cuda": 1024}
 
 
 class Network(nn.Module):
@@ -199,8 +201,28 @@ class _Residual(nn.Module):
         return (self.body(x) + self.skip(x)).relu()
 
 
+class _InstanceNorm(nn.GroupNorm):
+    """One group per channel. On CPU, small maps go a faster way than torch's.
+
+    Below 1024 pixels torch's channels-last kernel walks one channel at a time: 10.3 ms against 0.6 ms for
+    32x64x16x16 on one core (forward).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (
+            x.device.type != "cpu"
+            or x.dtype not in (torch.float32, torch.float64)
+            or math.prod(x.shape[2:]) >= 1024
+        ):
+            return super().forward(x)
+        centred = x - x.mean((2, 3), keepdim=True)
+        variance = centred.square().mean((2, 3), keepdim=True)
+        scale = (variance + self.eps).rsqrt() * self.weight[:, None, None]
+        return torch.addcmul(self.bias[:, None, None], centred, scale)
+
+
 def _instance(channels: int, _: Size = (0, 0)) -> nn.Module:
-    return nn.GroupNorm(channels, channels)
+    return _InstanceNorm(channels, channels)
 
 
 _NORMS: dict[str, Callable[[int, Size], nn.Module]] = {
@@ -232,9 +254,7 @@ ARCHITECTURES: dict[str, Callable[..., Network]] = {
 
 def _pick(kind: str, name: str, table: dict[str, Callable]) -> Callable:
     if name not in table:
-        close = difflib.get_close_matches(name, table, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise InputError(f"unknown {kind} {name!r}{hint} (there are {', '.join(table)})")
+        raise unknown(kind, name, table)
     return table[name]
 
 

@@ -4,6 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from mim4dd.data import load
+from mim4dd.objectives import Problem
+from mim4dd.synthetic import initialise
+
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -28,3 +32,20 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4)
     assert actual.shape == expected.shape
     error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-12)
     assert error <= tolerance, f"relative error {error:.2e}"
+
+
+def digits_problem(ipc: int = 1) -> tuple[Problem, torch.Tensor]:
+    """A small problem on the built-in digits, and images to start from."""
+    train, _ = load("digits")
+    start = initialise(train, ipc, "real", torch.Generator().manual_seed(0))
+    problem = Problem(
+        real=train,
+        labels=start.labels,
+        architecture="convnet",
+        width=8,
+        real_batch=8,
+        augmentation="color_crop",
+        layers=(),
+        seed=0,
+    )
+    return problem, start.images

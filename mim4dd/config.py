@@ -1,0 +1,280 @@
+"""Every setting of a run, typed, one class per concern: the command line and the saved result in one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from .augment import DSA, parts_of
+from .errors import InputError, unknown
+from .networks import ARCHITECTURES
+from .objectives import METHODS
+
+T = TypeVar("T")
+FLOAT32_MAX = 3.4e38
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The real images."""
+
+    dataset: str = "digits"
+    """A named set (digits, fashion-mnist, mnist, kmnist, cifar10, cifar100, svhn, tiny-imagenet) or the path
+    of a folder of pictures, an .npz or parquet file(s)."""
+    data_dir: Path | None = None
+    """Where the files of a named set lie; by default the usual folders, else they are fetched."""
+    image_size: int | None = None
+    """Resize every image to this many pixels a side."""
+    validation: float = 0.0
+    """Hold out this share of the training images and report on it, not on the test set: to tune."""
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """The distillation. What is not given comes from a preset for the data set and the IPC."""
+
+    method: str = "dm"
+    """Base method: dm (distribution matching), dc (gradient matching) or dsa (dc with augmentation)."""
+    ipc: int = 1
+    """Images per class."""
+    iterations: int | None = None
+    """Update steps of the images."""
+    init: Literal["real", "kmeans", "noise"] | None = None
+    """Start from random real images, from those nearest to k-means centres, or from noise."""
+    real_batch: int | None = None
+    """Real images per class and iteration."""
+    image_lr: float | None = None
+    """Learning rate of the images; default: as the method was published."""
+    image_momentum: float = 0.5
+    """Momentum of the images' updates."""
+    network: str = "convnet"
+    """Architecture that is matched and evaluated: convnet, mlp, lenet, alexnet, vgg11 or resnet18."""
+    width: int | None = None
+    """Channels of the ConvNet's blocks."""
+    augmentation: str | None = None
+    """Parts of the siamese augmentation joined by "_", or none; default: all, but no flip for characters,
+    and none for dc."""
+
+
+@dataclass(frozen=True)
+class MimConfig:
+    """The mutual-information term."""
+
+    mim_weight: float | None = None
+    """Its weight; 0 leaves it out."""
+    mim_layers: str = "all"
+    """Feature maps it compares: all, last, or indices such as 0,2."""
+    mim_layer_decay: float = 1.0
+    """Factor of the weight from a layer to the one before it."""
+    mim_temperature: float = 0.1
+    """Temperature of the critic."""
+    mim_noise_ratio: float | Literal["calibrated"] = "calibrated"
+    """Noise ratio of the critic; calibrated: measured on the first batch."""
+    mim_projection: Literal["none", "random", "trained"] = "none"
+    """Linear map of the features into a common contrastive space."""
+    mim_projection_size: int = 128
+    """Width of that space."""
+    mim_symmetric: bool = False
+    """Add the term with real and synthetic exchanged."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The evaluation: networks trained from nothing on the synthetic images."""
+
+    num_eval: int | None = None
+    """Networks trained per result; 0: no evaluation."""
+    eval_epochs: int | None = None
+    """Epochs of each."""
+    baselines: tuple[Literal["random", "kmeans", "base", "full"], ...] = ("random",)
+    """Compared at equal IPC: random real images, those nearest to k-means centres, the base method without
+    the mutual-information term; and the full data."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Distil a labelled image set into a few synthetic images per class."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    mim: MimConfig = field(default_factory=MimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    seed: int = 0
+    """Of every random draw; the same seed gives the same set."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    out: Path | None = None
+    """Folder of the results; default: runs/<dataset>-<method>-ipc<n>-<seed>, or the next free name."""
+    overwrite: bool = False
+    """Write into --out even if it holds a result."""
+    preset: Literal["short", "paper"] = "short"
+    """short: minutes on a laptop. paper: the published protocol (20,000 iterations, 256 real images a class,
+    width 128, 1000 epochs), for a GPU."""
+    quick: bool = False
+    """A smoke run of seconds: the smallest of everything that is not given."""
+    config: Path | None = None
+    """A JSON file of settings, such as an earlier result.json; the command line goes before it."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of a run, and where it starts."""
+
+    init: str
+    iterations: int
+    real_batch: int
+    width: int
+    num_eval: int
+    eval_epochs: int
+
+
+QUICK = Preset(init="kmeans", iterations=10, real_batch=16, width=16, num_eval=1, eval_epochs=20)
+SHORT = Preset(init="kmeans", iterations=200, real_batch=128, width=64, num_eval=5, eval_epochs=300)
+PAPER = Preset(init="real", iterations=20_000, real_batch=256, width=128, num_eval=20, eval_epochs=1000)
+
+NO_FLIP = ("digits", "mnist", "kmnist", "svhn")  # a mirrored character is another one, or none
+
+
+def with_presets(config: Config) -> Config:
+    """Return the configuration with every setting that was left open filled in."""
+    preset = QUICK if config.quick else PAPER if config.preset == "paper" else SHORT
+    method = METHODS[config.distill.method]
+    weight = method.mim_weights[max(ipc for ipc in method.mim_weights if ipc <= config.distill.ipc)]
+    if config.data.dataset == "digits":
+        weight /= 10  # of 8x8 pixels: smaller feature maps, and as much smaller a distance to balance
+    augmentation = DSA.replace("_flip", "") if config.data.dataset in NO_FLIP else DSA
+    return dataclasses.replace(
+        config,
+        distill=_filled(
+            config.distill,
+            preset,
+            image_lr=method.image_lr,
+            augmentation=augmentation if method.augmented else "none",
+        ),
+        mim=_filled(config.mim, preset, mim_weight=weight),
+        eval=_filled(config.eval, preset),
+    )
+
+
+def _filled(part: Any, preset: Preset, **others: Any) -> Any:
+    values = {**vars(preset), **others}
+    return dataclasses.replace(
+        part, **{name: values[name] for name, value in vars(part).items() if value is None and name in values}
+    )
+
+
+def settled(value: T | None) -> T:
+    """Return a setting that `with_presets` has filled in."""
+    assert value is not None
+    return value
+
+
+def check(config: Config) -> None:
+    """Refuse settings that cannot be meant, before any work starts.
+
+    Raises:
+        InputError: naming the option, its value and what was expected.
+    """
+    if config.distill.method not in METHODS:
+        raise unknown("method", config.distill.method, METHODS)
+    if config.distill.network not in ARCHITECTURES:
+        raise unknown("network", config.distill.network, ARCHITECTURES)
+    at_least = {
+        "--ipc": (config.distill.ipc, 1),
+        "--iterations": (config.distill.iterations, 0),
+        "--real-batch": (config.distill.real_batch, 1),
+        "--width": (config.distill.width, 1),
+        "--num-eval": (config.eval.num_eval, 0),
+        "--eval-epochs": (config.eval.eval_epochs, 1),
+        "--mim-weight": (config.mim.mim_weight, 0),
+        "--mim-projection-size": (config.mim.mim_projection_size, 1),
+    }
+    for option, (value, least) in at_least.items():
+        if value is not None and not value >= least:
+            raise InputError(f"{option} is {value}, expected at least {least}")
+    above_zero = {
+        "--image-lr": config.distill.image_lr,
+        "--mim-temperature": config.mim.mim_temperature,
+        "--mim-noise-ratio": config.mim.mim_noise_ratio,
+        "--mim-layer-decay": config.mim.mim_layer_decay,
+    }
+    for option, number in above_zero.items():
+        if isinstance(number, float) and not 0 < number < FLOAT32_MAX:
+            raise InputError(f"{option} is {number}, expected a positive number")
+    if not 0 <= config.data.validation < 1:
+        raise InputError(f"--validation is {config.data.validation}, expected a share from 0 up to 1")
+    if config.distill.augmentation is not None:
+        try:
+            parts_of(config.distill.augmentation)
+        except ValueError as error:
+            raise InputError(f"--augmentation: {error}") from error
+    layers(config.mim)
+
+
+def layers(mim: MimConfig) -> str | list[int]:
+    """Return what --mim-layers says: "all", "last" or indices.
+
+    Raises:
+        InputError: it says something else.
+    """
+    if mim.mim_layers in ("all", "last"):
+        return mim.mim_layers
+    try:
+        return [int(k) for k in mim.mim_layers.split(",")]
+    except ValueError as error:
+        raise InputError(
+            f"--mim-layers is {mim.mim_layers!r}, expected all, last or indices such as 0,2"
+        ) from error
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """Return the settings as JSON-able values; `from_json` reads them back."""
+    settings = dataclasses.asdict(config)
+    del settings["config"]  # its settings are all in here
+    return json.loads(json.dumps(settings, default=str))
+
+
+def read_config(path: Path) -> Config:
+    """Read settings from a JSON file of `to_json`'s form, or from a result.json that holds one as "config".
+
+    Raises:
+        InputError: no such file, not JSON, or an unknown setting.
+    """
+    try:
+        settings = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"--config {path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"--config {path} is not JSON ({error})") from error
+    return from_json(settings.get("config", settings) if isinstance(settings, dict) else settings, str(path))
+
+
+def from_json(settings: Any, source: str) -> Config:
+    """Return the configuration that `to_json` made `settings` of; `source` names it in errors.
+
+    Raises:
+        InputError: an unknown setting, or no settings at all.
+    """
+    return _from_json(Config, settings, source)
+
+
+def _from_json(kind: Any, settings: Any, where: str) -> Any:
+    if not isinstance(settings, dict):
+        raise InputError(f"{where}: expected an object of settings, got {settings!r}")
+    types = typing.get_type_hints(kind)
+    values = {}
+    for name, value in settings.items():
+        if name not in types:
+            raise unknown(f"setting in {where}:", name, types)
+        if dataclasses.is_dataclass(types[name]):
+            value = _from_json(types[name], value, where)
+        elif Path in typing.get_args(types[name]) and value is not None:
+            value = Path(value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[name] = value
+    return kind(**values)

@@ -1,0 +1,104 @@
+"""What the command lines show: progress with rate and time left, and tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from .errors import InputError
+from .evaluate import Score
+
+console = Console(highlight=False)
+
+
+def guarded(command: Callable[[], int | None]) -> int:
+    """Run a command line; return its exit code, 2 for the user's mistakes and 130 for an interruption."""
+    try:
+        return command() or 0
+    except InputError as error:
+        complain(str(error))
+        return 2
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return 130
+
+
+def complain(message: str) -> None:
+    """Tell what went wrong, apart from the output."""
+    sys.stderr.write(f"mim4dd: {message}\n")
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.finished_speed or task.speed or 0:.2f}/s")
+
+
+class Steps:
+    """One bar; on a dumb terminal or in a file, a line every tenth of the way instead."""
+
+    def __init__(self, bar: Progress, title: str, total: int) -> None:
+        self._bar = bar
+        self._title = title
+        self._total = total
+        self._task = bar.add_task(title, total=total, note="")
+        self._printed = 0
+
+    def advance_to(self, done: int, note: str) -> None:
+        """Show that `done` of the total are done, with a note."""
+        self._bar.update(self._task, completed=done, note=note)
+        if not console.is_terminal and (done - self._printed >= self._total / 10 or done == self._total):
+            left = self._bar.tasks[self._task].time_remaining
+            console.print(
+                f"{self._title} {done}/{self._total}  {note}" + (f"  {left:.0f} s left" if left else "")
+            )
+            self._printed = done
+
+
+@contextmanager
+def steps(title: str, total: int) -> Iterator[Steps]:
+    """Show the progress of `total` steps."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
+    with Progress(
+        *columns,
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=not console.is_terminal,
+    ) as bar:
+        yield Steps(bar, title, total)
+
+
+def with_accuracy(title: str, num_networks: int, score: Callable[..., Score]) -> Score:
+    """Call `score(on_network=...)` under a bar that shows the mean accuracy so far."""
+    with steps(title, num_networks) as bar:
+        accuracies: list[float] = []
+
+        def look(accuracy: float) -> None:
+            accuracies.append(accuracy)
+            bar.advance_to(len(accuracies), f"accuracy {Score(tuple(accuracies))}")
+
+        return score(on_network=look)
+
+
+def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Print a table whose last row stands out."""
+    console.print(title, style="italic")
+    table = Table(*columns)
+    cells = [[str(cell) for cell in row] for row in rows]
+    for k, row in enumerate(cells):
+        table.add_row(*row, style="bold" if k == len(cells) - 1 else None)
+    console.print(table)

@@ -1,0 +1,224 @@
+"""The evaluation protocol, and `python -m mim4dd.evaluate` that scores a saved set by it.
+
+A network is trained from nothing on the images alone and tested once, after the last epoch, on images that
+took no part in anything before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import augment, networks
+from .data import ImageSet, load
+from .errors import InputError, unknown
+from .networks import Network
+from .seeding import generator
+from .synthetic import SyntheticSet
+
+OnNetwork = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a network is trained on a synthetic set (DSA's protocol).
+
+    Attributes:
+        epochs: the learning rate falls to a tenth after half of them.
+        augmentation: strategy string, one part drawn per step and parameters per image; see `augment.sample`.
+        architecture: see `mim4dd.networks.ARCHITECTURES`.
+        width: of the ConvNet's blocks.
+        lr: of SGD.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        batch: images per step.
+    """
+
+    epochs: int
+    augmentation: str
+    architecture: str = "convnet"
+    width: int = 128
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch: int = 256
+
+
+@dataclass(frozen=True)
+class Score:
+    """Test accuracies of several networks, each from 0 to 1."""
+
+    accuracies: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy."""
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation over the networks; 0 for a single one."""
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f} %"
+
+
+def evaluate(
+    training_set: Callable[[int], tuple[Tensor, Tensor]],
+    test: ImageSet,
+    protocol: Protocol,
+    *,
+    num_networks: int,
+    seed: int,
+    on_network: OnNetwork = lambda _: None,
+) -> Score:
+    """Train `num_networks` networks and test each once.
+
+    Args:
+        training_set: the images float32 [n, C, H, W] and labels int64 [n] for network k.
+        test: on the device of the run.
+        protocol: how to train.
+        num_networks: how many.
+        seed: of the weights, batches and augmentations; network k is the same for every training set.
+        on_network: called with each accuracy.
+    """
+    device = test.images.device
+    network = networks.create(
+        protocol.architecture,
+        test.channels,
+        test.num_classes,
+        test.image_size,
+        width=protocol.width,
+        device=device,
+    )
+    accuracies = []
+    for k in range(num_networks):
+        random = generator(seed, f"evaluation/{k}", device)
+        networks.initialise(network, random)
+        train(network, *training_set(k), protocol, random)
+        accuracies.append(accuracy(network, test))
+        on_network(accuracies[-1])
+    return Score(tuple(accuracies))
+
+
+def train(
+    network: Network, images: Tensor, labels: Tensor, protocol: Protocol, generator: torch.Generator
+) -> None:
+    """Train `network` in place on images [n, C, H, W] and labels [n], every epoch in a new order."""
+    network.train()
+    optimizer = torch.optim.SGD(
+        network.parameters(),
+        lr=protocol.lr,
+        momentum=protocol.momentum,
+        weight_decay=protocol.weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [protocol.epochs // 2 + 1])
+    size = (images.shape[2], images.shape[3])
+    for _ in range(protocol.epochs):
+        order = torch.randperm(len(images), generator=generator, device=images.device)
+        for index in order.split(protocol.batch):
+            params = augment.sample(protocol.augmentation, len(index), size, generator=generator)
+            loss = F.cross_entropy(network(augment.apply(images[index], params)), labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+
+
+@torch.no_grad()
+def accuracy(network: Network, test: ImageSet) -> float:
+    """Return the share of `test` that `network` classifies rightly."""
+    network.eval()
+    device = test.images.device
+    right = torch.zeros((), device=device)
+    for index in torch.arange(len(test), device=device).split(networks.CHUNK[device.type]):
+        right += (network(test.batch(index)).argmax(1) == test.labels[index]).sum()
+    return right.item() / len(test)
+
+
+def score_saved(
+    path: Path,
+    /,
+    *,
+    architectures: tuple[str, ...] = (),
+    dataset: str | None = None,
+    data_dir: Path | None = None,
+    num_eval: int = 5,
+    eval_epochs: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Train networks on a saved synthetic set and print their accuracy on the real test set.
+
+    Args:
+        path: synthetic.safetensors of a run.
+        architectures: of convnet, mlp, lenet, alexnet, vgg11, resnet18; default: the run's.
+        dataset: the real data, where they are not where the run found them: a name or a path.
+        data_dir: folder of the files of a named set.
+        num_eval: networks trained per architecture.
+        eval_epochs: epochs of each; default: the run's.
+        seed: of weights, batches and augmentations.
+        device: auto, cpu, cuda, cuda:1, ...
+    """
+    from .config import from_json, settled
+    from .console import print_table, with_accuracy
+    from .experiment import pick_device
+
+    for option, value in (("--num-eval", num_eval), ("--eval-epochs", eval_epochs)):
+        if value is not None and value < 1:
+            raise InputError(f"{option} is {value}, expected at least 1")
+    for name in set(architectures) - set(networks.ARCHITECTURES):
+        raise unknown("architecture", name, networks.ARCHITECTURES)
+    saved = SyntheticSet.load(path)
+    config = from_json(saved.metadata.get("config"), str(path))
+    where = pick_device(device)
+    source = dataset or config.data.dataset
+    _, test = load(source, data_dir or config.data.data_dir, config.data.image_size)
+    if test.class_names != saved.class_names or test.images.shape[1:] != saved.images.shape[1:]:
+        raise InputError(
+            f"{path} holds {len(saved.class_names)} classes of images {list(saved.images.shape[1:])}, but "
+            f"{source} {test.num_classes} of {list(test.images.shape[1:])}; name its data with --dataset"
+        )
+    # The networks are trained in the saved set's normalisation, so they are tested in it too.
+    test = dataclasses.replace(test, mean=saved.mean, std=saved.std).to(where)
+    images, labels = saved.images.to(where), saved.labels.to(where)
+    rows = []
+    for architecture in architectures or (config.distill.network,):
+        protocol = Protocol(
+            epochs=eval_epochs or settled(config.eval.eval_epochs),
+            augmentation=settled(config.distill.augmentation),
+            architecture=architecture,
+            width=settled(config.distill.width),
+        )
+        score = with_accuracy(
+            architecture,
+            num_eval,
+            functools.partial(
+                evaluate, lambda _: (images, labels), test, protocol, num_networks=num_eval, seed=seed
+            ),
+        )
+        rows.append((architecture, score, num_eval))
+    print_table(f"Accuracy on the test set of {len(test)} images", ("network", "accuracy", "networks"), rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    import tyro
+
+    from .console import guarded
+
+    return guarded(lambda: tyro.cli(score_saved, prog="python -m mim4dd.evaluate", args=arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

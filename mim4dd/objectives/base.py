@@ -1,0 +1,79 @@
+"""What an objective is: it maps synthetic images to a loss and the features behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..data import ImageSet
+from ..networks import CHUNK, Network, create
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be matched, the same for every objective.
+
+    Attributes:
+        real: the training images, on the device of the run.
+        labels: int64 [n], of the synthetic images, class by class.
+        architecture: of the networks, see `mim4dd.networks.ARCHITECTURES`.
+        width: of the networks' blocks.
+        real_batch: real images per class and iteration.
+        augmentation: strategy string, see `mim4dd.augment.sample`.
+        layers: maps that the add-on compares; the last one is always kept.
+        seed: of every random draw.
+    """
+
+    real: ImageSet
+    labels: Tensor
+    architecture: str
+    width: int
+    real_batch: int
+    augmentation: str
+    layers: Sequence[int]
+    seed: int
+
+    def network(self) -> Network:
+        """Return a network for these images with unset weights that want no gradient."""
+        real = self.real
+        return create(
+            self.architecture,
+            real.channels,
+            real.num_classes,
+            real.image_size,
+            width=self.width,
+            device=real.images.device,
+        ).requires_grad_(False)
+
+    @torch.no_grad()
+    def real_features(self, network: Network, images: Tensor) -> list[Tensor]:
+        """Return the feature maps of images [N, C, H, W], computed in chunks; those not needed are empty."""
+        chunks = []
+        for chunk in images.split(CHUNK[images.device.type]):
+            maps = network.features(chunk)
+            needed = {len(maps) - 1, *self.layers}
+            chunks.append([m if k in needed else m.new_empty(0) for k, m in enumerate(maps)])
+        return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+
+
+@dataclass(frozen=True)
+class Matched:
+    """The outcome of one matching: the loss, differentiable in the images, and the features it came from."""
+
+    loss: Tensor
+    synthetic_features: Sequence[Tensor]
+    real_features: Sequence[Tensor]
+    synthetic_labels: Tensor
+    real_labels: Tensor
+
+
+class Objective(Protocol):
+    """A base method for one problem. It draws what it needs, real images and networks, by itself."""
+
+    def __call__(self, images: Tensor) -> Matched:
+        """Match the synthetic images [n, C, H, W] against the problem's real ones."""
+        ...

@@ -1,0 +1,92 @@
+"""Distribution matching (DM, WACV 2023): equal class means of the features of a random network."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import augment
+from ..networks import initialise
+from ..seeding import generator
+from .base import Matched, Problem
+
+
+def distribution_distance(
+    real_features: Tensor,
+    synthetic_features: Tensor,
+    real_labels: Tensor,
+    synthetic_labels: Tensor,
+    *,
+    num_classes: int | None = None,
+) -> Tensor:
+    """Return the sum over classes of the squared distance between the mean features, a scalar.
+
+    A class that one of the sides lacks contributes nothing.
+
+    Args:
+        real_features: float [N, ...], flattened to rows.
+        synthetic_features: float [M, ...], flattened to rows.
+        real_labels: int64 [N].
+        synthetic_labels: int64 [M].
+        num_classes: one more than the largest label; None looks, which on a GPU waits for it.
+
+    Raises:
+        ValueError: one label per row is expected, and equal widths.
+    """
+    real, synthetic = real_features.flatten(1), synthetic_features.flatten(1)
+    if real.shape[1] != synthetic.shape[1]:
+        raise ValueError(
+            f"mim4dd.distribution_distance: real_features have width {real.shape[1]} and synthetic_features "
+            f"{synthetic.shape[1]}; take both from the same layer"
+        )
+    for name, rows, labels in (("real", real, real_labels), ("synthetic", synthetic, synthetic_labels)):
+        if labels.shape != rows.shape[:1]:
+            raise ValueError(
+                f"mim4dd.distribution_distance: {name}_labels is {list(labels.shape)}, expected [{len(rows)}]"
+            )
+    if not len(real) or not len(synthetic):
+        return synthetic.sum() * 0
+    # One-hot products rather than scattered sums: deterministic on every device.
+    if num_classes is None:
+        num_classes = int(torch.cat([real_labels, synthetic_labels]).max()) + 1
+    difference: Tensor | float = 0.0
+    present = torch.ones(num_classes, dtype=torch.bool, device=real.device)
+    for sign, rows, labels in ((1, real, real_labels), (-1, synthetic, synthetic_labels)):
+        membership = F.one_hot(labels, num_classes).to(rows.dtype)
+        counts = membership.sum(0)
+        present = present & (counts > 0)
+        difference = difference + sign * (membership.T @ rows) / counts.clamp_min(1)[:, None]
+    assert isinstance(difference, Tensor)
+    return torch.where(present, difference.square().sum(1), 0).sum()
+
+
+class DistributionMatching:
+    """A new random network every iteration; real and synthetic images share their augmentation by class."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.network = problem.network()
+        seed, device = problem.seed, problem.real.images.device
+        self.weights, self.draws, self.augmentations = (
+            generator(seed, purpose, device) for purpose in ("dm/network", "dm/real", "dm/augmentation")
+        )
+        classes = torch.arange(problem.real.num_classes, device=device)
+        self.real_labels = classes.repeat_interleave(problem.real_batch)
+
+    def __call__(self, images: Tensor) -> Matched:
+        """Return the distance for the synthetic images [n, C, H, W] and the features it is made of."""
+        problem = self.problem
+        real, labels = problem.real, problem.labels
+        initialise(self.network, self.weights)
+        params = augment.sample(
+            problem.augmentation, real.num_classes, real.image_size, generator=self.augmentations
+        )
+        real_images = real.batch(real.sample(problem.real_batch, self.draws).flatten())
+        real_images = augment.apply(real_images, params, rows=self.real_labels)
+        real_maps = problem.real_features(self.network, real_images)
+        synthetic_maps = self.network.features(augment.apply(images, params, rows=labels))
+        distance = distribution_distance(
+            real_maps[-1], synthetic_maps[-1], self.real_labels, labels, num_classes=real.num_classes
+        )
+        return Matched(distance, synthetic_maps, real_maps, labels, self.real_labels)

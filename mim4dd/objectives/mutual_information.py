@@ -1,0 +1,158 @@
+"""The MIM4DD term: maximise the mutual information between real and synthetic feature maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..losses import calibrated_noise_ratio, nce_loss
+
+
+class MutualInformation(nn.Module):
+    """An NCE loss over feature maps, an add-on to any objective (MIM4DD, NeurIPS 2023).
+
+    Synthetic features are the anchors, real features the keys; same-label pairs are positive. Layer k of K
+    counts with weight * layer_decay ** (K - 1 - k), so that deeper layers weigh more if layer_decay < 1.
+
+    Args:
+        weight: the factor of the whole term.
+        layers: "all", "last", or the indices of the maps to compare (negative ones count from the end).
+        layer_decay: the factor from a layer to the one before it.
+        temperature: of the critic.
+        noise_ratio: of the critic, or "calibrated": measured per layer on the first batch, then frozen.
+        negatives: negatives drawn per positive; None: as many as there are.
+        projection: "none", or a linear map of every layer into a common space: "random" (fixed) or "trained"
+            (its parameters are the module's; give them to an optimiser).
+        projection_size: width of that space.
+        feature_sizes: features per image of every map; needed for a projection.
+        generator: draws the projection; needed for one.
+        symmetric: add the term with the roles of real and synthetic exchanged.
+
+    Raises:
+        ValueError: an unknown option, or a projection without its sizes and generator.
+    """
+
+    def __init__(
+        self,
+        *,
+        weight: float = 1.0,
+        layers: str | Sequence[int] = "last",
+        layer_decay: float = 1.0,
+        temperature: float = 0.1,
+        noise_ratio: float | str = "calibrated",
+        negatives: float | None = None,
+        projection: str = "none",
+        projection_size: int = 128,
+        feature_sizes: Sequence[int] = (),
+        generator: torch.Generator | None = None,
+        symmetric: bool = False,
+    ) -> None:
+        super().__init__()
+        if isinstance(noise_ratio, str) and noise_ratio != "calibrated":
+            raise ValueError(
+                f"mim4dd.MutualInformation: noise_ratio is {noise_ratio!r}, expected a number or 'calibrated'"
+            )
+        if projection not in ("none", "random", "trained"):
+            raise ValueError(
+                f"mim4dd.MutualInformation: projection is {projection!r}, expected none, random or trained"
+            )
+        self.weight = weight
+        self.layers = layers
+        self.layer_decay = layer_decay
+        self.temperature = temperature
+        self.noise_ratio = noise_ratio
+        self.negatives = negatives
+        self.symmetric = symmetric
+        self._calibrated: dict[int, Tensor] = {}
+        self.projections = nn.ParameterDict()
+        if projection != "none":
+            if generator is None or not feature_sizes:
+                raise ValueError(
+                    f"mim4dd.MutualInformation: projection={projection!r} needs feature_sizes and a generator"
+                )
+            for k in layer_indices(layers, len(feature_sizes)):
+                shape = (feature_sizes[k], projection_size)
+                matrix = torch.randn(shape, generator=generator, device=generator.device)
+                self.projections[str(k)] = nn.Parameter(
+                    matrix / projection_size**0.5, requires_grad=projection == "trained"
+                )
+
+    def forward(
+        self,
+        synthetic_features: Sequence[Tensor] | Tensor,
+        real_features: Sequence[Tensor] | Tensor,
+        synthetic_labels: Tensor,
+        real_labels: Tensor,
+    ) -> Tensor:
+        """Return the weighted term, a scalar.
+
+        Args:
+            synthetic_features: one map [M, ...] per layer, or a single one.
+            real_features: maps [N, ...] likewise.
+            synthetic_labels: int [M].
+            real_labels: int [N].
+
+        Raises:
+            ValueError: maps, labels or layers do not fit.
+        """
+        synthetic = [synthetic_features] if isinstance(synthetic_features, Tensor) else synthetic_features
+        real = [real_features] if isinstance(real_features, Tensor) else real_features
+        if len(synthetic) != len(real):
+            raise ValueError(
+                f"mim4dd.MutualInformation: {len(synthetic)} synthetic maps, but {len(real)} real ones"
+            )
+        total = torch.zeros((), device=synthetic_labels.device)
+        for k in layer_indices(self.layers, len(synthetic)):
+            anchors, keys = self._embed(k, synthetic[k]), self._embed(k, real[k])
+            loss = nce_loss(
+                anchors,
+                keys,
+                synthetic_labels,
+                real_labels,
+                temperature=self.temperature,
+                noise_ratio=self._noise_ratio(k, anchors, keys, synthetic_labels, real_labels),
+                negatives=self.negatives,
+                symmetric=self.symmetric,
+            )
+            total = total + self.weight * self.layer_decay ** (len(synthetic) - 1 - k) * loss
+        return total
+
+    def get_extra_state(self) -> dict[int, Tensor]:
+        """Return the calibrated noise ratios by layer, for the state dict."""
+        return self._calibrated
+
+    def set_extra_state(self, state: dict[int, Tensor]) -> None:
+        """Restore the calibrated noise ratios."""
+        self._calibrated = dict(state)
+
+    def _embed(self, k: int, features: Tensor) -> Tensor:
+        features = features.flatten(1)
+        return features @ self.projections[str(k)] if str(k) in self.projections else features
+
+    def _noise_ratio(self, k: int, *batch: Tensor) -> float | Tensor:
+        if not isinstance(self.noise_ratio, str):
+            return self.noise_ratio
+        if k not in self._calibrated:
+            self._calibrated[k] = calibrated_noise_ratio(
+                *batch, temperature=self.temperature, negatives=self.negatives
+            )
+        return self._calibrated[k]
+
+
+def layer_indices(layers: str | Sequence[int], num_layers: int) -> list[int]:
+    """Return the indices, ascending, that "all", "last" or a list of possibly negative ones mean.
+
+    Raises:
+        ValueError: no such layer.
+    """
+    if isinstance(layers, str):
+        named = {"all": range(num_layers), "last": [num_layers - 1]}
+        if layers not in named:
+            raise ValueError(f"mim4dd: layers is {layers!r}, expected 'all', 'last' or a list of indices")
+        return list(named[layers])
+    wrong = [k for k in layers if not -num_layers <= k < num_layers]
+    if wrong:
+        raise ValueError(f"mim4dd: there is no layer {wrong[0]}, the network has {num_layers}")
+    return sorted({k % num_layers for k in layers})

@@ -1,0 +1,189 @@
+"""Encoded pictures: a folder for each class, or Hugging Face parquet files; Pillow decodes them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mim4dd.errors import InputError
+from mim4dd.readers import Pair, Raw, reading
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+TEST_NAMES = ("test", "val", "validation", "valid")  # the first one found is the test set
+GREY_MODES = ("1", "L", "LA")
+ANNOTATIONS = "val_annotations.txt"  # Tiny ImageNet keeps its validation images in one folder and this table
+DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # converting these would clip them to 8 bits
+
+
+def read_folder(path: Path, image_size: int | None) -> Pair:
+    """`path/train/<class>/*` with `path/test|val|validation/<class>/*`, or `path/<class>/*` alone."""
+    root = path / "train" if (path / "train").is_dir() else path
+    classes = tuple(sorted(folder.name for folder in _folders(root)))
+    train = _folder_part(root, classes, image_size)
+    candidates = [path / name for name in TEST_NAMES if root != path and (path / name).is_dir()]
+    if not candidates:
+        return train, None
+    labelled = [c for c in candidates if (c / ANNOTATIONS).is_file()]  # Tiny ImageNet's test has no labels
+    return _same_channels(train, _folder_part((labelled or candidates)[0], classes, image_size))
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+
+
+def _folder_part(root: Path, classes: tuple[str, ...], image_size: int | None) -> Raw:
+    if (root / ANNOTATIONS).is_file():
+        with reading(root / ANNOTATIONS, "table of file names and classes"):
+            rows = [line.split("\t") for line in (root / ANNOTATIONS).read_text().splitlines()]
+            files = [(root / "images" / row[0], row[1]) for row in rows]
+    else:
+        files = [
+            (file, folder.name)
+            for folder in _folders(root)
+            for file in sorted(folder.rglob("*"))
+            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+        ]
+    if not files:
+        raise InputError(
+            f"{root}: no pictures; expected {root}/<class>/<name> with one of {' '.join(SUFFIXES)}"
+        )
+    number = {name: i for i, name in enumerate(classes)}
+    if stray := next((file for file, name in files if name not in number), None):
+        raise InputError(f"{stray}: its class has no folder among the training images")
+
+    def contents() -> Iterator[tuple[str, bytes]]:
+        for file, _ in files:
+            with reading(file, "picture"):
+                yield str(file), file.read_bytes()
+
+    images = _decode(contents(), len(files), image_size)
+    return Raw(images, np.array([number[name] for _, name in files]), classes, str(root))
+
+
+def read_parquet(path: Path, image_size: int | None) -> Pair:
+    """A Hugging Face image file, or a folder (or its `data/`) of train* and test* files or folders."""
+    if path.is_file():
+        return _parquet_part([path], image_size), None
+    roots = (path, path / "data")
+
+    def files(split: str) -> list[Path]:
+        return sorted(
+            f for root in roots for g in (f"{split}*.parquet", f"{split}/*.parquet") for f in root.glob(g)
+        )
+
+    train = files("train")
+    if not train:
+        raise InputError(
+            f"{path}: its parquet files do not start with 'train'; name one file instead of the folder"
+        )
+    tests = next((found for found in map(files, TEST_NAMES) if found), None)
+    if tests is None:
+        return _parquet_part(train, image_size), None
+    return _same_channels(_parquet_part(train, image_size), _parquet_part(tests, image_size))
+
+
+def has_parquet(path: Path) -> bool:
+    """Whether the folder holds parquet files where `read_parquet` looks."""
+    return any(next(path.glob(g), None) for g in ("*.parquet", "*/*.parquet", "data/*/*.parquet"))
+
+
+def _parquet_part(paths: list[Path], image_size: int | None) -> Raw:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with reading(paths[0], "parquet file"):
+        schema = pq.read_schema(paths[0])
+    structs = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
+    integers = [f.name for f in schema if pa.types.is_integer(f.type)]
+    picture = _choose(
+        structs, ("image", "img"), f"{paths[0]}: image column, a struct with 'bytes'", schema.names
+    )
+    label = _choose(
+        integers, ("label", "labels", "fine_label"), f"{paths[0]}: label column of integers", schema.names
+    )
+    labels: list[np.ndarray] = []
+
+    def rows(file: Path, source: pq.ParquetFile) -> Iterator[tuple[str, bytes]]:
+        row = 0
+        with reading(file, "parquet file"):
+            for batch in source.iter_batches(columns=[picture, label], batch_size=1024):
+                if batch.column(label).null_count:
+                    raise InputError(f"{file}: column {label!r} has rows without a label")
+                labels.append(batch.column(label).to_numpy())
+                for data in batch.column(picture).field("bytes").to_pylist():
+                    yield f"{file}: {picture} of row {row}", data
+                    row += 1
+
+    with reading(paths[0], "parquet file"):
+        sources = [pq.ParquetFile(path) for path in paths]
+    count = sum(source.metadata.num_rows for source in sources)
+    if not count:
+        raise InputError(f"{paths[0]}: no rows, so no images")
+    pictures = (item for path, source in zip(paths, sources, strict=True) for item in rows(path, source))
+    images = _decode(pictures, count, image_size)
+    return Raw(images, np.concatenate(labels), _hub_names(schema.metadata, label), str(paths[0]))
+
+
+def _choose(found: list[str], preferred: tuple[str, ...], what: str, columns: list[str]) -> str:
+    """The first preferred name, else the only one found."""
+    if name := next((name for name in preferred if name in found), None):
+        return name
+    if len(found) != 1:
+        raise InputError(
+            f"{what}: expected one, found {found or 'none'} in {columns}; call it {preferred[0]!r}"
+        )
+    return found[0]
+
+
+def _hub_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:
+    try:
+        return tuple(json.loads((metadata or {})[b"huggingface"])["info"]["features"][label]["names"])
+    except (KeyError, TypeError, ValueError):  # names are optional: no such metadata, or not a ClassLabel
+        return None
+
+
+def _decode(pictures: Iterable[tuple[str, bytes]], count: int, image_size: int | None) -> np.ndarray:
+    """`count` pairs (name, encoded picture) -> uint8 [count, C, H, W], C = 1 if every one is grey, else 3."""
+    from PIL import Image, ImageOps
+
+    images: np.ndarray = np.empty((0, 1, 0, 0), np.uint8)
+    for i, (name, data) in enumerate(pictures):
+        with reading(name, "picture"), Image.open(io.BytesIO(data)) as file:
+            if file.mode in DEEP_MODES:
+                raise InputError(
+                    f"{name}: mode {file.mode}, more than 8 bits a pixel; save it as an 8-bit picture"
+                )
+            picture = file.convert("L" if file.mode in GREY_MODES else "RGB")
+            if image_size:
+                picture = ImageOps.fit(picture, (image_size, image_size))
+        pixels = np.asarray(picture).reshape(picture.height, picture.width, -1).transpose(2, 0, 1)
+        if i == 0:
+            images = np.empty((count, *pixels.shape), np.uint8)
+        height, width = images.shape[2:]
+        if picture.size != (width, height):
+            raise InputError(
+                f"{name}: {picture.width}x{picture.height} pixels, the ones before it {width}x{height}; "
+                "resize them all with --image-size"
+            )
+        if len(pixels) > images.shape[1]:  # the first colour picture after grey ones
+            images = np.repeat(images, 3, axis=1)
+        images[i] = pixels  # a grey picture among coloured ones fills all three channels
+    return images
+
+
+def _same_channels(train: Raw, test: Raw) -> tuple[Raw, Raw]:
+    """Grey pictures on one side are shown in colour if the other side has colour."""
+
+    def colour(raw: Raw) -> Raw:
+        return raw._replace(images=np.repeat(raw.images, 3, axis=1)) if raw.images.shape[1] == 1 else raw
+
+    same = train.images.shape[1] == test.images.shape[1]
+    return (train, test) if same else (colour(train), colour(test))

@@ -1,0 +1,109 @@
+"""What a run leaves for people: pictures, the loss curve and one self-contained page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from .evaluate import Score
+from .files import atomic
+from .synthetic import SyntheticSet
+
+SIDE = 64  # pixels an image is at least shown with
+GAP = 4
+TITLE = 18  # pixels of a class name's line
+ROW = 10  # images side by side
+
+
+def picture(synthetic: SyntheticSet) -> Image.Image:
+    """Draw all images in true colours, the images of a class side by side under its name.
+
+    Images of one channel are grey, of three colour; of any other number the first is shown.
+    """
+    zoom = max(1, -(-SIDE // synthetic.images.shape[-1]))
+    ipc = len(synthetic) // len(synthetic.class_names)
+    strips = synthetic.pixels.unflatten(0, (len(synthetic.class_names), ipc))
+    channels = strips if strips.shape[2] == 3 else strips[:, :, :1].expand(-1, -1, 3, -1, -1)
+    pixels = (channels * 255).round().byte().permute(0, 1, 3, 4, 2).cpu()
+    side = pixels.shape[2] * zoom
+    columns = min(ipc, ROW)
+    lines = -(-ipc // ROW)  # of images in a class
+    across = max(1, min(ROW // columns, len(synthetic.class_names)))
+    width, height = columns * (side + GAP) + GAP, lines * (side + GAP) + TITLE + GAP
+    rows = -(-len(synthetic.class_names) // across)
+    canvas = Image.new("RGB", (across * width + GAP, rows * height + GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(TITLE - 6)
+    for c, name in enumerate(synthetic.class_names):
+        left, top = c % across * width + GAP, c // across * height + GAP
+        draw.text((left, top), _fitting(name, font, width - GAP), "black", font)
+        for k in range(ipc):
+            tile = Image.fromarray(pixels[c, k].numpy()).resize((side, side), Image.Resampling.NEAREST)
+            x, y = left + k % ROW * (side + GAP), top + TITLE + k // ROW * (side + GAP)
+            canvas.paste(tile, (x, y))
+    return canvas
+
+
+def _fitting(text: str, font: Any, width: int) -> str:
+    while font.getlength(text) > width and len(text) > 1:
+        text = text.removesuffix("…")[:-1] + "…"
+    return text
+
+
+def loss_curve(history: Sequence[Mapping[str, float]]) -> str:
+    """Draw the terms of the loss over the iterations as SVG."""
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    names = [name for name in history[0] if name != "iteration"]
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        axes.plot([look["iteration"] for look in history], [look[name] for look in history])
+        axes.set(title=f"{name} term", xlabel="iteration")
+    svg = io.StringIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    return svg.getvalue()[svg.getvalue().index("<svg") :]
+
+
+def rows(result: Mapping[str, Any]) -> list[tuple[str, str, int]]:
+    """Return the closing table: what was trained on, its accuracy in percent, and on how many networks."""
+    names = {
+        "random": "random real images",
+        "kmeans": "real images nearest to k-means centres",
+        "base": f"{result['method']} without mutual information",
+        "full": "all real images",
+    }
+    scores = [(names[name], score) for name, score in result["baselines"].items()]
+    if result["accuracy_mean"] is not None:
+        method = result["method"]
+        scores.append((f"{method} with mutual information" if result["mim_weight"] else method, result))
+    return [(name, str(Score(tuple(s["accuracies"]))), s["num_networks"]) for name, s in scores]
+
+
+def write(folder: Path, synthetic: SyntheticSet, result: Mapping[str, Any]) -> None:
+    """Write images.png, result.json and report.html into `folder`, each whole or not at all."""
+    image = io.BytesIO()
+    picture(synthetic).save(image, "png")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mim4dd", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.get_template("report.html").render(
+        result=result,
+        rows=rows(result),
+        picture=base64.b64encode(image.getvalue()).decode(),
+        curve=loss_curve(result["history"]) if result["history"] else "",
+        settings=json.dumps(result["config"], indent=2),
+    )
+    files = {
+        "images.png": image.getvalue(),
+        "result.json": json.dumps(result, indent=2).encode(),
+        "report.html": page.encode(),
+    }
+    for name, content in files.items():
+        with atomic(folder / name) as temporary:
+            temporary.write_bytes(content)

@@ -1,0 +1,109 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from mim4dd import config
+from mim4dd.augment import DSA
+from mim4dd.config import Config, DataConfig, DistillConfig, EvalConfig, MimConfig
+from mim4dd.errors import InputError
+
+
+def settings(**parts) -> Config:
+    return config.with_presets(Config(**parts))
+
+
+def unsettled(value: Config) -> list[str]:
+    return [
+        f"{part}.{name}"
+        for part in ("distill", "mim", "eval")
+        for name, setting in vars(getattr(value, part)).items()
+        if setting is None
+    ]
+
+
+@pytest.mark.parametrize("preset", ["short", "paper"])
+@pytest.mark.parametrize("quick", [False, True])
+def test_presets_leave_nothing_open(preset, quick):
+    assert unsettled(settings(preset=preset, quick=quick)) == []
+
+
+def test_given_settings_go_before_the_preset():
+    given = settings(distill=DistillConfig(iterations=7), mim=MimConfig(mim_weight=0.0), quick=True)
+    assert given.distill.iterations == 7
+    assert given.mim.mim_weight == 0.0
+    assert given.distill.width == config.QUICK.width
+    paper = settings(preset="paper")
+    assert (paper.distill.iterations, paper.distill.real_batch, paper.distill.width) == (20_000, 256, 128)
+    assert paper.eval.eval_epochs == 1000
+
+
+def test_the_weight_falls_with_the_ipc():
+    weights = [settings(distill=DistillConfig(ipc=ipc)).mim.mim_weight for ipc in (1, 5, 10, 49, 50, 100)]
+    assert weights == sorted(weights, reverse=True)
+    assert weights[0] > weights[-1]
+
+
+def test_characters_are_not_mirrored():
+    assert "flip" not in settings(data=DataConfig("mnist")).distill.augmentation
+    assert settings(data=DataConfig("cifar10")).distill.augmentation == DSA
+
+
+def test_json_round_trip(tmp_path):
+    original = settings(
+        data=DataConfig("cifar10", data_dir=Path("/data")),
+        mim=MimConfig(mim_noise_ratio=2.0),
+        eval=EvalConfig(baselines=("random", "full")),
+        out=Path("there"),
+    )
+    for content in (config.to_json(original), {"config": config.to_json(original), "accuracy_mean": 0.5}):
+        path = tmp_path / "settings.json"
+        path.write_text(json.dumps(content))
+        assert config.read_config(path) == original
+
+
+def test_partial_files_keep_the_defaults(tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text('{"distill": {"ipc": 3}, "seed": 9}')
+    assert config.read_config(path) == dataclasses.replace(Config(), distill=DistillConfig(ipc=3), seed=9)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", r"expected an object of settings, got \[1\]"),
+        ('{"distill": 3}', "expected an object of settings, got 3"),
+        ('{"distill": {"iterration": 3}}', "unknown setting .* 'iterration', did you mean iterations"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, content, message):
+    path = tmp_path / "settings.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        config.read_config(path)
+    with pytest.raises(InputError, match=r"cannot be read \(No such file"):
+        config.read_config(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"distill": DistillConfig(method="dmm")}, "unknown method 'dmm', did you mean dm"),
+        ({"distill": DistillConfig(network="convnett")}, "unknown network 'convnett', did you mean convnet"),
+        ({"distill": DistillConfig(ipc=0)}, "--ipc is 0, expected at least 1"),
+        ({"distill": DistillConfig(iterations=-1)}, "--iterations is -1"),
+        ({"distill": DistillConfig(image_lr=float("nan"))}, "--image-lr is nan, expected a positive number"),
+        ({"distill": DistillConfig(image_lr=1e300)}, "--image-lr is 1e\\+300, expected a positive number"),
+        ({"distill": DistillConfig(augmentation="color_shear")}, "unknown part 'shear'"),
+        ({"mim": MimConfig(mim_weight=-2.0)}, "--mim-weight is -2.0, expected at least 0"),
+        ({"mim": MimConfig(mim_temperature=0.0)}, "--mim-temperature is 0.0"),
+        ({"mim": MimConfig(mim_layers="first")}, "--mim-layers is 'first', expected all, last or indices"),
+        ({"eval": EvalConfig(eval_epochs=0)}, "--eval-epochs is 0, expected at least 1"),
+        ({"data": DataConfig(validation=1.0)}, "--validation is 1.0, expected a share"),
+    ],
+)
+def test_impossible_settings_are_refused(parts, message):
+    with pytest.raises(InputError, match=message):
+        config.check(Config(**parts))

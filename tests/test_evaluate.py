@@ -1,0 +1,113 @@
+import dataclasses
+
+import pytest
+import torch
+
+from mim4dd import networks
+from mim4dd.data import load
+from mim4dd.evaluate import Protocol, Score, accuracy, evaluate, train
+from mim4dd.seeding import generator
+from mim4dd.synthetic import initialise
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+PROTOCOL = Protocol(epochs=30, augmentation="color_crop", width=16)
+
+
+def test_score():
+    score = Score((0.5, 0.7))
+    assert score.mean == pytest.approx(0.6)
+    assert score.std == pytest.approx(0.1 * 2**0.5)
+    assert str(score) == "60.0 ± 14.1 %"
+    assert Score((0.25,)).std == 0
+
+
+def test_accuracy_counts_every_test_image_once(digits):
+    """Against a plain loop, on a size that is no multiple of the chunk."""
+    _, test = digits
+    network = networks.create("convnet", 1, 10, (8, 8), width=8)
+    networks.initialise(network, generator(0, "test"))
+    right = 0
+    with torch.no_grad():
+        for i in range(len(test)):
+            index = torch.tensor([i])
+            right += int(network(test.batch(index)).argmax() == test.labels[i])
+    assert accuracy(network, test) == right / len(test)
+
+
+def test_training_learns_and_repeats(digits):
+    real, test = digits
+    start = initialise(real, 5, "real", generator(0, "init"))
+
+    def score(seed):
+        return evaluate(
+            lambda _: (start.images, start.labels), test, PROTOCOL, num_networks=2, seed=seed
+        ).accuracies
+
+    first = score(0)
+    assert first == score(0)
+    assert first != score(1)
+    assert first[0] != first[1], "every network starts anew"
+    assert min(first) > 0.5
+
+
+def test_training_set_may_change_with_the_network(digits):
+    real, test = digits
+    start = initialise(real, 1, "real", generator(0, "init"))
+    seen = []
+
+    def training_set(k):
+        seen.append(k)
+        return start.images, start.labels
+
+    reported = []
+    score = evaluate(
+        training_set,
+        test,
+        dataclasses.replace(PROTOCOL, epochs=1),
+        num_networks=3,
+        seed=0,
+        on_network=reported.append,
+    )
+    assert seen == [0, 1, 2]
+    assert tuple(reported) == score.accuracies
+
+
+def test_learning_rate_falls_to_a_tenth_after_half(monkeypatch, digits):
+    real, _ = digits
+    start = initialise(real, 1, "real", generator(0, "init"))
+    network = networks.create("mlp", 1, 10, (8, 8))
+    networks.initialise(network, generator(0, "test"))
+    rates = []
+    step = torch.optim.SGD.step
+
+    def recording_step(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        assert self.param_groups[0]["momentum"] == 0.9
+        assert self.param_groups[0]["weight_decay"] == 5e-4
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", recording_step)
+    train(network, start.images, start.labels, dataclasses.replace(PROTOCOL, epochs=10), generator(0, "t"))
+    assert rates == pytest.approx([0.01] * 6 + [0.001] * 4)
+
+
+def test_batches_cover_every_image_once_an_epoch(monkeypatch, digits):
+    real, _ = digits
+    start = initialise(real, 7, "real", generator(0, "init"))
+    network = networks.create("mlp", 1, 10, (8, 8))
+    networks.initialise(network, generator(0, "test"))
+    sizes = []
+    cross_entropy = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(
+        "torch.nn.functional.cross_entropy",
+        lambda logits, labels: sizes.append(labels.bincount(minlength=10)) or cross_entropy(logits, labels),
+    )
+    protocol = dataclasses.replace(PROTOCOL, epochs=1, batch=32)
+    train(network, start.images, start.labels, protocol, generator(0, "t"))
+    assert [int(s.sum()) for s in sizes] == [32, 32, 6]
+    assert sum(sizes).tolist() == [7] * 10

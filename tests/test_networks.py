@@ -1,0 +1,111 @@
+import pytest
+import torch
+from conftest import close
+
+from mim4dd import networks
+from mim4dd.errors import InputError
+from mim4dd.networks import ConvNet
+from mim4dd.seeding import generator
+
+
+@pytest.mark.parametrize(("channels", "side", "parameters"), [(1, 28, 317_706), (3, 32, 320_010)])
+def test_convnet_has_the_published_size(channels, side, parameters):
+    network = ConvNet(channels, 10, image_size=(side, side))
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert network.feature_sizes == (128 * 16 * 16, 128 * 8 * 8, 2048)
+
+
+@pytest.mark.parametrize("shape", ["1x28x28", "3x32x32"])
+def test_convnet_embeds_as_the_published_one(golden, shape):
+    file = golden(f"objectives_{shape}")
+    channels, height, width = (int(n) for n in shape.split("x"))
+    network = ConvNet(channels, 10, width=16, image_size=(height, width))
+    weights = [value for name, value in file.items() if name.startswith("w.")]
+    with torch.no_grad():
+        for parameter, weight in zip(network.parameters(), weights, strict=True):
+            parameter.copy_(weight)
+        close(network.embed(file["real"][0]), file["features.real0"])
+
+
+@pytest.mark.parametrize("architecture", networks.ARCHITECTURES)
+@pytest.mark.parametrize("size", [8, 28, 32, 128])
+def test_every_network_takes_every_size(architecture, size):
+    network = networks.create(architecture, 3, 7, (size, size), width=8)
+    networks.initialise(network, generator(0, "test"))
+    x = torch.randn(2, 3, size, size, generator=generator(0, "x"))
+    maps = network.features(x)
+    assert tuple(m[0].numel() for m in maps) == network.feature_sizes
+    assert torch.equal(maps[-1].flatten(1), network.embed(x))
+    torch.testing.assert_close(network(x), network.classifier(network.embed(x)))
+    logits = network(x)
+    assert logits.shape == (2, 7)
+    assert (logits[0] - logits[1]).abs().max() > 1e-3, "two images must not look the same"
+
+
+def test_depth_follows_the_size():
+    depths = {side: networks.depth_for((side, side)) for side in (8, 16, 28, 32, 64, 128)}
+    assert depths == {8: 2, 16: 3, 28: 3, 32: 3, 64: 4, 128: 5}
+
+
+@pytest.mark.parametrize("architecture", networks.ARCHITECTURES)
+def test_initialisation_is_pytorchs_and_draws_from_the_generator_only(architecture):
+    network = networks.create(architecture, 1, 10, (32, 32), width=64)
+    state = torch.random.get_rng_state()
+    networks.initialise(network, generator(3, "test"))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    first = [p.clone() for p in network.parameters()]
+    networks.initialise(network, generator(3, "test"))
+    assert all(torch.equal(a, b) for a, b in zip(first, network.parameters(), strict=True))
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear) and module.weight.numel() > 5000:
+            theirs = type(module)(
+                *(
+                    (module.in_channels, module.out_channels, module.kernel_size)
+                    if isinstance(module, torch.nn.Conv2d)
+                    else (module.in_features, module.out_features)
+                )
+            ).weight
+            assert module.weight.std().item() == pytest.approx(theirs.std().item(), rel=0.05)
+            assert module.weight.abs().max().item() == pytest.approx(theirs.abs().max().item(), rel=0.01)
+
+
+@pytest.mark.parametrize("norm", ["instance", "group", "layer", "batch", "none"])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "sigmoid"])
+@pytest.mark.parametrize("pooling", ["avg", "max", "none"])
+def test_convnet_variants_train(norm, activation, pooling):
+    network = ConvNet(
+        3, 5, width=8, depth=2, norm=norm, activation=activation, pooling=pooling, image_size=(12, 12)
+    )
+    x = torch.randn(4, 3, 12, 12, generator=generator(0, "x"), requires_grad=True)
+    network(x).square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert x.grad.any()
+    assert all(p.grad.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("size", [1, 4, 16, 32])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_fast_instance_norm_is_group_norm(size, memory_format):
+    norm = networks._instance(6)
+    torch.nn.init.uniform_(norm.weight, generator=generator(0, "w"))
+    torch.nn.init.uniform_(norm.bias, generator=generator(0, "b"))
+    x = torch.randn(3, 6, size, size, generator=generator(0, "x"), dtype=torch.float64)
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
+    norm = norm.double()
+    upstream = torch.randn(x.shape, generator=generator(0, "g"), dtype=torch.float64)
+    expected = torch.nn.functional.group_norm(x, 6, norm.weight, norm.bias)
+    wanted = torch.autograd.grad(expected, [x, norm.weight, norm.bias], upstream)
+    actual = norm(x)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, [x, norm.weight, norm.bias], upstream), wanted)
+
+
+def test_bad_input_is_named():
+    with pytest.raises(InputError, match=r"unknown norm 'instanc', did you mean instance"):
+        ConvNet(1, 10, norm="instanc")
+    with pytest.raises(InputError, match="4 blocks halve 8x8 to nothing"):
+        ConvNet(1, 10, depth=4, image_size=(8, 8))
+    with pytest.raises(InputError, match=r"unknown architecture 'vgg', did you mean vgg11"):
+        networks.create("vgg", 1, 10, (32, 32))
+    with pytest.raises(TypeError, match="does not know how Bilinear starts"):
+        networks.initialise(torch.nn.Bilinear(1, 1, 1), generator(0, "test"))

@@ -1,0 +1,133 @@
+import pytest
+import torch
+from conftest import close
+from safetensors.torch import save_file
+
+from mim4dd.data import load
+from mim4dd.errors import InputError
+from mim4dd.files import atomic
+from mim4dd.seeding import generator
+from mim4dd.synthetic import SyntheticSet, initialise, select_kmeans, select_random
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")[0]
+
+
+def test_round_trip(tmp_path, digits):
+    start = initialise(digits, 2, "real", generator(0, "init"))
+    written = SyntheticSet(
+        start.images,
+        start.labels,
+        start.class_names,
+        start.mean,
+        start.std,
+        {"seed": 3, "config": {"a": [1]}},
+    )
+    written.save(tmp_path / "set.safetensors")
+    read = SyntheticSet.load(tmp_path / "set.safetensors")
+    for name in ("images", "labels", "mean", "std"):
+        assert torch.equal(getattr(read, name), getattr(written, name))
+    assert read.class_names == digits.class_names
+    assert read.metadata == {"seed": 3, "config": {"a": [1]}}
+
+
+def test_dataset_trains_as_it_is(digits):
+    dataset = initialise(digits, 2, "real", generator(0, "init")).dataset()
+    images, labels = next(iter(torch.utils.data.DataLoader(dataset, batch_size=20)))
+    assert images.shape == (20, 1, 8, 8)
+    assert torch.equal(labels, torch.arange(10).repeat_interleave(2))
+
+
+@pytest.mark.parametrize("how", ["real", "kmeans", "noise"])
+def test_start_is_class_by_class_and_reproducible(digits, how):
+    first, second = (initialise(digits, 3, how, generator(1, "init")) for _ in range(2))
+    assert torch.equal(first.images, second.images)
+    assert not torch.equal(first.images, initialise(digits, 3, how, generator(2, "init")).images)
+    assert torch.equal(first.labels, torch.arange(10).repeat_interleave(3))
+    assert first.images.shape == (30, 1, 8, 8)
+
+
+@pytest.mark.parametrize("select", [select_random, select_kmeans])
+def test_selected_images_are_real_of_their_class_and_distinct(digits, select):
+    index = select(digits, 5, generator(0, "select"))
+    assert torch.equal(digits.labels[index], torch.arange(10)[:, None].expand(10, 5))
+    assert len(index.unique()) == 50
+
+
+def test_kmeans_images_lie_nearer_to_their_class_than_random_ones(digits):
+    def distance_to_nearest(index):
+        return sum(
+            torch.cdist(
+                digits.batch(torch.where(digits.labels == c)[0]).flatten(1), digits.batch(i).flatten(1)
+            )
+            .min(1)
+            .values.square()
+            .sum()
+            .item()
+            for c, i in enumerate(index)
+        )
+
+    kmeans = distance_to_nearest(select_kmeans(digits, 5, generator(0, "select")))
+    random = [distance_to_nearest(select_random(digits, 5, generator(k, "select"))) for k in range(5)]
+    assert kmeans < min(random)
+
+
+def test_kmeans_with_as_many_centres_as_images_takes_each_once(digits):
+    import dataclasses
+
+    index = torch.cat([torch.where(digits.labels == c)[0][:4] for c in range(10)])
+    few = dataclasses.replace(digits, images=digits.images[index], labels=digits.labels[index])
+    chosen = select_kmeans(few, 4, generator(0, "select"))
+    assert torch.equal(chosen.flatten().sort().values, torch.arange(40))
+
+
+def test_pixels_are_the_original_colours(digits):
+    index = select_random(digits, 1, generator(0, "init"))
+    synthetic = initialise(digits, 1, "real", generator(0, "init"))
+    close(synthetic.pixels, digits.images[index.flatten()] / 255, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("how", ["real", "kmeans"])
+def test_too_few_images_are_refused(digits, how):
+    with pytest.raises(InputError, match=r"class '\d' has \d+ training images, fewer than the 1000 asked"):
+        initialise(digits, 1000, how, generator(0, "init"))
+
+
+def test_foreign_and_corrupted_files_are_refused(tmp_path, digits):
+    with pytest.raises(InputError, match="no such file"):
+        SyntheticSet.load(tmp_path / "missing.safetensors")
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"weight": torch.zeros(2)}, foreign)
+    with pytest.raises(InputError, match="expected a synthetic set written by mim4dd"):
+        SyntheticSet.load(foreign)
+    whole = tmp_path / "whole.safetensors"
+    initialise(digits, 1, "real", generator(0, "init")).save(whole)
+    for length in (0, 5, 100, whole.stat().st_size - 7):
+        (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:length])
+        with pytest.raises(InputError, match=r"cut\.safetensors: not a readable synthetic set"):
+            SyntheticSet.load(tmp_path / "cut.safetensors")
+    text = tmp_path / "text.safetensors"
+    text.write_text("hello, this is not a synthetic set at all")
+    with pytest.raises(InputError, match="not a readable synthetic set"):
+        SyntheticSet.load(text)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def fail():
+        with atomic(path) as temporary:
+            temporary.write_text("half of the ne")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    with atomic(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
