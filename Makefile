@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test clean
+.PHONY: run test asan clean
 
 run: $(VENV)/built
 	$(BIN)/python -m mim4dd.run $(ARGS)
@@ -24,6 +24,15 @@ $(VENV)/installed: requirements.txt
 $(VENV)/built: $(VENV)/installed setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
+
+# The compiled operator, rebuilt with AddressSanitizer, against hostile parameters.
+ASAN_DIR ?= build/asan
+asan: $(VENV)/built
+	PATH="$(abspath $(BIN)):$$PATH" CXXFLAGS="-fsanitize=address -fno-omit-frame-pointer -g1 -O1" \
+		$(BIN)/python setup.py -q build_ext --build-lib $(ASAN_DIR) --build-temp $(ASAN_DIR)
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python tests/hostile.py $(ASAN_DIR)/mim4dd/_C*.so
 
 clean:
 	rm -rf $(VENV) build *.egg-info mim4dd/_C*.so

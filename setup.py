@@ -1,16 +1,29 @@
 """Builds the extension with CMake; everything else about the package is in pyproject.toml.
 
 MIM4DD_NO_EXT=1   build no extension: a pure Python package that runs the PyTorch reference
+MIM4DD_CUDA=0|1   build without or with the CUDA kernels; default: with, if nvcc and a CUDA torch are there
 CMAKE_ARGS="..."  passed to CMake
 """
 
 import os
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+
+def wants_cuda() -> bool:
+    if "MIM4DD_CUDA" in os.environ:
+        return os.environ["MIM4DD_CUDA"] == "1"
+    if not shutil.which("nvcc") or not find_spec("torch"):
+        return False
+    import torch
+
+    return torch.version.cuda is not None
 
 
 class CMakeBuild(build_ext):
@@ -29,16 +42,18 @@ class CMakeBuild(build_ext):
             "-GNinja",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DMIM4DD_OUTPUT_DIR={target.parent}",
+            f"-DMIM4DD_CUDA={'ON' if ext.name.endswith('_cuda') else 'OFF'}",
             f"-DMIM4DD_TORCH={Path(torch.__file__).parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
         subprocess.run(configure, cwd=build, check=True)
-        subprocess.run(["cmake", "--build", "."], cwd=build, check=True)
+        subprocess.run(["cmake", "--build", ".", "--target", ext.name.split(".")[-1]], cwd=build, check=True)
 
 
 if os.environ.get("MIM4DD_NO_EXT") == "1":
     setup()
 else:
-    setup(ext_modules=[Extension("mim4dd._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+    names = ["mim4dd._C", *(["mim4dd._C_cuda"] if wants_cuda() else [])]
+    setup(ext_modules=[Extension(name, sources=[]) for name in names], cmdclass={"build_ext": CMakeBuild})

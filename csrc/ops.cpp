@@ -1,81 +1,178 @@
-// The operators: schemas, checks and dispatch on torch's stable ABI, and the Python module that loads them.
+// The operator on torch's stable ABI: schema, checks, dispatch, and the Python module whose import registers it.
+// Compiled once for each library: mim4dd._C (schema and CPU) and, with MIM4DD_CUDA, mim4dd._C_cuda.
 #include <pybind11/pybind11.h>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
-#include <algorithm>
+#include <array>
+#include <sstream>
+#include <stdexcept>
+#include <vector>
 
-#include "augment.h"
+#include "kernels.h"
 
 namespace {
 
+using mim4dd::Call;
+using mim4dd::Column;
+using mim4dd::Kind;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const float* row_values(const Tensor& field, const char* name, int64_t batch) {
-  STD_TORCH_CHECK(field.dim() == 1 && field.size(0) == batch, "mim4dd::colour: ", name, " must have one value per image (",
-                  batch, ")");
-  STD_TORCH_CHECK(field.scalar_type() == ScalarType::Float, "mim4dd::colour: ", name, " must be float32");
-  return static_cast<const float*>(field.const_data_ptr());
+// std::invalid_argument reaches Python as ValueError.
+template <typename... Args>
+void require(bool holds, const Args&... message) {
+  if (holds) return;
+  std::ostringstream text;
+  text << "mim4dd.augment.apply: ";
+  (text << ... << message);
+  throw std::invalid_argument(text.str());
 }
 
-template <typename T, typename Acc>
-void colour_batch(const Tensor& images, Tensor& out, const float* brightness, const float* saturation,
-                  const float* contrast) {
-  const int64_t channels = images.size(1), pixels = images.size(2) * images.size(3), image = channels * pixels;
-  const T* in = static_cast<const T*>(images.const_data_ptr());
-  T* to = static_cast<T*>(out.mutable_data_ptr());
-  // A thread is worth waking for some 32k values.
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, image));
-  torch::stable::parallel_for(0, images.size(0), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b)
-      mim4dd::colour<T, Acc>(in + b * image, to + b * image, channels, pixels, brightness[b], saturation[b], contrast[b]);
-  });
+bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
-Tensor colour(const Tensor& images, const Tensor& brightness, const Tensor& saturation, const Tensor& contrast) {
-  STD_TORCH_CHECK(images.dim() == 4, "mim4dd::colour: images must be [batch, channels, height, width], got ",
-                  images.dim(), " dimensions");
-  const int64_t batch = images.size(0);
-  const Tensor in = torch::stable::contiguous(images);
-  const Tensor b = torch::stable::contiguous(brightness), s = torch::stable::contiguous(saturation),
-               c = torch::stable::contiguous(contrast);
-  Tensor out = torch::stable::empty_like(in);
-  const float *pb = row_values(b, "brightness", batch), *ps = row_values(s, "saturation", batch),
-              *pc = row_values(c, "contrast", batch);
-  switch (images.scalar_type()) {
-    case ScalarType::Float:
-      colour_batch<float, float>(in, out, pb, ps, pc);
-      break;
-    case ScalarType::Double:
-      colour_batch<double, double>(in, out, pb, ps, pc);
-      break;
-    case ScalarType::Half:
-      colour_batch<torch::headeronly::Half, float>(in, out, pb, ps, pc);
-      break;
-    case ScalarType::BFloat16:
-      colour_batch<torch::headeronly::BFloat16, float>(in, out, pb, ps, pc);
-      break;
-    default:
-      STD_TORCH_CHECK(false, "mim4dd::colour: images must be of a floating dtype");
+Kind kind_of(const Tensor& field, const char* name) {
+  switch (field.scalar_type()) {
+    case ScalarType::Bool: return Kind::kBool;
+    case ScalarType::Int: return Kind::kInt32;
+    case ScalarType::Long: return Kind::kInt64;
+    case ScalarType::Float: return Kind::kFloat;
+    case ScalarType::Double: return Kind::kDouble;
+    default: require(false, "params.", name, " is of an unsupported dtype");
   }
+  return Kind::kBool;
+}
+
+constexpr std::array kNames{"brightness", "saturation", "contrast", "shift_y", "shift_x",
+                            "cutout",     "flip",       "scale_x",  "scale_y", "degrees"};
+
+void set_fields(Call& call, const Tensor& images, const std::vector<Tensor>& params) {
+  require(params.size() == kNames.size(), "params has ", params.size(), " fields, expected ", kNames.size());
+  call.num_rows = params[0].dim() > 0 ? params[0].size(0) : -1;
+  Column* column = call.fields;
+  for (size_t i = 0; i < kNames.size(); ++i) {
+    const Tensor& field = params[i];
+    const bool box = column == call.fields + mim4dd::kTop;
+    require(field.dim() == (box ? 2 : 1) && field.size(0) == call.num_rows && (!box || field.size(1) == 4),
+            "params.", kNames[i], " must hold ", box ? "four numbers" : "a number", " for each of the ",
+            call.num_rows, " rows");
+    require(same_device(field, images), "params.", kNames[i], " is on another device than images");
+    const Kind kind = kind_of(field, kNames[i]);
+    const char* data = static_cast<const char*>(field.const_data_ptr());
+    for (int64_t edge = 0; edge < (box ? 4 : 1); ++edge)
+      *column++ = {data + (box ? edge * field.stride(1) * field.element_size() : 0), field.stride(0), kind};
+  }
+}
+
+void set_normalisation(Call& call, const Tensor& images, const std::optional<Tensor>& mean,
+                       const std::optional<Tensor>& std) {
+  require(mean.has_value() == std.has_value(), "mean and std are given together or not at all");
+  if (!mean) return;
+  for (const auto& [given, name, target] :
+       {std::tuple{&*mean, "mean", &call.mean}, std::tuple{&*std, "std", &call.std}}) {
+    require(given->dim() == 1 && given->size(0) == call.channels && given->is_contiguous() &&
+                given->scalar_type() == ScalarType::Float && same_device(*given, images),
+            name, " must be contiguous float32 [", call.channels, "] on the device of images");
+    *target = static_cast<const float*>(given->const_data_ptr());
+  }
+}
+
+#ifndef MIM4DD_CUDA
+// Only where values can be read without waiting for a device; CUDA turns such an image into NaN.
+void check_values(const Call& call) {
+  size_t name = 0;
+  for (int field = 0; field < mim4dd::kFields; ++field) {
+    for (int64_t row = 0; row < call.num_rows; ++row)
+      require(std::isfinite(call.fields[field].at<float>(row)), "params.", kNames[name], " is not finite in row ", row);
+    name += field < mim4dd::kTop || field >= mim4dd::kRight;
+  }
+  for (int64_t image = 0; image < call.batch; ++image)
+    require(call.row(image) >= 0 && call.row(image) < call.num_rows, "rows[", image, "] is ", call.row(image),
+            ", expected 0 to ", call.num_rows - 1);
+}
+#endif
+
+mim4dd::Strides strides_of(const Tensor& images) {
+  return {images.stride(0), images.stride(1), images.stride(2), images.stride(3)};
+}
+
+// Like the images, channels_last included, but floating.
+Tensor empty_like(const Tensor& images, ScalarType dtype) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{from(images),       from(std::optional(dtype)), from(std::nullopt),
+                                    from(std::nullopt), from(std::nullopt),         from(std::nullopt)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor augment(const Tensor& images, const std::vector<Tensor>& params, const std::optional<Tensor>& rows,
+               const std::optional<Tensor>& mean, const std::optional<Tensor>& std, bool align_corners, bool adjoint) {
+  require(images.dim() == 4, "images must be [batch, channels, height, width]");
+  for (int64_t dim = 1; dim < 4; ++dim)
+    require(images.size(dim) >= 1 && images.size(dim) <= mim4dd::kMaxSide,
+            "images has a size that is not from 1 to ", mim4dd::kMaxSide, " in dimension ", dim);
+  Call call{};
+  call.batch = images.size(0);
+  call.channels = static_cast<int>(images.size(1));
+  call.height = static_cast<int>(images.size(2));
+  call.width = static_cast<int>(images.size(3));
+  call.align_corners = align_corners;
+  call.adjoint = adjoint;
+  set_fields(call, images, params);
+  set_normalisation(call, images, mean, std);
+  if (rows) {
+    require(rows->dim() == 1 && rows->size(0) == call.batch && rows->scalar_type() == ScalarType::Long &&
+                same_device(*rows, images),
+            "rows must be int64 [", call.batch, "] on the device of images");
+    call.rows = static_cast<const int64_t*>(rows->const_data_ptr());
+    call.rows_stride = rows->stride(0);
+  } else {
+    require(call.num_rows == call.batch, "params has ", call.num_rows, " rows for ", call.batch, " images");
+  }
+  const ScalarType dtype = images.scalar_type();
+  require(!adjoint || dtype != ScalarType::Byte, "images of bytes have no gradient");
+  Tensor out = empty_like(images, dtype == ScalarType::Byte ? ScalarType::Float : dtype);
+  call.in = images.const_data_ptr();
+  call.out = out.mutable_data_ptr();
+  call.in_strides = strides_of(images);
+  call.out_strides = strides_of(out);
+  if (call.batch == 0) return out;
+#ifdef MIM4DD_CUDA
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(images.get_device_index(), &stream));
+  const Tensor sums = torch::stable::new_empty(
+      images, {call.batch, mim4dd::kSums}, dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+  mim4dd::augment_cuda(call, dtype, sums.mutable_data_ptr(), stream);
+#else
+  check_values(call);
+  mim4dd::augment_cpu(call, dtype);
+#endif
   return out;
 }
 
 }  // namespace
 
+#ifdef MIM4DD_CUDA
+
+STABLE_TORCH_LIBRARY_IMPL(mim4dd, CUDA, m) { m.impl("augment", TORCH_BOX(&augment)); }
+
+PYBIND11_MODULE(_C_cuda, m) { m.doc() = "CUDA kernels of torch.ops.mim4dd.*; importing it registers them"; }
+
+#else
+
 STABLE_TORCH_LIBRARY(mim4dd, m) {
-  m.def("colour(Tensor images, Tensor brightness, Tensor saturation, Tensor contrast) -> Tensor");
+  m.def(
+      "augment(Tensor images, Tensor[] params, Tensor? rows, Tensor? mean, Tensor? std, bool align_corners, "
+      "bool adjoint) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mim4dd, CPU, m) { m.impl("colour", TORCH_BOX(&colour)); }
+STABLE_TORCH_LIBRARY_IMPL(mim4dd, CPU, m) { m.impl("augment", TORCH_BOX(&augment)); }
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled operators of mim4dd; importing it registers them as torch.ops.mim4dd.*";
-  m.attr("compiler") = __VERSION__;
-}
+PYBIND11_MODULE(_C, m) { m.doc() = "torch.ops.mim4dd.* and their CPU kernels; importing it registers them"; }
+
+#endif

@@ -7,7 +7,6 @@ draw a row per class, then `params[labels]` gives every image the row of its cla
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import extension
+from .augment_reference import check, reference
 
 DSA = "color_crop_cutout_flip_scale_rotate"
 
@@ -81,8 +81,12 @@ class AugmentParams:
         """Return the parameters at the given rows: `params[labels]` spreads one row per class over images."""
         return self._map(lambda field: field[rows])
 
+    def fields(self) -> dict[str, Tensor]:
+        """Return the tensors by name, in the order of the compiled op."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> AugmentParams:
-        return AugmentParams(**{f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        return AugmentParams(**{name: function(field) for name, field in self.fields().items()})
 
 
 def sample(
@@ -112,7 +116,7 @@ def sample(
         raise ValueError(f"mim4dd.augment.sample: mode is {mode!r}, expected 'single' or 'all'")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     rows = 1 if siamese else batch
-    fields = vars(AugmentParams.identity(rows, device=generator.device)).copy()
+    fields = AugmentParams.identity(rows, device=generator.device).fields()
     chosen = torch.randint(max(len(parts), 1), (), generator=generator, device=generator.device)
     for k, part in enumerate(parts):
         for name, value in _DRAW[part](rows, size, generator).items():
@@ -138,31 +142,59 @@ def parts_of(strategy: str) -> list[str]:
     return parts
 
 
+def pad_and_crop(batch: int, padding: int, *, generator: torch.Generator) -> AugmentParams:
+    """Draw the usual random crop: pad with `padding` zeros on every side, cut the old size out anywhere.
+
+    Raises:
+        ValueError: negative padding.
+    """
+    if padding < 0:
+        raise ValueError(f"mim4dd.augment.pad_and_crop: padding is {padding}, expected 0 or more pixels")
+    identity = AugmentParams.identity(batch, device=generator.device)
+    return dataclasses.replace(identity, **_draw_shifts(batch, (padding, padding), generator))
+
+
 def apply(
-    images: Tensor, params: AugmentParams, *, align_corners: bool = True, backend: str | None = None
+    images: Tensor,
+    params: AugmentParams,
+    *,
+    rows: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    align_corners: bool = True,
+    backend: str | None = None,
 ) -> Tensor:
     """Augment images: colour, then one resampling (shift, flip, scale, rotate composed), then cutout.
 
     Colour is brightness, saturation, contrast in this order; resampling is bilinear with zeros outside, and
-    exact where only shifts and flips are asked for. Differentiable in the images.
+    exact where only shifts and flips are asked for. Differentiable in the images, any number of times.
 
     Args:
-        images: float [B, C, H, W].
-        params: B rows.
+        images: [B, C, H, W], any strides; float16, bfloat16, float32 or float64, or uint8, which is taken as
+            a fraction of 255. At most 16384 channels and pixels a side. Sums are in float32 at least.
+        params: B rows, or any number of them where `rows` says which image takes which.
+        rows: int64 [B], the row of each image; labels, where there is a row per class.
+        mean: float32 [C], subtracted from the images first, of pixels in [0, 1]. Given with `std`.
+        std: float32 [C], what the images are then divided by.
         align_corners: the meaning of a normalised coordinate (the DSA paper ran with True); the two differ
             only where a non-square image is rotated.
         backend: "reference", "fused" (compiled), or None for the best that is built.
 
     Returns:
-        A new tensor [B, C, H, W] of the images' dtype.
+        A new tensor [B, C, H, W] of the images' dtype (float32 for uint8) and memory format. On CUDA, where
+        looking at values would wait for the device, an image whose parameters are not finite, or whose row is
+        out of range, is all NaN; on the CPU it is an error.
 
     Raises:
-        ValueError: wrong rank, dtype, parameter length or device, or an unknown backend.
+        ValueError: wrong rank, size, dtype, device or number of rows; parameters that are not finite or rows
+            out of range (CPU); an unknown backend.
         RuntimeError: `backend="fused"` where the extension is not built.
     """
-    _check(images, params)
-    images = _colour(images, params, extension.resolve("augment.apply", backend, images.device))
-    return _cutout(_resample(images, params, align_corners), params)
+    check(images, params, rows, mean, std)
+    if extension.resolve("augment.apply", backend, images.device) == "fused":
+        fields = list(params.fields().values())
+        return torch.ops.mim4dd.augment(images, fields, rows, mean, std, align_corners, False)
+    return reference(images, params, rows, mean, std, align_corners)
 
 
 # ------------------------------------------------------------------------------------------------- drawing
@@ -185,7 +217,10 @@ def _draw_color(rows: int, _: tuple[int, int], generator: torch.Generator) -> di
 
 
 def _draw_crop(rows: int, size: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
-    reach = [int(side * CROP + 0.5) for side in size]
+    return _draw_shifts(rows, (int(size[0] * CROP + 0.5), int(size[1] * CROP + 0.5)), generator)
+
+
+def _draw_shifts(rows: int, reach: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
     return {
         "shift_y": _integers(-reach[0], reach[0] + 1, rows, generator),
         "shift_x": _integers(-reach[1], reach[1] + 1, rows, generator),
@@ -222,84 +257,3 @@ _DRAW: dict[str, Callable[[int, tuple[int, int], torch.Generator], dict[str, Ten
     "scale": _draw_scale,
     "rotate": _draw_rotate,
 }
-
-
-# ------------------------------------------------------------------------------------------ reference maths
-
-
-def _colour(images: Tensor, params: AugmentParams, backend: str) -> Tensor:
-    if backend == "fused":
-        return torch.ops.mim4dd.colour(images, params.brightness, params.saturation, params.contrast)
-    brightness, saturation, contrast = (
-        field.to(images.dtype)[:, None, None, None]
-        for field in (params.brightness, params.saturation, params.contrast)
-    )
-    images = images + brightness
-    grey = images.mean(1, keepdim=True)
-    images = (images - grey) * saturation + grey
-    mean = images.mean((1, 2, 3), keepdim=True)
-    return (images - mean) * contrast + mean
-
-
-def _resample(images: Tensor, params: AugmentParams, align_corners: bool) -> Tensor:
-    """Sample at shift(flip(scale(rotate(p)))), p counted in pixels from the centre so that no step rounds."""
-    height, width = images.shape[2:]
-    dtype = torch.promote_types(images.dtype, torch.float32)
-
-    def per_image(field: Tensor) -> Tensor:
-        return field.to(dtype)[:, None, None]
-
-    y = torch.arange(height, device=images.device, dtype=dtype)[:, None] - (height - 1) / 2
-    x = torch.arange(width, device=images.device, dtype=dtype)[None, :] - (width - 1) / 2
-    # A rotation acts on normalised coordinates: pixels over half the side, whose ends align_corners defines.
-    aspect = max(width - 1, 1) / max(height - 1, 1) if align_corners else width / height
-    angle = per_image(params.degrees) * (math.pi / 180)
-    sample_x = (angle.cos() * x - angle.sin() * aspect * y) * per_image(params.scale_x)
-    sample_y = (angle.sin() / aspect * x + angle.cos() * y) * per_image(params.scale_y)
-    sample_x = torch.where(params.flip[:, None, None], -sample_x, sample_x)
-    sample_x = sample_x + per_image(params.shift_x) + (width - 1) / 2
-    sample_y = sample_y + per_image(params.shift_y) + (height - 1) / 2
-    return _bilinear(images, sample_y.clamp(-1, height), sample_x.clamp(-1, width)).to(images.dtype)
-
-
-def _bilinear(images: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Interpolate images [B, C, H, W] at pixel coordinates y, x [B, H, W]; zeros outside."""
-    channels, height, width = images.shape[1:]
-    pixels = images.flatten(2)
-    top, left = y.floor(), x.floor()
-    total: Tensor | float = 0.0
-    for row, weight_y in ((top, 1 - (y - top)), (top + 1, y - top)):
-        for column, weight_x in ((left, 1 - (x - left)), (left + 1, x - left)):
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            index = torch.where(inside, row * width + column, 0).long().flatten(1)
-            corner = pixels.gather(2, index[:, None].expand(-1, channels, -1)).view_as(images)
-            total = total + corner * (weight_y * weight_x * inside)[:, None]
-    assert isinstance(total, Tensor)
-    return total
-
-
-def _cutout(images: Tensor, params: AugmentParams) -> Tensor:
-    y = torch.arange(images.shape[2], device=images.device)[:, None]
-    x = torch.arange(images.shape[3], device=images.device)[None, :]
-    y0, y1, x0, x1 = params.cutout.T[:, :, None, None]
-    box = (y >= y0) & (y <= y1) & (x >= x0) & (x <= x1)
-    return images.masked_fill(box[:, None], 0)
-
-
-def _check(images: Tensor, params: AugmentParams) -> None:
-    if images.ndim != 4 or not images.is_floating_point():
-        raise ValueError(
-            f"mim4dd.augment.apply: images is {list(images.shape)} of {images.dtype}, expected floating "
-            "[batch, channels, height, width]"
-        )
-    for name, field in vars(params).items():
-        expected = (len(images), 4) if name == "cutout" else (len(images),)
-        if tuple(field.shape) != expected:
-            raise ValueError(
-                f"mim4dd.augment.apply: params.{name} is {list(field.shape)}, expected {list(expected)}, one "
-                "row per image"
-            )
-        if field.device != images.device:
-            raise ValueError(
-                f"mim4dd.augment.apply: params.{name} is on {field.device} and images on {images.device}"
-            )

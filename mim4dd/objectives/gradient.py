@@ -126,7 +126,7 @@ class GradientMatching:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients [C, ...] of each class's cross entropy on images [C, n, ...], and maps [C, n, ...]."""
         labels = _class_labels(images.shape[0], images.shape[1], images.device)
-        augmented = augment.apply(images.flatten(0, 1), params[labels.flatten()])
+        augmented = augment.apply(images.flatten(0, 1), params, rows=labels.flatten())
         weights: dict[str, Tensor] = dict(self.network.named_parameters())
 
         def loss(weights: dict[str, Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -1,0 +1,51 @@
+"""Random and hostile parameters for the compiled op, to be run under AddressSanitizer: `make asan`."""
+
+import importlib.util
+import random
+import sys
+
+import torch
+
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+assert spec is not None
+assert spec.loader is not None
+spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+CALLS = 1500
+FLOATS = [0.0, 1.0, -1.0, 0.7, 1e-38, 1e38, -1e38, 45.0, 1e9]
+INTEGERS = [0, 1, -1, 7, 2**31, -(2**31), 2**62, -(2**63), 2**63 - 1]
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8]
+
+
+def draw(rows: int, values: list, dtype: torch.dtype, *rest: int) -> torch.Tensor:
+    count = rows * (rest[0] if rest else 1)
+    return torch.tensor([random.choice(values) for _ in range(count)], dtype=dtype).reshape(rows, *rest)
+
+
+def main() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+    refused = 0
+    for _ in range(CALLS):
+        rows, batch = random.randint(1, 4), random.randint(0, 4)
+        floats = [*FLOATS, *random.choice([[], [], [float("nan"), float("inf")]])]
+        wide = random.choice([torch.float32, torch.float64])
+        params = [draw(rows, floats, wide) for _ in range(3)]
+        params += [draw(rows, INTEGERS, torch.int64) for _ in range(2)]
+        params += [draw(rows, INTEGERS, torch.int64, 4), draw(rows, [0, 1], torch.bool)]
+        params += [draw(rows, floats, wide) for _ in range(3)]
+        index = torch.randint(-1 if random.random() < 0.1 else 0, rows, (batch,))
+        dtype = random.choice(DTYPES)
+        shape = (batch, random.choice([1, 3, 5]), random.randint(1, 19), random.randint(1, 19))
+        images = torch.randint(0, 256, shape).to(dtype)
+        if random.random() < 0.5:
+            images = images.to(memory_format=torch.channels_last)
+        adjoint = dtype != torch.uint8 and random.random() < 0.5
+        try:
+            torch.ops.mim4dd.augment(images, params, index, None, None, random.random() < 0.5, adjoint)
+        except ValueError:
+            refused += 1
+    sys.stdout.write(f"{CALLS} hostile calls survived, {refused} of them refused\n")
+
+
+main()

@@ -1,0 +1,70 @@
+"""How the extension is built and found, and what happens where it is not."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        "No module named 'mim4dd._C'",
+        "/lib/x86_64-linux-gnu/libc.so.6: version `GLIBC_2.38' not found (required by _C.so)",
+        "_C.so: undefined symbol: torch_call_dispatcher",
+    ],
+    ids=["missing", "old glibc", "other ABI"],
+)
+def test_import_falls_back_with_one_warning_naming_the_cause(cause):
+    program = f"""
+import importlib, warnings
+original = importlib.import_module
+def load(name, *rest):
+    if name == "mim4dd._C":
+        raise ImportError({cause!r})
+    return original(name, *rest)
+importlib.import_module = load
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from mim4dd import augment
+    import torch
+    y = augment.apply(torch.ones(1, 3, 4, 4), augment.AugmentParams.identity(1))
+assert torch.allclose(y, torch.ones(1, 3, 4, 4))
+print(*(w.message for w in caught if "mim4dd" in str(w.message)), sep="\\n")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    warnings = done.stdout.strip().splitlines()
+    assert len(warnings) == 1
+    assert cause in warnings[0]
+    assert "reference runs instead" in warnings[0]
+
+
+def test_cuda_kernels_compile_without_spills(tmp_path, record_property):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc on PATH")
+    options = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90)]
+    options += ["--threads=2", "-Xptxas=-v", "-Xcompiler=-Wall,-Wextra", "-Werror=all-warnings", "-std=c++20"]
+    include = Path(torch.__file__).parent / "include"
+    done = subprocess.run(
+        [nvcc, *options, f"-I{include}", "-c", ROOT / "csrc/cuda.cu", "-o", tmp_path / "cuda.o"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    kernels = re.findall(
+        r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers",
+        done.stderr,
+        re.DOTALL,
+    )
+    assert {architecture for _, architecture, _, _ in kernels} == {"sm_80", "sm_90"}
+    for name, architecture, spilled, registers in kernels:
+        record_property(f"{name} {architecture}", f"{registers} registers, {spilled} bytes spilled")
+        assert spilled == "0", f"{name} spills on {architecture}, using {registers} registers"
