@@ -314,17 +314,3 @@ def test_light_imports():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_import_without_the_extension_warns_once_and_works():
-    code = (
-        "import sys; sys.modules['mim4dd._C'] = None\n"
-        "import torch, mim4dd\n"
-        "x = torch.randn(2, 3, 8, 8)\n"
-        "params = mim4dd.augment.AugmentParams.identity(2)\n"
-        "torch.testing.assert_close(mim4dd.augment.apply(x, params), x)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("the compiled augmentation cannot be had") == 1
-    assert "pip install --no-build-isolation" in done.stderr
