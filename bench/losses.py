@@ -13,7 +13,6 @@ import argparse
 import gc
 import json
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -145,13 +144,20 @@ def prepare(case: Case) -> tuple:
     return rows(case.m, case.backward), rows(case.n, case.backward and case.both_sides), *labels
 
 
+def resident(what: str) -> int:
+    """Bytes of this process in memory: "VmRSS" now, "VmHWM" at its peak (Linux)."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return 1024 * int(line.split()[1])
+
+
 def extra_peak(step: Callable[[], None]) -> int:
-    """Bytes the step needs beside what is there before it; on a CPU what the process never held before."""
+    """Bytes the step needs at its peak beside what is there before it."""
     gc.collect()
     if not CUDA:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from here
+        before = resident("VmRSS")
         step()
-        return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        return resident("VmHWM") - before
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
