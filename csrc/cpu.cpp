@@ -103,13 +103,15 @@ class Worker {
   // ------------------------------------------------------------------------------------------ the four paths
 
   void move(const Transform<Acc>& t) {
-    const Acc mean = image_mean(t, [&](int y) { load(y, kForward); });
     const int shift_y = whole(t.shift_y, height_), shift_x = whole(t.shift_x, width_);
     const Walk walk = t.xx < 0 ? Walk{width_ - 1 + shift_x, -1} : Walk{shift_x, 1};
+    const Range box{t.left, t.right + 1};
+    if (copies(t)) return copy(t, shift_y, walk, box);
+    const Acc mean = image_mean(t, [&](int y) { load(y, kForward); });
     for (int y = 0; y < height_; ++y) {
       load(y + shift_y, walk);
       colour(t, mean, y + shift_y >= 0 && y + shift_y < height_ ? walk.inside(width_) : Range{0, 0});
-      cut(t, y, {t.left, t.right + 1});
+      cut(t, y, box);
       store(y);
     }
   }
@@ -119,10 +121,37 @@ class Worker {
     const Walk walk = t.xx < 0 ? Walk{width_ - 1 + shift_x, -1} : Walk{-shift_x, 1};
     const Range box = walk.step > 0 ? Range{t.left - walk.offset, t.right + 1 - walk.offset}
                                     : Range{walk.offset - t.right, walk.offset - t.left + 1};
+    if (copies(t)) return copy(t, -shift_y, walk, box);
     finish(t, [&](int y) {
       load(y - shift_y, walk);
       cut(t, y - shift_y, box);
     });
+  }
+
+  // Pixels that keep their colour and type need no buffer.
+  bool copies(const Transform<Acc>& t) const {
+    return std::is_same_v<In, Out> && !call_.mean && t.keeps_colour() && call_.in_strides.x == 1 &&
+           call_.out_strides.x == 1;
+  }
+
+  void copy(const Transform<Acc>& t, int shift_y, const Walk& walk, const Range& box) {
+    for (int y = 0; y < height_; ++y) {
+      const int from_y = y + shift_y, cut_y = call_.adjoint ? from_y : y;
+      const Range inside = from_y >= 0 && from_y < height_ ? walk.inside(width_) : Range{0, 0};
+      const bool holed = cut_y >= t.top && cut_y <= t.bottom;
+      const Range hole{std::clamp(holed ? box.begin : 0, 0, width_), std::clamp(holed ? box.end : 0, 0, width_)};
+      for (int c = 0; c < channels_; ++c) {
+        const In* from = in_ + c * call_.in_strides.channel + from_y * call_.in_strides.y + walk.offset;
+        Out* __restrict to = out_ + c * call_.out_strides.channel + y * call_.out_strides.y;
+        std::fill(to, to + inside.begin, Out(0));
+        if (walk.step > 0)
+          for (int x = inside.begin; x < inside.end; ++x) to[x] = static_cast<Out>(from[x]);
+        else
+          for (int x = inside.begin; x < inside.end; ++x) to[x] = static_cast<Out>(from[-x]);
+        std::fill(to + inside.end, to + width_, Out(0));
+        if (hole.begin < hole.end) std::fill(to + hole.begin, to + hole.end, Out(0));
+      }
+    }
   }
 
   void resample(const Transform<Acc>& t) {
