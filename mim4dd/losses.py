@@ -2,8 +2,8 @@
 
 With c_ij the cosine of anchor i and key j, both losses look at every pair once; labels say which pairs are
 positive (same label) and which negative. Rows are normalised inside; a zero row has no direction, so its
-cosines are 0 and its gradient is 0. No large M x N matrix is held in memory. Under autocast nothing changes: the
-features are used in the dtype they come in, sums are float32.
+cosines are 0 and its gradient is 0. No large M x N matrix is held in memory. Under autocast nothing changes:
+the features are used in the dtype they come in, sums are float32.
 """
 
 from __future__ import annotations
