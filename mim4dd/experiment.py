@@ -15,6 +15,7 @@ from .data import ImageSet, load
 from .distill import Progress, distill
 from .errors import InputError
 from .evaluate import OnNetwork, Protocol, Score, evaluate
+from .networks import CHUNK
 from .objectives import METHODS, MutualInformation, Problem
 from .objectives.mutual_information import layer_indices
 from .seeding import generator
@@ -178,6 +179,8 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type not in CHUNK:
+            raise RuntimeError("neither a CPU nor a CUDA device")
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name} is not to be had here; use cpu or auto") from error
     return device

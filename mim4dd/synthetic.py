@@ -94,6 +94,7 @@ def initialise(real: ImageSet, ipc: int, how: str, generator: torch.Generator) -
     Raises:
         InputError: fewer real images in a class than `ipc`.
     """
+    _check_enough(real, ipc)
     labels = torch.arange(real.num_classes, device=real.labels.device).repeat_interleave(ipc)
     if how == "noise":
         shape = (len(labels), real.channels, *real.image_size)
@@ -110,13 +111,7 @@ def select_random(real: ImageSet, ipc: int, generator: torch.Generator) -> Tenso
     Raises:
         InputError: fewer images in a class than `ipc`.
     """
-    counts = real.class_index[1]
-    smallest = int(counts.argmin())
-    if counts[smallest] < ipc:
-        raise InputError(
-            f"class {real.class_names[smallest]!r} has {int(counts[smallest])} training images, fewer than "
-            f"the {ipc} asked for; use a smaller --ipc"
-        )
+    _check_enough(real, ipc)
     return real.sample(ipc, generator)
 
 
@@ -129,7 +124,7 @@ def select_kmeans(real: ImageSet, ipc: int, generator: torch.Generator) -> Tenso
     from scipy.optimize import linear_sum_assignment
     from sklearn.cluster import KMeans
 
-    select_random(real, ipc, generator)  # refuses a class that is too small
+    _check_enough(real, ipc)
     seeds = torch.randint(2**31, (real.num_classes,), generator=generator, device=generator.device).tolist()
     table, counts = real.class_index
     chosen = []
@@ -140,3 +135,13 @@ def select_kmeans(real: ImageSet, ipc: int, generator: torch.Generator) -> Tenso
         _, nearest = linear_sum_assignment(centres.transform(pixels).T)
         chosen.append(members[torch.from_numpy(np.asarray(nearest)).to(members.device)])
     return torch.stack(chosen)
+
+
+def _check_enough(real: ImageSet, ipc: int) -> None:
+    counts = real.class_index[1]
+    smallest = int(counts.argmin())
+    if counts[smallest] < ipc:
+        raise InputError(
+            f"class {real.class_names[smallest]!r} has {int(counts[smallest])} training images, fewer than "
+            f"the {ipc} asked for; use a smaller --ipc"
+        )

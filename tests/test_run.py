@@ -147,6 +147,7 @@ def test_results_are_never_overwritten_silently(tmp_path, monkeypatch, capsys):
         (["--ipc", "1000"], "fewer than the 1000 asked for"),
         (["--device", "cuda"], "--device cuda is not to be had here"),
         (["--device", "toaster"], "--device toaster is not to be had here"),
+        (["--device", "meta"], "--device meta is not to be had here"),
         (["--mim-layers", "0,7"], "there is no layer 7, the network has 2"),
         (["--config", "missing.json"], "--config missing.json cannot be read"),
     ],

@@ -89,7 +89,7 @@ def test_pixels_are_the_original_colours(digits):
     close(synthetic.pixels, digits.images[index.flatten()] / 255, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("how", ["real", "kmeans"])
+@pytest.mark.parametrize("how", ["real", "kmeans", "noise"])
 def test_too_few_images_are_refused(digits, how):
     with pytest.raises(InputError, match=r"class '\d' has \d+ training images, fewer than the 1000 asked"):
         initialise(digits, 1000, how, generator(0, "init"))

@@ -44,7 +44,7 @@ class Method:
 
 
 # The weights were chosen on validation splits (README): more images per class want less of the term, since it
-# pulls the images of a class together. For dc and dsa none was found to help yet.
+# pulls the images of a class together. For dc and dsa none has been tried enough yet.
 METHODS = {
     "dm": Method(DistributionMatching, 1.0, augmented=True, mim_weights={1: 100.0, 10: 1.0}),
     "dc": Method(GradientMatching, 0.1, augmented=False, mim_weights={1: 0.0}),

@@ -14,7 +14,7 @@ from ..networks import Network, initialise
 from ..seeding import generator
 from .base import Matched, Problem
 
-# Classes whose gradients are taken at once: on CPU grouped convolutions are 2.5 times slower than one by one.
+# Classes whose gradients are taken at once: on CPU grouped convolutions are 2.4 times slower than one by one.
 CLASSES_AT_ONCE = {"cpu": 1, "cuda": None}
 NETWORK_LR = 0.01
 INNER_BATCH = 256
