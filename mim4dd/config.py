@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from .augment import DSA, parts_of
 from .errors import InputError, unknown
 from .networks import ARCHITECTURES
-from .objectives import METHODS
+from .objectives import METHODS, TrajectoryConfig
 
 T = TypeVar("T")
 FLOAT32_MAX = 3.4e38
@@ -38,7 +38,8 @@ class DistillConfig:
     """The distillation. What is not given comes from a preset for the data set and the IPC."""
 
     method: str = "dm"
-    """Base method: dm (distribution matching), dc (gradient matching) or dsa (dc with augmentation)."""
+    """Base method: dm (distribution matching), dc (gradient matching), dsa (dc with augmentation) or mtt
+    (trajectory matching)."""
     ipc: int = 1
     """Images per class."""
     factor: int = 1
@@ -107,6 +108,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     mim: MimConfig = field(default_factory=MimConfig)
+    trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     seed: int = 0
     """Of every random draw; the same seed gives the same set."""
@@ -135,11 +137,52 @@ class Preset:
     width: int
     num_eval: int
     eval_epochs: int
+    num_experts: int
+    expert_snapshots: int
+    expert_batches: int
+    max_start: int
+    student_steps: int
 
 
-QUICK = Preset(init="kmeans", iterations=10, real_batch=16, width=16, num_eval=1, eval_epochs=20)
-SHORT = Preset(init="kmeans", iterations=200, real_batch=128, width=64, num_eval=5, eval_epochs=300)
-PAPER = Preset(init="real", iterations=20_000, real_batch=256, width=128, num_eval=20, eval_epochs=1000)
+QUICK = Preset(
+    init="kmeans",
+    iterations=10,
+    real_batch=16,
+    width=16,
+    num_eval=1,
+    eval_epochs=20,
+    num_experts=1,
+    expert_snapshots=6,
+    expert_batches=6,
+    max_start=3,
+    student_steps=5,
+)
+SHORT = Preset(
+    init="kmeans",
+    iterations=200,
+    real_batch=128,
+    width=64,
+    num_eval=5,
+    eval_epochs=300,
+    num_experts=3,
+    expert_snapshots=8,
+    expert_batches=100,
+    max_start=5,
+    student_steps=20,
+)
+PAPER = Preset(
+    init="real",
+    iterations=20_000,
+    real_batch=256,
+    width=128,
+    num_eval=20,
+    eval_epochs=1000,
+    num_experts=100,
+    expert_snapshots=50,
+    expert_batches=0,
+    max_start=20,
+    student_steps=30,
+)
 
 NO_FLIP = ("digits", "mnist", "kmnist", "svhn")  # a mirrored character is another one, or none
 
@@ -161,6 +204,7 @@ def with_presets(config: Config) -> Config:
             augmentation=augmentation if method.augmented else "none",
         ),
         mim=_filled(config.mim, preset, mim_weight=weight),
+        trajectory=_filled(config.trajectory, preset),
         eval=_filled(config.eval, preset),
     )
 
@@ -197,6 +241,13 @@ def check(config: Config) -> None:
         "--num-eval": (config.eval.num_eval, 0),
         "--eval-epochs": (config.eval.eval_epochs, 1),
         "--mim-weight": (config.mim.mim_weight, 0),
+        "--num-experts": (config.trajectory.num_experts, 1),
+        "--expert-snapshots": (config.trajectory.expert_snapshots, 1),
+        "--expert-batches": (config.trajectory.expert_batches, 0),
+        "--max-start": (config.trajectory.max_start, 1),
+        "--span": (config.trajectory.span, 1),
+        "--student-steps": (config.trajectory.student_steps, 1),
+        "--student-batch": (config.trajectory.student_batch, 1),
         "--mim-projection-size": (config.mim.mim_projection_size, 1),
     }
     for option, (value, least) in at_least.items():
@@ -204,6 +255,8 @@ def check(config: Config) -> None:
             raise InputError(f"{option} is {value}, expected at least {least}")
     above_zero = {
         "--image-lr": config.distill.image_lr,
+        "--student-lr": config.trajectory.student_lr,
+        "--student-lr-rate": config.trajectory.student_lr_rate,
         "--mim-temperature": config.mim.mim_temperature,
         "--mim-noise-ratio": config.mim.mim_noise_ratio,
         "--mim-layer-decay": config.mim.mim_layer_decay,

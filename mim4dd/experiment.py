@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -70,10 +70,13 @@ class Experiment:
             augmentation=settled(config.distill.augmentation),
             layers=(),
             seed=config.seed,
+            trajectory=config.trajectory,
         )
         if config.mim.mim_weight:
             problem = dataclasses.replace(problem, layers=_layers(problem, config))
-        return cls(config, problem, test, start)
+        experiment = cls(config, problem, test, start)
+        experiment.prepare_method()  # not begun yet, but what is wrong with it comes out
+        return experiment
 
     @property
     def name(self) -> str:
@@ -106,6 +109,10 @@ class Experiment:
             generator=generator(self.config.seed, "projection", self.device),
             symmetric=mim.mim_symmetric,
         )
+
+    def prepare_method(self) -> Iterator[tuple[int, int]]:
+        """Do what the method needs once and for all, yielding (steps done, steps in all)."""
+        return METHODS[self.config.distill.method].prepare(self.problem)
 
     def distill(self, on_progress: Callable[[Progress], None], *, with_mim: bool = True) -> SyntheticSet:
         """Return the distilled set; `with_mim=False` runs the base method alone.

@@ -7,6 +7,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,11 @@ def run(experiment: Experiment, folder: Path) -> int:
     )
     if config.distill.soft_labels:
         console.print("For the soft labels a network is trained on the real images as well.")
+    with ExitStack() as stack:
+        bar = None
+        for done, total in experiment.prepare_method():
+            bar = bar or stack.enter_context(steps(f"prepare {config.distill.method}", total))
+            bar.advance_to(done, "")
     keeper = Keeper(experiment, folder / "synthetic.safetensors")
     began = time.monotonic()
     try:
@@ -106,6 +112,7 @@ def run(experiment: Experiment, folder: Path) -> int:
     score, baselines = evaluations(experiment, keeper.synthetic)
     result = {
         **synthetic.metadata,
+        "network_lr": synthetic.network_lr,
         **score_facts(score),
         "baselines": {name: score_facts(other) for name, other in baselines.items()},
         "evaluated_on": "validation" if config.data.validation else "test",

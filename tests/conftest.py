@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mim4dd.data import load
-from mim4dd.objectives import Problem
+from mim4dd.objectives import Problem, TrajectoryConfig
 from mim4dd.synthetic import SyntheticSet, initialise
 
 # Read when the kernels are imported: without a GPU they run in Triton's interpreter, on CPU tensors.
@@ -14,6 +14,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Keep what the tests make apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture
@@ -52,5 +60,8 @@ def digits_problem(ipc: int = 1, factor: int = 1) -> tuple[Problem, SyntheticSet
         augmentation="color_crop",
         layers=(),
         seed=0,
+        trajectory=TrajectoryConfig(
+            num_experts=2, expert_snapshots=3, expert_batches=2, max_start=2, student_steps=3, student_batch=6
+        ),
     )
     return problem, start

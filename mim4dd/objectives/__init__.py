@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from .base import Matched, Objective, Problem
 from .distribution import DistributionMatching, distribution_distance
 from .gradient import GradientMatching, gradient_distance
 from .mutual_information import MutualInformation
-from .trajectory import trajectory_distance
+from .trajectory import TrajectoryConfig, TrajectoryMatching, train_experts, trajectory_distance
 
 __all__ = [
     "METHODS",
@@ -20,6 +20,8 @@ __all__ = [
     "MutualInformation",
     "Objective",
     "Problem",
+    "TrajectoryConfig",
+    "TrajectoryMatching",
     "distribution_distance",
     "gradient_distance",
     "trajectory_distance",
@@ -36,6 +38,8 @@ class Method:
         augmented: whether it augments them.
         learns_targets: whether its loss depends on the images' targets, so that soft labels can be learned.
         mim_weights: default weight of the mutual-information term from each IPC on.
+        prepare: does what takes long before the first match, if anything does and it is not done already;
+            yields (steps done, steps in all).
     """
 
     objective: Callable[[Problem], Objective]
@@ -43,6 +47,7 @@ class Method:
     augmented: bool
     learns_targets: bool
     mim_weights: Mapping[int, float]
+    prepare: Callable[[Problem], Iterator[tuple[int, int]]] = lambda _: iter(())
 
 
 # The weights were chosen on validation splits (README): more images per class want less of the term, since it
@@ -52,5 +57,13 @@ METHODS = {
         DistributionMatching, 1.0, augmented=True, learns_targets=False, mim_weights={1: 100.0, 10: 1.0}
     ),
     "dc": Method(GradientMatching, 0.1, augmented=False, learns_targets=True, mim_weights={1: 0.0}),
+    "mtt": Method(
+        TrajectoryMatching,
+        100.0,
+        augmented=True,
+        learns_targets=True,
+        mim_weights={1: 0.0},
+        prepare=train_experts,
+    ),
     "dsa": Method(GradientMatching, 0.1, augmented=True, learns_targets=True, mim_weights={1: 0.0}),
 }

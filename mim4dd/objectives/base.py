@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..data import ImageSet
 from ..networks import CHUNK, Network, create
+
+if TYPE_CHECKING:
+    from .trajectory import TrajectoryConfig
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Problem:
         augmentation: strategy string, see `mim4dd.augment.sample`.
         layers: maps that the add-on compares; the last one is always kept.
         seed: of every random draw.
+        trajectory: settings of trajectory matching.
     """
 
     real: ImageSet
@@ -37,6 +41,7 @@ class Problem:
     augmentation: str
     layers: Sequence[int]
     seed: int
+    trajectory: TrajectoryConfig
 
     def network(self) -> Network:
         """Return a network for these images with unset weights that want no gradient."""

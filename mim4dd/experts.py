@@ -1,0 +1,268 @@
+"""Experts: networks trained on the real images, whose weights were kept along the way.
+
+They are what trajectory matching follows. One memory-mapped file holds all experts of a kind; a match reads
+its two snapshots from it and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from . import augment
+from .augment import AugmentParams
+from .data import ImageSet
+from .errors import InputError
+from .networks import Network, initialise
+from .seeding import generator
+
+FORMAT = "mim4dd-experts-1"
+LR = 0.01  # of plain SGD, as published
+BATCH = 256
+AT_ONCE = {"cpu": 1, "cuda": 10}  # experts trained as one stacked model
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """The experts that trajectory matching (mtt) follows. They are kept, and found again by later runs."""
+
+    experts: Path | None = None
+    """Folder they are kept in, or one file of them; default: ~/.cache/mim4dd/experts."""
+    num_experts: int | None = None
+    """How many are trained."""
+    expert_snapshots: int | None = None
+    """Snapshots of each, beside the one before training."""
+    expert_batches: int | None = None
+    """Batches of 256 images between two snapshots; 0: an epoch."""
+    expert_seed: int = 0
+    """Of their weights, batches and augmentations; the same for every --seed, so that runs share them."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that shapes the experts of one file."""
+
+    network: Network
+    real: ImageSet
+    architecture: str
+    width: int
+    augmentation: str
+    config: ExpertConfig
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Shapes of the weights by name, in the order they are stored."""
+        return {name: list(weight.shape) for name, weight in self.network.named_parameters()}
+
+    @property
+    def interval(self) -> int:
+        """Batches between two snapshots."""
+        return self.config.expert_batches or math.ceil(len(self.real) / BATCH)
+
+    def facts(self) -> dict[str, Any]:
+        """What must agree for experts to be the same; JSON-able."""
+        return {
+            "format": FORMAT,
+            "data": _fingerprint(self.real),
+            "architecture": self.architecture,
+            "width": self.width,
+            "weights": self.shapes,
+            "augmentation": self.augmentation,
+            "num_experts": self.config.num_experts,
+            "expert_snapshots": self.config.expert_snapshots,
+            "expert_batches": self.interval,
+            "expert_seed": self.config.expert_seed,
+        }
+
+    def path(self) -> Path:
+        """Where these experts are, or are to be."""
+        where = self.config.experts or _cache()
+        if where.is_file() or where.suffix == ".safetensors":
+            return where
+        digest = hashlib.sha256(json.dumps(self.facts(), sort_keys=True).encode()).hexdigest()[:16]
+        return where / f"{self.architecture}-{digest}.safetensors"
+
+
+class Experts:
+    """The experts of one file, read as they are asked for.
+
+    Attributes:
+        num_experts: how many there are.
+        num_snapshots: of each after the one at its start.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe) -> None:
+        """Open a file.
+
+        Raises:
+            InputError: none, or one of another network, data set or version.
+        """
+        self.shapes = recipe.shapes
+        try:
+            self._file = safe_open(path, framework="pt")  # memory-mapped: a slice reads only its own pages
+            self._weights = self._file.get_slice("weights")
+            found = json.loads((self._file.metadata() or {}).get("facts", "{}"))
+        except FileNotFoundError as error:
+            raise InputError(f"--experts {path}: no such file; name a folder to train them there") from error
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"--experts {path} cannot be read ({error}); remove it to train anew") from error
+        wanted = recipe.facts()
+        for name in ("format", "data", "architecture", "width", "weights"):
+            if found.get(name) != wanted[name]:
+                raise InputError(
+                    f"--experts {path} is of another {name}: {_short(found.get(name))}, but this run has "
+                    f"{_short(wanted[name])}; name another file or a folder"
+                )
+        self.num_experts, snapshots, _ = self._weights.get_shape()
+        self.num_snapshots = snapshots - 1
+
+    def weights(self, expert: int, snapshot: int, device: torch.device) -> Weights:
+        """Return the weights of an expert after `snapshot` intervals, by name."""
+        flat = self._weights[expert, snapshot].to(device)
+        parts = flat.split([math.prod(shape) for shape in self.shapes.values()])
+        return {
+            name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+
+def train(recipe: Recipe) -> Iterator[tuple[int, int]]:
+    """Train the experts of a recipe unless they are there; yield (snapshots done, in all) meanwhile.
+
+    What is finished survives an interruption: the next call goes on after the last finished experts.
+
+    Raises:
+        InputError: the folder cannot be written, or an explicitly named file is not there.
+    """
+    path = recipe.path()
+    if path.exists():
+        return iter(())
+    if path == recipe.config.experts:
+        raise InputError(f"--experts {path}: no such file; name a folder to train them there")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".lock").touch()
+    except OSError as error:
+        raise InputError(f"--experts {path.parent} cannot be written ({error.strerror})") from error
+    return _train(recipe, path)
+
+
+def _train(recipe: Recipe, path: Path) -> Iterator[tuple[int, int]]:
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():  # another run may have trained them while this one waited
+            yield from _train_alone(recipe, path)
+
+
+def _train_alone(recipe: Recipe, path: Path) -> Iterator[tuple[int, int]]:
+    count, snapshots = recipe.config.num_experts, recipe.config.expert_snapshots
+    assert count is not None
+    assert snapshots is not None
+    partial = path.with_suffix(".partial")
+    table = _table(partial, recipe, (count, snapshots + 1, sum(map(math.prod, recipe.shapes.values()))))
+    # An expert is finished once its last snapshot, the last that is written, is there.
+    done = next((k for k in range(count) if not table[k, -1].any()), count)
+    device = recipe.real.images.device
+    while done < count:
+        group = range(done, min(done + AT_ONCE[device.type], count))
+        for snapshot, weights in enumerate(_paths(recipe, group)):
+            flat = torch.cat([w.flatten(1) for w in weights.values()], 1)
+            table[group.start : group.stop, snapshot] = flat.cpu().numpy()
+            table.flush()
+            yield group.start * snapshots + len(group) * snapshot, count * snapshots
+        done = group.stop
+    partial.replace(path)
+
+
+def _paths(recipe: Recipe, group: Sequence[int]) -> Iterator[Weights]:
+    """Yield the weights [len(group), ...] of a group of experts at the start and after every interval."""
+    network, real = recipe.network, recipe.real
+    device = real.images.device
+    random = [generator(recipe.config.expert_seed, f"expert/{k}", device) for k in group]
+    weights = _stacked_start(network, random)
+    step = vmap(grad(_loss(network)))
+    batches = zip(*(_batches(len(real), r) for r in random), strict=True)
+    for snapshot in range((recipe.config.expert_snapshots or 0) + 1):
+        for _ in range(recipe.interval if snapshot else 0):
+            index = torch.stack(next(batches))
+            drawn = [
+                augment.sample(recipe.augmentation, index.shape[1], real.image_size, generator=r)
+                for r in random
+            ]
+            params = AugmentParams(
+                **{name: torch.cat([p.fields()[name] for p in drawn]) for name in drawn[0].fields()}
+            )
+            images = augment.apply(real.batch(index.flatten()), params).unflatten(0, index.shape)
+            gradient = step(weights, images, real.labels[index])
+            weights = {name: weight - LR * gradient[name] for name, weight in weights.items()}
+        yield weights
+
+
+def _stacked_start(network: Network, random: Sequence[torch.Generator]) -> Weights:
+    starts: dict[str, list[Tensor]] = {name: [] for name, _ in network.named_parameters()}
+    for r in random:
+        initialise(network, r)
+        for name, weight in network.named_parameters():
+            starts[name].append(weight.detach().clone())
+    return {name: torch.stack(values) for name, values in starts.items()}
+
+
+def _loss(network: nn.Module) -> Any:
+    def loss(weights: Weights, images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(network, weights, (images,)), labels)
+
+    return loss
+
+
+def _batches(count: int, random: torch.Generator) -> Iterator[Tensor]:
+    while True:
+        yield from torch.randperm(count, generator=random, device=random.device).split(BATCH)
+
+
+def _table(path: Path, recipe: Recipe, shape: tuple[int, int, int]) -> np.memmap:
+    """Map the file's numbers for writing; a new file is a .safetensors of zeros, and takes no room yet."""
+    size = 4 * math.prod(shape)
+    header = json.dumps(
+        {
+            "__metadata__": {"facts": json.dumps(recipe.facts())},
+            "weights": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]},
+        }
+    ).encode()
+    header += b" " * (-len(header) % 8)
+    start = 8 + len(header)
+    if not path.exists():
+        with path.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(start + size)
+    return np.memmap(path, "<f4", "r+", start, shape)
+
+
+def _fingerprint(real: ImageSet) -> str:
+    digest = hashlib.sha256()
+    for tensor in (real.images, real.labels, real.mean, real.std):
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mim4dd" / "experts"

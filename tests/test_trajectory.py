@@ -1,0 +1,189 @@
+"""Trajectory matching: its experts and the objective. The distance alone is in test_objectives.py."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import close, digits_problem
+from torch.func import functional_call
+
+from mim4dd import augment, experts, run
+from mim4dd.errors import InputError
+from mim4dd.experts import Experts
+from mim4dd.objectives import TrajectoryMatching, train_experts
+from mim4dd.objectives.trajectory import open_experts, recipe
+from mim4dd.seeding import generator
+
+
+@pytest.fixture
+def problem(tmp_path):
+    problem, _ = digits_problem(ipc=2)
+    return with_options(problem, experts=tmp_path / "experts")
+
+
+def with_options(problem, **options):
+    return dataclasses.replace(problem, trajectory=dataclasses.replace(problem.trajectory, **options))
+
+
+def weights(problem, expert, snapshot):
+    return open_experts(problem, recipe(problem)).weights(expert, snapshot, torch.device("cpu"))
+
+
+def flat(weights):
+    return torch.cat([w.flatten() for w in weights.values()])
+
+
+def test_experts_are_networks_trained_by_plain_sgd(problem):
+    assert [done for done, _ in train_experts(problem)] == [0, 1, 2, 3, 3, 4, 5, 6]
+    real, network, random = problem.real, problem.network(), generator(0, "expert/1")
+    experts.initialise(network.requires_grad_(), random)
+    close(flat(dict(network.named_parameters())), flat(weights(problem, 1, 0)), 0)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    order = torch.randperm(len(real), generator=random)
+    for k in range(6):
+        index = order[256 * k : 256 * (k + 1)]
+        params = augment.sample(problem.augmentation, len(index), (8, 8), generator=random)
+        optimizer.zero_grad()
+        F.cross_entropy(network(augment.apply(real.batch(index), params)), real.labels[index]).backward()
+        optimizer.step()
+        if k % 2:
+            close(flat(dict(network.named_parameters())), flat(weights(problem, 1, (k + 1) // 2)), 1e-5)
+
+
+def test_experts_of_an_epoch(problem):
+    problem = with_options(problem, num_experts=1, expert_batches=0, expert_snapshots=2)
+    problem = with_options(problem, max_start=1)
+    for _ in train_experts(problem):
+        pass
+    assert recipe(problem).interval == 6, "1438 images in batches of 256"
+    assert not torch.equal(flat(weights(problem, 0, 1)), flat(weights(problem, 0, 2)))
+
+
+def test_experts_trained_together_are_those_trained_alone(problem, tmp_path, monkeypatch):
+    alone = with_options(problem, experts=tmp_path / "alone")
+    for _ in train_experts(alone):
+        pass
+    monkeypatch.setitem(experts.AT_ONCE, "cpu", 2)
+    assert [done for done, _ in train_experts(problem)] == [0, 2, 4, 6]
+    for expert in range(2):
+        close(flat(weights(problem, expert, 3)), flat(weights(alone, expert, 3)), 1e-5)
+
+
+def test_experts_are_found_again_and_training_goes_on_where_it_was_cut_off(problem, tmp_path):
+    whole = with_options(problem, experts=tmp_path / "whole")
+    for _ in train_experts(whole):
+        pass
+    assert list(train_experts(whole)) == [], "they are there"
+    for done, _ in train_experts(problem):
+        if done == 4:
+            break  # in the middle of the second expert
+    assert not recipe(problem).path().exists(), "half a file is never taken for a whole one"
+    assert next(iter(train_experts(problem)))[0] == 3, "the first expert is kept"
+    assert list(train_experts(problem))[-1] == (6, 6)
+    for expert in range(2):
+        assert torch.equal(flat(weights(problem, expert, 3)), flat(weights(whole, expert, 3)))
+    other_seed = dataclasses.replace(problem, seed=5)
+    assert list(train_experts(other_seed)) == [], "runs of every seed share them"
+    other_width = dataclasses.replace(problem, width=4)
+    assert list(train_experts(other_width)), "another network has its own"
+
+
+def test_an_experts_file_that_does_not_fit_is_refused(problem, tmp_path):
+    for _ in train_experts(problem):
+        pass
+    named = with_options(problem, experts=recipe(problem).path())
+    assert list(train_experts(named)) == []
+    with pytest.raises(InputError, match="is of another width: 8, but this run has 4; name another file"):
+        train_experts(dataclasses.replace(named, width=4))
+    with pytest.raises(InputError, match="is of another data"):
+        train_experts(
+            dataclasses.replace(
+                named, real=dataclasses.replace(problem.real, labels=problem.real.labels.flip(0))
+            )
+        )
+    with pytest.raises(InputError, match="is of another architecture: convnet"):
+        train_experts(dataclasses.replace(named, architecture="mlp"))
+    longer = with_options(named, max_start=4, expert_snapshots=9)
+    with pytest.raises(InputError, match="holds 3 snapshots, but --max-start 4 with --span 2 needs 5"):
+        train_experts(longer)
+    with pytest.raises(InputError, match="--expert-snapshots is 3, but --max-start 3 with --span 2 needs 4"):
+        train_experts(with_options(problem, max_start=3))
+    (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match=r"bad.safetensors cannot be read"):
+        train_experts(with_options(problem, experts=tmp_path / "bad.safetensors"))
+    with pytest.raises(InputError, match=r"none.safetensors: no such file; name a folder"):
+        train_experts(with_options(problem, experts=tmp_path / "none.safetensors"))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be"):
+        train_experts(with_options(problem, experts=tmp_path / "file" / "below"))
+
+
+def test_a_future_version_of_the_file_is_refused(problem, monkeypatch):
+    for _ in train_experts(problem):
+        pass
+    path = recipe(problem).path()
+    monkeypatch.setattr(experts, "FORMAT", "mim4dd-experts-2")
+    with pytest.raises(InputError, match="is of another format: mim4dd-experts-1"):
+        Experts(path, recipe(problem))
+
+
+def test_the_objective_is_the_distance_after_steps_on_minibatches(problem):
+    """Against plain unrolled steps with the same draws: by images, soft labels and the learned step size."""
+    _, start = digits_problem(ipc=2)
+    objective = TrajectoryMatching(problem)
+    images = start.images.clone().requires_grad_()
+    logits = torch.randn(20, 10, generator=generator(0, "logits")).requires_grad_()
+    matched = objective(images, logits.softmax(1))
+    found = torch.autograd.grad(matched.loss, [images, logits, objective.log_lr])
+
+    matches, training = generator(0, "mtt/match"), generator(0, "mtt/training")
+    expert, snapshot = (int(torch.randint(2, (), generator=matches)) for _ in range(2))
+    first, target = weights(problem, expert, snapshot), weights(problem, expert, snapshot + 2)
+    order = torch.randperm(20, generator=training)
+    lr = torch.tensor(0.01).log().requires_grad_()
+    student = {name: w.clone().requires_grad_() for name, w in first.items()}
+    for k in range(3):
+        index = order[6 * k : 6 * k + 6]
+        params = augment.sample(problem.augmentation, 6, (8, 8), generator=training)
+        out = functional_call(problem.network(), student, (augment.apply(images[index], params),))
+        loss = F.cross_entropy(out, logits.softmax(1)[index])
+        gradient = torch.autograd.grad(loss, [*student.values()], create_graph=True)
+        student = {n: w - lr.exp() * g for (n, w), g in zip(student.items(), gradient, strict=True)}
+    expected = (flat(student) - flat(target)).square().sum() / (flat(first) - flat(target)).square().sum()
+    close(matched.loss, expected)
+    for one, other in zip(found, torch.autograd.grad(expected, [images, logits, lr]), strict=True):
+        close(one, other)
+    assert objective.network_lr == pytest.approx(0.01)
+    assert found[0][order[18:]].abs().max() == 0, "two images were not in the first three batches"
+
+
+def test_features_for_the_term_are_those_of_the_starting_network(problem):
+    problem = dataclasses.replace(problem, layers=(1,), augmentation="none")
+    _, start = digits_problem(ipc=2)
+    matched = TrajectoryMatching(problem)(start.images, problem.labels)
+    matches = generator(0, "mtt/match")
+    first = weights(problem, *(int(torch.randint(2, (), generator=matches)) for _ in range(2)))
+    network = problem.network()
+    network.load_state_dict(first)
+    torch.testing.assert_close(matched.synthetic_features[1], network.features(start.images)[1])
+    index = problem.real.sample(problem.real_batch, generator(0, "mtt/real")).flatten()
+    torch.testing.assert_close(matched.real_features[1], network.features(problem.real.batch(index))[1])
+    assert torch.equal(matched.real_labels, problem.real.labels[index])
+
+
+def test_the_learned_step_size_is_kept_and_used(tmp_path, capsys):
+    options = ["--quick", "--method", "mtt", "--iterations", "3", "--num-eval", "1", "--eval-epochs", "2"]
+    out = tmp_path / "a"
+    assert run.main([*options, "--experts", str(tmp_path / "e"), "--out", str(out)]) == 0
+    assert "prepare mtt 6/6" in capsys.readouterr().out
+    result = json.loads((out / "result.json").read_text())
+    assert result["network_lr"] != 0.01
+    assert 0.005 < result["network_lr"] < 0.1
+    assert run.main([*options, "--experts", str(tmp_path / "e"), "--out", str(tmp_path / "b")]) == 0
+    assert "prepare mtt" not in capsys.readouterr().out, "experts are reused"
+    bad = [*options, "--max-start", "9", "--out", str(tmp_path / "c")]
+    assert run.main(bad) == 2
+    assert "--expert-snapshots is 6, but --max-start 9" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists(), "before any work"
