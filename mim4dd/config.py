@@ -29,6 +29,8 @@ class DataConfig:
     """Where the files of a named set lie; by default the usual folders, else they are fetched."""
     image_size: int | None = None
     """Resize every image to this many pixels a side."""
+    zca: bool = False
+    """Whiten the images (ZCA), as trajectory matching is often run on colour images."""
     validation: float = 0.0
     """Hold out this share of the training images and report on it, not on the test set: to tune."""
 
@@ -264,6 +266,8 @@ def check(config: Config) -> None:
     for option, number in above_zero.items():
         if isinstance(number, float) and not 0 < number < FLOAT32_MAX:
             raise InputError(f"{option} is {number}, expected a positive number")
+    if config.data.zca and config.distill.factor > 1:
+        raise InputError("--zca mixes all pixels of an image, --factor takes it apart: use one of them")
     if not 0 <= config.data.validation < 1:
         raise InputError(f"--validation is {config.data.validation}, expected a share from 0 up to 1")
     if config.distill.augmentation is not None:

@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 from mim4dd import named, pictures, readers
 from mim4dd.errors import InputError, unknown
 from mim4dd.readers import Raw
+from mim4dd.whitening import Whitening
 
 NAMES = tuple(named.SETS)
 HELD_OUT = 0.2  # the share held out as test set where the data have none ...
@@ -24,13 +25,17 @@ CHUNK = 4096  # images converted to floats at a time
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A labelled image set in memory; kept as uint8 (or float32 in [0, 1]), normalised batch by batch."""
+    """A labelled image set in memory; kept as uint8 (or float32 in [0, 1]), normalised batch by batch.
+
+    Whitened images are kept as they are, with mean 0 and std 1.
+    """
 
     images: Tensor  # uint8 or float32 [N, C, H, W]
     labels: Tensor  # int64 [N]
     class_names: tuple[str, ...]
     mean: Tensor  # float32 [C], of pixels scaled to [0, 1]
     std: Tensor  # float32 [C]
+    whitening: Whitening | None = None  # that the images went through
 
     def __len__(self) -> int:
         return len(self.images)
@@ -107,6 +112,13 @@ class ImageSet:
         table = order.new_zeros(self.num_classes, int(counts.max()))
         table[self.labels[order], slot] = order
         return table, counts
+
+    def whitened(self, whitening: Whitening) -> ImageSet:
+        """The same set with every image whitened."""
+        zeros = torch.zeros_like(self.mean)
+        return replace(
+            self, images=whitening.apply(self.images), mean=zeros, std=zeros + 1, whitening=whitening
+        )
 
     def _shuffled(self, k: int, generator: torch.Generator) -> Tensor:
         """`k` images of each class in random order, [num_classes, k]; a smaller class ends in zeros."""

@@ -191,6 +191,7 @@ def score_saved(
             f"{source} {test.num_classes} of {list(test.images.shape[1:])}; name its data with --dataset"
         )
     # The networks are trained in the saved set's normalisation, so they are tested in it too.
+    test = test.whitened(saved.whitening) if saved.whitening else test
     test = dataclasses.replace(test, mean=saved.mean, std=saved.std).to(where)
     pair = saved.to(where).decoded, saved.to(where).targets
     rows = []

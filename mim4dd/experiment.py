@@ -22,6 +22,7 @@ from .objectives.mutual_information import layer_indices
 from .seeding import generator
 from .synthetic import SyntheticSet
 from .teacher import probabilities, teach
+from .whitening import Whitening
 
 FULL_EPOCHS = 20  # full data: this fraction of the epochs, but at least 5; and one network
 
@@ -54,6 +55,9 @@ class Experiment:
         if config.data.validation:
             train, test = train.split(config.data.validation, generator(config.seed, "validation"))
         train, test = train.to(device), test.to(device)
+        if config.data.zca:
+            whitening = Whitening.fit(train.images)
+            train, test = train.whitened(whitening), test.whitened(whitening)
         start = synthetic.initialise(
             train,
             config.distill.ipc,

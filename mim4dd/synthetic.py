@@ -18,10 +18,12 @@ from torch.utils.data import TensorDataset
 from .data import ImageSet
 from .errors import InputError
 from .files import atomic
+from .whitening import Whitening
 
 FORMAT = "mim4dd-synthetic-1"
 TENSORS = ("images", "labels", "mean", "std")
 OPTIONAL = ("soft_labels",)
+WHITENING = ("mean", "matrix")
 FACTS = ("class_names", "factor", "network_lr")
 
 
@@ -39,6 +41,7 @@ class SyntheticSet:
         factor: every image holds factor x factor smaller ones, see `decode`.
         soft_labels: probabilities float32 [n * factor², num_classes] of the decoded images, or None.
         network_lr: learning rate for networks on these images, where the method learned one.
+        whitening: what real images must go through to be like these; mean is 0 and std 1 then.
     """
 
     images: Tensor
@@ -50,6 +53,7 @@ class SyntheticSet:
     factor: int = 1
     soft_labels: Tensor | None = None
     network_lr: float | None = None
+    whitening: Whitening | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -72,7 +76,8 @@ class SyntheticSet:
     def to(self, device: torch.device | str) -> SyntheticSet:
         """The same set on another device."""
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors().items()}
-        return replace(self, **moved)
+        whitening = self.whitening and self.whitening.to(device)
+        return replace(self, **moved, whitening=whitening)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {name: getattr(self, name) for name in (*TENSORS, *OPTIONAL)}
@@ -81,7 +86,8 @@ class SyntheticSet:
     @property
     def pixels(self) -> Tensor:
         """The images in true colours: float32 [n, C, H, W] in [0, 1]."""
-        return (self.images * self.std[:, None, None] + self.mean[:, None, None]).clamp(0, 1)
+        pixels = self.images * self.std[:, None, None] + self.mean[:, None, None]
+        return (self.whitening.invert(pixels) if self.whitening else pixels).clamp(0, 1)
 
     def dataset(self) -> TensorDataset:
         """Return a torch Dataset of pairs: decoded image float32 [C, H, W], normalised, and its target.
@@ -94,6 +100,8 @@ class SyntheticSet:
         """Write one .safetensors file, whole or not at all."""
         facts = {**self.metadata, **{name: getattr(self, name) for name in FACTS}}
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self._tensors().items()}
+        if self.whitening:
+            tensors |= {f"whitening.{name}": getattr(self.whitening, name).cpu() for name in WHITENING}
         with atomic(Path(path)) as temporary:
             save_file(tensors, temporary, {"format": FORMAT, "facts": json.dumps(facts)})
 
@@ -112,8 +120,12 @@ class SyntheticSet:
                         f"{path}: expected a synthetic set written by mim4dd ({FORMAT}), got format "
                         f"{header.get('format')!r}"
                     )
-                optional = set(OPTIONAL) & set(file.keys())
+                stored = set(file.keys())
+                optional = stored & set(OPTIONAL)
                 tensors = {name: file.get_tensor(name) for name in (*TENSORS, *optional)}
+                whitening = None
+                if "whitening.matrix" in stored:
+                    whitening = Whitening(*(file.get_tensor(f"whitening.{name}") for name in WHITENING))
             facts = json.loads(header["facts"])
             own = {name: facts.pop(name) for name in FACTS}
         except FileNotFoundError as error:
@@ -123,7 +135,7 @@ class SyntheticSet:
                 raise
             raise InputError(f"{path}: not a readable synthetic set ({error}); was it cut short?") from error
         own["class_names"] = tuple(own["class_names"])
-        read = cls(**tensors, **own, metadata=facts)
+        read = cls(**tensors, **own, metadata=facts, whitening=whitening)
         wanted = (len(read.decoded_labels), len(read.class_names))
         if read.soft_labels is not None and read.soft_labels.shape != wanted:
             raise InputError(
@@ -175,7 +187,8 @@ def initialise(
     else:
         select = {"real": select_random, "kmeans": select_kmeans}[how]
         images = encode(real.batch(select(real, ipc * factor**2, generator).flatten()), factor)
-    return SyntheticSet(images, labels, real.class_names, real.mean, real.std, factor=factor)
+    facts = real.class_names, real.mean, real.std
+    return SyntheticSet(images, labels, *facts, factor=factor, whitening=real.whitening)
 
 
 def select_random(real: ImageSet, ipc: int, generator: torch.Generator) -> Tensor:
