@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from .base import Matched, Objective, Problem
+from .characteristic import CharacteristicMatching, characteristic_distance
 from .distribution import DistributionMatching, distribution_distance
 from .gradient import GradientMatching, gradient_distance
 from .mutual_information import MutualInformation
@@ -13,6 +14,7 @@ from .trajectory import trajectory_distance
 
 __all__ = [
     "METHODS",
+    "CharacteristicMatching",
     "DistributionMatching",
     "GradientMatching",
     "Matched",
@@ -20,6 +22,7 @@ __all__ = [
     "MutualInformation",
     "Objective",
     "Problem",
+    "characteristic_distance",
     "distribution_distance",
     "gradient_distance",
     "trajectory_distance",
@@ -49,4 +52,5 @@ METHODS = {
     "dm": Method(DistributionMatching, 1.0, augmented=True, mim_weights={1: 100.0, 10: 1.0}),
     "dc": Method(GradientMatching, 0.1, augmented=False, mim_weights={1: 0.0}),
     "dsa": Method(GradientMatching, 0.1, augmented=True, mim_weights={1: 0.0}),
+    "ncfm": Method(CharacteristicMatching, 0.1, augmented=True, mim_weights={1: 0.0}),
 }

@@ -86,7 +86,10 @@ class DistributionMatching:
         real_images = augment.apply(real_images, params, rows=self.real_labels)
         real_maps = problem.real_features(self.network, real_images)
         synthetic_maps = self.network.features(augment.apply(images, params, rows=labels))
-        distance = distribution_distance(
-            real_maps[-1], synthetic_maps[-1], self.real_labels, labels, num_classes=real.num_classes
-        )
+        distance = self.distance(real_maps[-1], synthetic_maps[-1])
         return Matched(distance, synthetic_maps, real_maps, labels, self.real_labels)
+
+    def distance(self, real: Tensor, synthetic: Tensor) -> Tensor:
+        """Return the distance between real and synthetic features [N, ...] and [n, ...]."""
+        labels, num_classes = self.problem.labels, self.problem.real.num_classes
+        return distribution_distance(real, synthetic, self.real_labels, labels, num_classes=num_classes)
