@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .base import Matched, Objective, Problem
 from .characteristic import CharacteristicMatching, characteristic_distance
 from .distribution import DistributionMatching, distribution_distance
+from .estimate import mutual_information_estimate
 from .gradient import GradientMatching, gradient_distance
 from .mutual_information import MutualInformation
 from .trajectory import trajectory_distance
@@ -25,6 +26,7 @@ __all__ = [
     "characteristic_distance",
     "distribution_distance",
     "gradient_distance",
+    "mutual_information_estimate",
     "trajectory_distance",
 ]
 
