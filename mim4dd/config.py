@@ -41,6 +41,11 @@ class DistillConfig:
     """Base method: dm (distribution matching), dc (gradient matching) or dsa (dc with augmentation)."""
     ipc: int = 1
     """Images per class."""
+    factor: int = 1
+    """Every image holds factor x factor smaller ones, enlarged before use (multi-formation)."""
+    soft_labels: bool = False
+    """Every image has probabilities for all classes, not one label. They are learned with it, or, by methods
+    that use no targets (dm), taken from a network trained on real images at the end."""
     iterations: int | None = None
     """Update steps of the images."""
     init: Literal["real", "kmeans", "noise"] | None = None
@@ -185,6 +190,7 @@ def check(config: Config) -> None:
         raise unknown("network", config.distill.network, ARCHITECTURES)
     at_least = {
         "--ipc": (config.distill.ipc, 1),
+        "--factor": (config.distill.factor, 1),
         "--iterations": (config.distill.iterations, 0),
         "--real-batch": (config.distill.real_batch, 1),
         "--width": (config.distill.width, 1),

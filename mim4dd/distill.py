@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .objectives import MutualInformation, Objective
+from .synthetic import SyntheticSet, decode
 
 READ_EVERY = 10  # iterations between looks at the losses, each of which waits for the device
 PROJECTION_LR = 1e-3  # Adam's, for the term's own parameters
+LABEL_LR = 1e-2  # Adam's, for the logits of soft labels: the same for losses of any scale
+LOWEST = -10.0  # log probability of a class that a label starts without
 
 
 class DivergenceError(RuntimeError):
@@ -26,29 +29,29 @@ class Progress:
     Attributes:
         iteration: updates done.
         terms: each term of the loss, averaged over the iterations since the last look.
-        images: a copy of the synthetic images [n, C, H, W].
+        synthetic: a copy of the synthetic set as it is now.
     """
 
     iteration: int
     terms: dict[str, float]
-    images: Tensor
+    synthetic: SyntheticSet
 
 
 def distill(
     objective: Objective,
-    images: Tensor,
+    start: SyntheticSet,
     *,
     iterations: int,
     lr: float,
     momentum: float,
     mutual_information: MutualInformation | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
-) -> Tensor:
-    """Return distilled images; `images` [n, C, H, W], where they start, stays as it is.
+) -> SyntheticSet:
+    """Return the distilled set; `start` stays as it is.
 
     Args:
-        objective: the base method.
-        images: float32 [n, C, H, W], normalised, class by class as the objective's labels.
+        objective: the base method; what it has `trained` is trained along.
+        start: the set to begin with, on the device of the run; soft labels are learned if it has any.
         iterations: number of updates.
         lr: of the images, by SGD.
         momentum: of the images' updates.
@@ -56,16 +59,24 @@ def distill(
         on_progress: called every `READ_EVERY` iterations and after the last.
 
     Raises:
-        DivergenceError: naming the term; `on_progress` has been given the last good images.
+        DivergenceError: naming the term; `on_progress` has been given the last good set.
     """
-    images = images.clone().requires_grad_()
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD([images], lr=lr, momentum=momentum)]
+    images = start.images.clone().requires_grad_()
+    logits = None if start.soft_labels is None else start.soft_labels.log().clamp_min(LOWEST).requires_grad_()
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.SGD([{"params": [images], "lr": lr}, *objective.trained], momentum=momentum)
+    ]
+    adam = [{"params": [logits], "lr": LABEL_LR}] if logits is not None else []
     trained = [p for p in mutual_information.parameters() if p.requires_grad] if mutual_information else []
-    if trained:
-        optimizers.append(torch.optim.Adam(trained, lr=PROJECTION_LR))
+    adam += [{"params": trained, "lr": PROJECTION_LR}] if trained else []
+    if adam:
+        optimizers.append(torch.optim.Adam(adam))
+    learned = [images] if logits is None else [images, logits]
     unread: list[dict[str, Tensor]] = []
+    synthetic = start
     for iteration in range(1, iterations + 1):
-        matched = objective(images)
+        targets = start.targets if logits is None else logits.softmax(1)
+        matched = objective(decode(images, start.factor), targets)
         terms = {"base": matched.loss}
         if mutual_information:
             terms["mim"] = mutual_information(
@@ -81,13 +92,19 @@ def distill(
             optimizer.step()
         unread.append({name: term.detach() for name, term in terms.items()})
         if iteration % READ_EVERY == 0 or iteration == iterations:
-            means = _read(unread, iteration, images)
-            on_progress(Progress(iteration, means, images.detach().clone()))
+            means = _read(unread, iteration, learned)
+            synthetic = replace(
+                start,
+                images=images.detach().clone(),
+                soft_labels=None if logits is None else logits.detach().softmax(1),
+                network_lr=objective.network_lr,
+            )
+            on_progress(Progress(iteration, means, synthetic))
             unread.clear()
-    return images.detach()
+    return synthetic
 
 
-def _read(unread: list[dict[str, Tensor]], iteration: int, images: Tensor) -> dict[str, float]:
+def _read(unread: list[dict[str, Tensor]], iteration: int, learned: list[Tensor]) -> dict[str, float]:
     """Fetch the losses of the last iterations, all at once, and average them, if all is finite."""
     names = list(unread[0])
     values = torch.stack([torch.stack([*terms.values()]) for terms in unread]).tolist()
@@ -98,7 +115,7 @@ def _read(unread: list[dict[str, Tensor]], iteration: int, images: Tensor) -> di
                     f"the {name} term became {value} in iteration {iteration - len(values) + 1 + back}; "
                     f"lower {'--mim-weight' if name == 'mim' else '--image-lr'}"
                 )
-    if not bool(images.isfinite().all()):
+    if not all(bool(tensor.isfinite().all()) for tensor in learned):
         raise DivergenceError(f"the images are not finite after iteration {iteration}; lower --image-lr")
     columns = zip(*values, strict=True)
     return {name: sum(column) / len(values) for name, column in zip(names, columns, strict=True)}

@@ -85,7 +85,8 @@ def evaluate(
     """Train `num_networks` networks and test each once.
 
     Args:
-        training_set: the images float32 [n, C, H, W] and labels int64 [n] for network k.
+        training_set: for network k, images float32 [n, C, H, W] and their targets: labels int64 [n], or
+            probabilities float32 [n, num_classes].
         test: on the device of the run.
         protocol: how to train.
         num_networks: how many.
@@ -112,9 +113,9 @@ def evaluate(
 
 
 def train(
-    network: Network, images: Tensor, labels: Tensor, protocol: Protocol, generator: torch.Generator
+    network: Network, images: Tensor, targets: Tensor, protocol: Protocol, generator: torch.Generator
 ) -> None:
-    """Train `network` in place on images [n, C, H, W] and labels [n], every epoch in a new order."""
+    """Train `network` in place on images [n, C, H, W] and targets [n, ...], every epoch in a new order."""
     network.train()
     optimizer = torch.optim.SGD(
         network.parameters(),
@@ -128,7 +129,7 @@ def train(
         order = torch.randperm(len(images), generator=generator, device=images.device)
         for index in order.split(protocol.batch):
             params = augment.sample(protocol.augmentation, len(index), size, generator=generator)
-            loss = F.cross_entropy(network(augment.apply(images[index], params)), labels[index])
+            loss = F.cross_entropy(network(augment.apply(images[index], params)), targets[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -191,7 +192,7 @@ def score_saved(
         )
     # The networks are trained in the saved set's normalisation, so they are tested in it too.
     test = dataclasses.replace(test, mean=saved.mean, std=saved.std).to(where)
-    images, labels = saved.images.to(where), saved.labels.to(where)
+    pair = saved.to(where).decoded, saved.to(where).targets
     rows = []
     for architecture in architectures or (config.distill.network,):
         protocol = Protocol(
@@ -199,13 +200,12 @@ def score_saved(
             augmentation=settled(config.distill.augmentation),
             architecture=architecture,
             width=settled(config.distill.width),
+            lr=saved.network_lr or Protocol.lr,
         )
         score = with_accuracy(
             architecture,
             num_eval,
-            functools.partial(
-                evaluate, lambda _: (images, labels), test, protocol, num_networks=num_eval, seed=seed
-            ),
+            functools.partial(evaluate, lambda _: pair, test, protocol, num_networks=num_eval, seed=seed),
         )
         rows.append((architecture, score, num_eval))
     print_table(f"Accuracy on the test set of {len(test)} images", ("network", "accuracy", "networks"), rows)

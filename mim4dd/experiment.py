@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,11 +16,12 @@ from .data import ImageSet, load
 from .distill import Progress, distill
 from .errors import InputError
 from .evaluate import OnNetwork, Protocol, Score, evaluate
-from .networks import CHUNK
+from .networks import CHUNK, Network
 from .objectives import METHODS, MutualInformation, Problem
 from .objectives.mutual_information import layer_indices
 from .seeding import generator
 from .synthetic import SyntheticSet
+from .teacher import probabilities, teach
 
 FULL_EPOCHS = 20  # full data: this fraction of the epochs, but at least 5; and one network
 
@@ -53,11 +55,15 @@ class Experiment:
             train, test = train.split(config.data.validation, generator(config.seed, "validation"))
         train, test = train.to(device), test.to(device)
         start = synthetic.initialise(
-            train, config.distill.ipc, settled(config.distill.init), generator(config.seed, "init", device)
+            train,
+            config.distill.ipc,
+            settled(config.distill.init),
+            generator(config.seed, "init", device),
+            factor=config.distill.factor,
         )
         problem = Problem(
             real=train,
-            labels=start.labels,
+            labels=start.decoded_labels,
             architecture=config.distill.network,
             width=settled(config.distill.width),
             real_batch=settled(config.distill.real_batch),
@@ -101,26 +107,44 @@ class Experiment:
             symmetric=mim.mim_symmetric,
         )
 
-    def distill(self, on_progress: Callable[[Progress], None], *, with_mim: bool = True) -> Tensor:
-        """Return distilled images [n, C, H, W]; `with_mim=False` runs the base method alone.
+    def distill(self, on_progress: Callable[[Progress], None], *, with_mim: bool = True) -> SyntheticSet:
+        """Return the distilled set; `with_mim=False` runs the base method alone.
 
         Raises:
             DivergenceError: a term of the loss is not finite any more.
         """
         settings = self.config.distill
-        return distill(
-            METHODS[settings.method].objective(self.problem),
-            self.start.images,
+        method, start = METHODS[settings.method], self.start
+        if settings.soft_labels and method.learns_targets:
+            start = self.with_soft_labels(start)
+        distilled = distill(
+            method.objective(self.problem),
+            start,
             iterations=settled(settings.iterations),
             lr=settled(settings.image_lr),
             momentum=settings.image_momentum,
             mutual_information=self.mutual_information() if with_mim and self.config.mim.mim_weight else None,
             on_progress=on_progress,
         )
+        if settings.soft_labels and not method.learns_targets:
+            distilled = self.with_soft_labels(distilled)
+        return distilled
 
-    def score(self, images: Tensor, on_network: OnNetwork) -> Score:
-        """Evaluate synthetic images [n, C, H, W], class by class."""
-        return self._evaluate(lambda _: (images, self.start.labels), on_network)
+    def with_soft_labels(self, synthetic: SyntheticSet) -> SyntheticSet:
+        """Return the set with what a network trained on the real images says of it."""
+        return dataclasses.replace(synthetic, soft_labels=probabilities(self.teacher, synthetic.decoded))
+
+    @cached_property
+    def teacher(self) -> Network:
+        """A network trained on the real images."""
+        network = self.problem.network()
+        teach(network, self.train, self._protocol(), generator(self.config.seed, "teacher", self.device))
+        return network
+
+    def score(self, synthetic: SyntheticSet, on_network: OnNetwork) -> Score:
+        """Evaluate a synthetic set, with the learning rate that belongs to it if there is one."""
+        pair = synthetic.decoded, synthetic.targets
+        return self._evaluate(lambda _: pair, on_network, lr=synthetic.network_lr)
 
     def baseline(self, name: str, on_network: OnNetwork) -> Score:
         """Evaluate real images: "random" (new ones for every network), "kmeans" or "full"."""
@@ -130,7 +154,8 @@ class Experiment:
             return self._evaluate(lambda _: (images, real.labels), on_network, full=True)
         if name == "kmeans":
             index = synthetic.select_kmeans(real, ipc, generator(seed, "baseline/kmeans", self.device))
-            return self.score(real.batch(index.flatten()), on_network)
+            pair = real.batch(index.flatten()), self.start.labels
+            return self._evaluate(lambda _: pair, on_network)
 
         def draw(k: int) -> tuple[Tensor, Tensor]:
             index = synthetic.select_random(real, ipc, generator(seed, f"baseline/random/{k}", self.device))
@@ -142,15 +167,15 @@ class Experiment:
         self,
         training_set: Callable[[int], tuple[Tensor, Tensor]],
         on_network: OnNetwork,
+        *,
         full: bool = False,
+        lr: float | None = None,
     ) -> Score:
-        settings, epochs = self.config.distill, settled(self.config.eval.eval_epochs)
-        protocol = Protocol(
-            epochs=max(5, epochs // FULL_EPOCHS) if full else epochs,
-            augmentation=settled(settings.augmentation),
-            architecture=settings.network,
-            width=settled(settings.width),
-        )
+        protocol = self._protocol()
+        if full:
+            protocol = dataclasses.replace(protocol, epochs=max(5, protocol.epochs // FULL_EPOCHS))
+        if lr:
+            protocol = dataclasses.replace(protocol, lr=lr)
         return evaluate(
             training_set,
             self.test,
@@ -158,6 +183,15 @@ class Experiment:
             num_networks=1 if full else settled(self.config.eval.num_eval),
             seed=self.config.seed,
             on_network=on_network,
+        )
+
+    def _protocol(self) -> Protocol:
+        settings = self.config.distill
+        return Protocol(
+            epochs=settled(self.config.eval.eval_epochs),
+            augmentation=settled(settings.augmentation),
+            architecture=settings.network,
+            width=settled(settings.width),
         )
 
 

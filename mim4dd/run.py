@@ -7,12 +7,12 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from torch import Tensor
 
 from . import __version__, report
 from .config import Config, check, read_config, settled, to_json, with_presets
@@ -90,10 +90,12 @@ def run(experiment: Experiment, folder: Path) -> int:
         f"{device_name(experiment.device)}",
         soft_wrap=True,
     )
+    if config.distill.soft_labels:
+        console.print("For the soft labels a network is trained on the real images as well.")
     keeper = Keeper(experiment, folder / "synthetic.safetensors")
     began = time.monotonic()
     try:
-        keeper.images = with_progress("distil", experiment, experiment.distill, keeper)
+        keeper.synthetic = with_progress("distil", experiment, experiment.distill, keeper)
     except (DivergenceError, KeyboardInterrupt) as error:
         keeper.save()
         complain(str(error) or "interrupted")
@@ -101,7 +103,7 @@ def run(experiment: Experiment, folder: Path) -> int:
         return 1 if isinstance(error, DivergenceError) else 130
     synthetic = keeper.save()
     distilled = time.monotonic()
-    score, baselines = evaluations(experiment, keeper.images)
+    score, baselines = evaluations(experiment, keeper.synthetic)
     result = {
         **synthetic.metadata,
         **score_facts(score),
@@ -127,26 +129,26 @@ def run(experiment: Experiment, folder: Path) -> int:
 
 
 class Keeper:
-    """Keeps the last good images of a run, now and then on disk, and the history of its loss."""
+    """Keeps the last good set of a run, now and then on disk, and the history of its loss."""
 
     def __init__(self, experiment: Experiment, path: Path) -> None:
         self.experiment = experiment
         self.path = path
-        self.images = experiment.start.images
+        self.synthetic = experiment.start
         self.iteration = 0
         self.history: list[dict[str, float]] = []
         self._saved = time.monotonic()
 
     def __call__(self, progress: Progress) -> None:
         """Take a look of the distillation loop."""
-        self.images, self.iteration = progress.images, progress.iteration
+        self.synthetic, self.iteration = progress.synthetic, progress.iteration
         self.history.append({"iteration": progress.iteration, **progress.terms})
         if time.monotonic() - self._saved > SAVE_EVERY:
             self.save()
 
     def save(self) -> SyntheticSet:
         """Write the set and return it, on the CPU."""
-        config, start = self.experiment.config, self.experiment.start
+        config = self.experiment.config
         facts = {
             "dataset": self.experiment.name,
             "method": config.distill.method,
@@ -158,14 +160,7 @@ class Keeper:
             "version": __version__,
             "config": to_json(config),
         }
-        tensors = (
-            self.images.cpu(),
-            start.labels.cpu(),
-            start.class_names,
-            start.mean.cpu(),
-            start.std.cpu(),
-        )
-        synthetic = SyntheticSet(*tensors, facts)
+        synthetic = replace(self.synthetic.to("cpu"), metadata=facts)
         synthetic.save(self.path)
         self._saved = time.monotonic()
         return synthetic
@@ -174,9 +169,9 @@ class Keeper:
 def with_progress(
     title: str,
     experiment: Experiment,
-    distill: Callable[[Callable[[Progress], None]], Tensor],
+    distill: Callable[[Callable[[Progress], None]], SyntheticSet],
     on_progress: Callable[[Progress], None] = lambda _: None,
-) -> Tensor:
+) -> SyntheticSet:
     """Distil under a progress bar that shows the loss and its terms."""
     with steps(title, settled(experiment.config.distill.iterations)) as bar:
 
@@ -188,8 +183,8 @@ def with_progress(
         return distill(look)
 
 
-def evaluations(experiment: Experiment, images: Tensor) -> tuple[Score | None, dict[str, Score]]:
-    """Score the distilled images and the baselines, each on networks of the same seeds."""
+def evaluations(experiment: Experiment, synthetic: SyntheticSet) -> tuple[Score | None, dict[str, Score]]:
+    """Score the distilled set and the baselines, each on networks of the same seeds."""
     num_networks = settled(experiment.config.eval.num_eval)
     if not num_networks:
         return None, {}
@@ -202,7 +197,7 @@ def evaluations(experiment: Experiment, images: Tensor) -> tuple[Score | None, d
 
     names: list[str] = [*dict.fromkeys(experiment.config.eval.baselines)]
     baselines = {name: with_accuracy(f"evaluate ({name})", num_networks, baseline(name)) for name in names}
-    return with_accuracy("evaluate", num_networks, functools.partial(experiment.score, images)), baselines
+    return with_accuracy("evaluate", num_networks, functools.partial(experiment.score, synthetic)), baselines
 
 
 def score_facts(score: Score | None) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,6 +21,8 @@ from .files import atomic
 
 FORMAT = "mim4dd-synthetic-1"
 TENSORS = ("images", "labels", "mean", "std")
+OPTIONAL = ("soft_labels",)
+FACTS = ("class_names", "factor", "network_lr")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ class SyntheticSet:
         mean: float32 [C].
         std: float32 [C].
         metadata: JSON-able facts: dataset, method, config, seed, version, ...
+        factor: every image holds factor x factor smaller ones, see `decode`.
+        soft_labels: probabilities float32 [n * factor², num_classes] of the decoded images, or None.
+        network_lr: learning rate for networks on these images, where the method learned one.
     """
 
     images: Tensor
@@ -41,9 +47,36 @@ class SyntheticSet:
     mean: Tensor
     std: Tensor
     metadata: dict[str, Any] = field(default_factory=dict)
+    factor: int = 1
+    soft_labels: Tensor | None = None
+    network_lr: float | None = None
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def decoded(self) -> Tensor:
+        """What networks are trained on: float32 [n * factor², C, H, W], normalised."""
+        return decode(self.images, self.factor)
+
+    @property
+    def decoded_labels(self) -> Tensor:
+        """The classes of the decoded images: int64 [n * factor²]."""
+        return self.labels.repeat_interleave(self.factor**2)
+
+    @property
+    def targets(self) -> Tensor:
+        """What networks are to answer: the soft labels if there are any, else the decoded images' classes."""
+        return self.decoded_labels if self.soft_labels is None else self.soft_labels
+
+    def to(self, device: torch.device | str) -> SyntheticSet:
+        """The same set on another device."""
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        return replace(self, **moved)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {name: getattr(self, name) for name in (*TENSORS, *OPTIONAL)}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     @property
     def pixels(self) -> Tensor:
@@ -51,13 +84,16 @@ class SyntheticSet:
         return (self.images * self.std[:, None, None] + self.mean[:, None, None]).clamp(0, 1)
 
     def dataset(self) -> TensorDataset:
-        """Return a torch Dataset of (normalised image float32 [C, H, W], label int64 []) pairs."""
-        return TensorDataset(self.images, self.labels)
+        """Return a torch Dataset of pairs: decoded image float32 [C, H, W], normalised, and its target.
+
+        A target is a label int64 [], or probabilities float32 [num_classes]; `cross_entropy` takes either.
+        """
+        return TensorDataset(self.decoded, self.targets)
 
     def save(self, path: str | Path) -> None:
         """Write one .safetensors file, whole or not at all."""
-        facts = {"class_names": self.class_names, **self.metadata}
-        tensors = {name: getattr(self, name).contiguous().cpu() for name in TENSORS}
+        facts = {**self.metadata, **{name: getattr(self, name) for name in FACTS}}
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in self._tensors().items()}
         with atomic(Path(path)) as temporary:
             save_file(tensors, temporary, {"format": FORMAT, "facts": json.dumps(facts)})
 
@@ -76,33 +112,70 @@ class SyntheticSet:
                         f"{path}: expected a synthetic set written by mim4dd ({FORMAT}), got format "
                         f"{header.get('format')!r}"
                     )
-                tensors = {name: file.get_tensor(name) for name in TENSORS}
+                optional = set(OPTIONAL) & set(file.keys())
+                tensors = {name: file.get_tensor(name) for name in (*TENSORS, *optional)}
             facts = json.loads(header["facts"])
-            class_names = tuple(facts.pop("class_names"))
+            own = {name: facts.pop(name) for name in FACTS}
         except FileNotFoundError as error:
             raise InputError(f"{path}: no such file; expected a synthetic.safetensors of mim4dd") from error
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: not a readable synthetic set ({error}); was it cut short?") from error
-        return cls(**tensors, class_names=class_names, metadata=facts)
+        own["class_names"] = tuple(own["class_names"])
+        read = cls(**tensors, **own, metadata=facts)
+        wanted = (len(read.decoded_labels), len(read.class_names))
+        if read.soft_labels is not None and read.soft_labels.shape != wanted:
+            raise InputError(
+                f"{path}: soft labels {list(read.soft_labels.shape)}, expected {list(wanted)}: one row per "
+                "decoded image, one column per class"
+            )
+        return read
 
 
-def initialise(real: ImageSet, ipc: int, how: str, generator: torch.Generator) -> SyntheticSet:
+def decode(images: Tensor, factor: int) -> Tensor:
+    """Take images [n, C, H, W] apart into factor x factor tiles, each enlarged: [n * factor², C, H, W].
+
+    Bilinear, as IDC (ICML 2022) decodes its multi-formation; differentiable.
+    """
+    if factor == 1:
+        return images
+    height, width = images.shape[2:]
+    tiles = images.unflatten(3, (factor, -1)).unflatten(2, (factor, -1))  # [n, C, f, h, f, w]
+    tiles = tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    return F.interpolate(tiles, size=(height, width), mode="bilinear")
+
+
+def encode(images: Tensor, factor: int) -> Tensor:
+    """Put every factor² images [n * factor², C, H, W], made smaller, side by side into one: [n, C, H, W]."""
+    if factor == 1:
+        return images
+    tiles = F.avg_pool2d(images, factor).unflatten(0, (-1, factor, factor))  # [n, f, f, C, h, w]
+    return tiles.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def initialise(
+    real: ImageSet, ipc: int, how: str, generator: torch.Generator, *, factor: int = 1
+) -> SyntheticSet:
     """Return `ipc` images per class to start from: "real" (random), "kmeans" or "noise" (standard normal).
 
+    With a `factor` above 1 every image is made of factor² real ones.
+
     Raises:
-        InputError: fewer real images in a class than `ipc`.
+        InputError: too few real images in a class, or images that `factor` does not divide.
     """
-    _check_enough(real, ipc)
+    height, width = real.image_size
+    if height % factor or width % factor:
+        raise InputError(f"--factor {factor} does not divide images of {height}x{width}; use one that does")
+    _check_enough(real, ipc * factor**2)
     labels = torch.arange(real.num_classes, device=real.labels.device).repeat_interleave(ipc)
     if how == "noise":
-        shape = (len(labels), real.channels, *real.image_size)
+        shape = (len(labels), real.channels, height, width)
         images = torch.randn(shape, generator=generator, device=generator.device)
     else:
         select = {"real": select_random, "kmeans": select_kmeans}[how]
-        images = real.batch(select(real, ipc, generator).flatten())
-    return SyntheticSet(images, labels, real.class_names, real.mean, real.std)
+        images = encode(real.batch(select(real, ipc * factor**2, generator).flatten()), factor)
+    return SyntheticSet(images, labels, real.class_names, real.mean, real.std, factor=factor)
 
 
 def select_random(real: ImageSet, ipc: int, generator: torch.Generator) -> Tensor:
@@ -143,5 +216,5 @@ def _check_enough(real: ImageSet, ipc: int) -> None:
     if counts[smallest] < ipc:
         raise InputError(
             f"class {real.class_names[smallest]!r} has {int(counts[smallest])} training images, fewer than "
-            f"the {ipc} asked for; use a smaller --ipc"
+            f"the {ipc} asked for (--ipc, times --factor squared); use fewer"
         )

@@ -7,7 +7,7 @@ import torch
 
 from mim4dd.data import load
 from mim4dd.objectives import Problem
-from mim4dd.synthetic import initialise
+from mim4dd.synthetic import SyntheticSet, initialise
 
 # Read when the kernels are imported: without a GPU they run in Triton's interpreter, on CPU tensors.
 if not torch.cuda.is_available():
@@ -39,13 +39,13 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4)
     assert error <= tolerance, f"relative error {error:.2e}"
 
 
-def digits_problem(ipc: int = 1) -> tuple[Problem, torch.Tensor]:
-    """A small problem on the built-in digits, and images to start from."""
+def digits_problem(ipc: int = 1, factor: int = 1) -> tuple[Problem, SyntheticSet]:
+    """A small problem on the built-in digits, and a set to start from."""
     train, _ = load("digits")
-    start = initialise(train, ipc, "real", torch.Generator().manual_seed(0))
+    start = initialise(train, ipc, "real", torch.Generator().manual_seed(0), factor=factor)
     problem = Problem(
         real=train,
-        labels=start.labels,
+        labels=start.decoded_labels,
         architecture="convnet",
         width=8,
         real_batch=8,
@@ -53,4 +53,4 @@ def digits_problem(ipc: int = 1) -> tuple[Problem, torch.Tensor]:
         layers=(),
         seed=0,
     )
-    return problem, start.images
+    return problem, start

@@ -24,7 +24,7 @@ def naive(real, synthetic, real_labels, synthetic_labels, frequencies, amplitude
     return total
 
 
-def problem(generator, real_labels, synthetic_labels, width=6, frequencies=9):
+def drawn(generator, real_labels, synthetic_labels, width=6, frequencies=9):
     def draw(*shape):
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
@@ -48,7 +48,7 @@ def problem(generator, real_labels, synthetic_labels, width=6, frequencies=9):
 )
 @pytest.mark.parametrize("weights", [{}, {"amplitude": 0.9, "phase": 0.1}])
 def test_equals_the_formula(generator, real_labels, synthetic_labels, weights):
-    inputs = problem(generator, real_labels, synthetic_labels)
+    inputs = drawn(generator, real_labels, synthetic_labels)
     distance, expected = characteristic_distance(*inputs, **weights), naive(*inputs, **weights)
     torch.testing.assert_close(distance, expected)
     by_distance, by_expected = (torch.autograd.grad(d, inputs[1])[0] for d in (distance, expected))
@@ -99,12 +99,12 @@ def test_tells_spread_from_location(generator):
 
 
 def test_gradcheck(generator):
-    real, synthetic, *others = problem(generator, [0, 1, 1, 0, 2], [1, 0, 2, 1])
+    real, synthetic, *others = drawn(generator, [0, 1, 1, 0, 2], [1, 0, 2, 1])
     assert torch.autograd.gradcheck(lambda s: characteristic_distance(real, s, *others), synthetic)
 
 
 def test_maps_are_flattened_and_other_dtypes_kept(generator):
-    real, synthetic, *others, frequencies = problem(generator, [0, 1, 1], [0, 1], width=8)
+    real, synthetic, *others, frequencies = drawn(generator, [0, 1, 1], [0, 1], width=8)
     flat = characteristic_distance(real, synthetic, *others, frequencies, num_classes=4)
     maps = characteristic_distance(
         real.view(3, 2, 2, 2), synthetic.view(2, 2, 2, 2), *others, frequencies, num_classes=2
@@ -127,13 +127,13 @@ def test_names_bad_input():
 
 def test_matching_brings_the_distance_down():
     """On one network and one set of frequencies, descent on the objective's own gradient lowers its loss."""
-    setup, images = digits_problem(ipc=2)
+    problem, start = digits_problem(ipc=2)
 
     def loss(x):
-        return CharacteristicMatching(setup)(x).loss  # the same draws each time
+        return CharacteristicMatching(problem)(x, problem.labels).loss  # the same draws each time
 
-    x = images.clone().requires_grad_()
+    x = start.images.clone().requires_grad_()
     for _ in range(10):
         (gradient,) = torch.autograd.grad(loss(x), x)
         x = (x - 0.1 * gradient).detach().requires_grad_()
-    assert loss(x) < 0.8 * loss(images)
+    assert loss(x) < 0.8 * loss(start.images)

@@ -5,42 +5,43 @@ import torch
 from conftest import digits_problem
 
 from mim4dd.distill import DivergenceError, distill
-from mim4dd.objectives import DistributionMatching, Matched, MutualInformation
+from mim4dd.objectives import DistributionMatching, GradientMatching, Matched, MutualInformation, Objective
 from mim4dd.seeding import generator
+from mim4dd.synthetic import SyntheticSet, decode
 
 
 def run(iterations=12, weight=None, seed=0, **options):
-    problem, images = digits_problem()
+    problem, start = digits_problem()
     problem = dataclasses.replace(problem, seed=seed, layers=(0, 1))
     looks = []
     result = distill(
         DistributionMatching(problem),
-        images,
+        start,
         iterations=iterations,
         lr=1.0,
         momentum=0.5,
         mutual_information=MutualInformation(weight=weight, layers="all", **options) if weight else None,
         on_progress=looks.append,
     )
-    return result, looks, images
+    return result, looks, start
 
 
 @pytest.mark.parametrize("weight", [None, 10.0])
 def test_same_seed_same_images(weight):
     first, second, other = (run(weight=weight, seed=seed)[0] for seed in (1, 1, 2))
-    assert torch.equal(first, second)
-    assert not torch.equal(first, other)
+    assert torch.equal(first.images, second.images)
+    assert not torch.equal(first.images, other.images)
 
 
 def test_the_term_changes_the_images_and_is_reported():
     with_term, looks, start = run(weight=10.0)
     without, plain_looks, _ = run()
-    assert not torch.equal(with_term, without)
+    assert not torch.equal(with_term.images, without.images)
     assert list(looks[0].terms) == ["base", "mim"]
     assert list(plain_looks[0].terms) == ["base"]
     assert [look.iteration for look in looks] == [10, 12]
-    assert torch.equal(looks[-1].images, with_term)
-    assert not torch.equal(start, with_term), "the start is a copy"
+    assert torch.equal(looks[-1].synthetic.images, with_term.images)
+    assert not torch.equal(start.images, with_term.images), "the start is a copy"
 
 
 def test_distribution_distance_falls():
@@ -50,18 +51,18 @@ def test_distribution_distance_falls():
 
 def test_no_iterations_return_the_start():
     result, looks, start = run(iterations=0)
-    assert torch.equal(result, start)
+    assert torch.equal(result.images, start.images)
     assert looks == []
 
 
 def test_a_trained_projection_is_trained():
     options = {"projection": "trained", "projection_size": 4, "feature_sizes": (128, 32)}
-    problem, images = digits_problem()
+    problem, start = digits_problem()
     term = MutualInformation(layers="all", generator=generator(0, "projection"), **options)
     before = [p.clone() for p in term.parameters()]
     distill(
         DistributionMatching(dataclasses.replace(problem, layers=(0, 1))),
-        images,
+        start,
         iterations=2,
         lr=1.0,
         momentum=0.5,
@@ -70,14 +71,20 @@ def test_a_trained_projection_is_trained():
     assert all(not torch.equal(a, b) for a, b in zip(before, term.parameters(), strict=True))
 
 
-class Breaking:
+def plain(images):
+    """A set of these images, each a class of its own."""
+    names = tuple("abc")
+    return SyntheticSet(images, torch.arange(3), names, torch.zeros(1), torch.ones(1))
+
+
+class Breaking(Objective):
     """An objective whose loss or gradient breaks in iteration 14."""
 
     def __init__(self, gradient_only=False):
         self.calls = 0
         self.gradient_only = gradient_only
 
-    def __call__(self, images):
+    def __call__(self, images, targets):
         self.calls += 1
         loss = images.square().sum()
         if self.calls == 14:
@@ -100,18 +107,17 @@ class Breaking:
 )
 def test_divergence_names_the_term_and_leaves_the_last_good_images(objective, term, message):
     looks = []
-    images = torch.rand(3, 1, 8, 8, generator=generator(0, "x"))
     with pytest.raises(DivergenceError, match=message):
         distill(
             objective,
-            images,
+            plain(torch.rand(3, 1, 8, 8, generator=generator(0, "x"))),
             iterations=20,
             lr=0.01,
             momentum=0.0,
             mutual_information=term,
             on_progress=looks.append,
         )
-    assert all(look.images.isfinite().all() for look in looks)
+    assert all(look.synthetic.images.isfinite().all() for look in looks)
     assert [look.iteration for look in looks] == ([10] if term is None else [])
 
 
@@ -119,8 +125,39 @@ def test_a_last_step_that_breaks_the_images_is_noticed():
     with pytest.raises(DivergenceError, match="the images are not finite after iteration 14"):
         distill(
             Breaking(gradient_only=True),
-            torch.ones(3, 1, 8, 8),
+            plain(torch.ones(3, 1, 8, 8)),
             iterations=14,
             lr=0.01,
             momentum=0.0,
         )
+
+
+@pytest.mark.parametrize("objective", [DistributionMatching, GradientMatching])
+def test_small_images_are_decoded_for_the_objective_and_learn_from_it(objective):
+    problem, start = digits_problem(ipc=2, factor=2)
+    seen = []
+
+    class Spy(objective):
+        def __call__(self, images, targets):
+            seen.append((images.detach().clone(), targets))
+            return super().__call__(images, targets)
+
+    result = distill(Spy(problem), start, iterations=1, lr=1.0, momentum=0.0)
+    images, targets = seen[0]
+    assert torch.equal(images, decode(start.images, 2))
+    assert torch.equal(targets, torch.arange(10).repeat_interleave(8))
+    assert result.images.shape == start.images.shape
+    assert result.factor == 2
+    moved = (result.images != start.images).flatten(1).float().mean(1)
+    assert moved.min() > 0.5, "every image has a gradient in most of its pixels"
+
+
+def test_soft_labels_are_learned_where_the_loss_depends_on_them():
+    problem, start = digits_problem(ipc=2)
+    soft = torch.full((20, 10), 0.02)
+    soft[torch.arange(20), problem.labels] = 0.82
+    start = dataclasses.replace(start, soft_labels=soft)
+    for objective, learned in ((GradientMatching, True), (DistributionMatching, False)):
+        result = distill(objective(problem), start, iterations=3, lr=0.1, momentum=0.0)
+        torch.testing.assert_close(result.soft_labels.sum(1), torch.ones(20))
+        assert ((result.soft_labels - soft).abs().max() > 1e-3) == learned

@@ -199,12 +199,13 @@ def test_distribution_distance_names_bad_input():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_objective_repeats_itself_and_only_itself(method):
-    problem, images = digits_problem()
+    problem, start = digits_problem()
+    images = start.images
     draws = []
     for seed in (0, 0, 1):
         objective = METHODS[method].objective(dataclasses.replace(problem, seed=seed))
         x = images.clone().requires_grad_()
-        losses = [objective(x).loss for _ in range(2)]
+        losses = [objective(x, problem.labels).loss for _ in range(2)]
         draws.append((torch.stack(losses).detach(), torch.autograd.grad(losses[1], x)[0]))
     assert torch.equal(draws[0][0], draws[1][0])
     assert torch.equal(draws[0][1], draws[1][1])
@@ -213,10 +214,11 @@ def test_an_objective_repeats_itself_and_only_itself(method):
 
 
 def test_chunked_real_features_are_those_of_one_pass():
-    problem, images = digits_problem(ipc=7)  # 70 images: two chunks of 32 and a rest
+    problem, start = digits_problem(ipc=7)  # 70 images: two chunks of 32 and a rest
+    images = start.images
     problem = dataclasses.replace(problem, layers=(0,))
     objective = DistributionMatching(problem)
-    objective(images)
+    objective(images, problem.labels)
     first, last = problem.real_features(objective.network, images)
     whole = objective.network.features(images)
     torch.testing.assert_close(first, whole[0])
@@ -228,11 +230,12 @@ def test_chunked_real_features_are_those_of_one_pass():
 @pytest.mark.parametrize("augmentation", ["none", "color_crop"])
 def test_gradient_matching_sums_over_the_classes(augmentation):
     """Against a plain loop over classes with the same draws."""
-    problem, images = digits_problem(ipc=2)
+    problem, start = digits_problem(ipc=2)
+    images = start.images
     problem = dataclasses.replace(problem, augmentation=augmentation, layers=(1,))
     x = images.clone().requires_grad_()
     objective = GradientMatching(problem)
-    matched = objective(x)
+    matched = objective(x, problem.labels)
 
     real, network = problem.real, objective.network.network
     parameters = [*network.requires_grad_().parameters()]
@@ -261,7 +264,8 @@ def test_gradient_matching_loops_are_the_published_ones():
 
 
 def test_gradient_matching_trains_its_network_between_image_steps():
-    problem, images = digits_problem(ipc=2)
+    problem, start = digits_problem(ipc=2)
+    images = start.images
     objective = GradientMatching(problem)
     assert objective.outer == 2
 
@@ -271,11 +275,11 @@ def test_gradient_matching_trains_its_network_between_image_steps():
     def loss():
         return F.cross_entropy(objective.network.network(images), problem.labels)
 
-    objective(images)
+    objective(images, problem.labels)
     first, first_loss = weights(), loss()
-    objective(images)
+    objective(images, problem.labels)
     assert loss() < first_loss
-    objective(images)
+    objective(images, problem.labels)
     third = weights()
     assert not torch.equal(third, first), "a new network"
     assert third.abs().max() <= first.abs().max() * 1.01, "that is not trained yet"

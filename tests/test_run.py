@@ -86,6 +86,34 @@ def test_every_method_beats_random_images(tmp_path, method, weight):
     assert result["accuracy_mean"] > result["baselines"]["random"]["accuracy_mean"] + 0.03
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_small_images_and_soft_labels_go_with_every_method(tmp_path, method, capsys):
+    out = tmp_path / "a"
+    options = [
+        "--factor",
+        "2",
+        "--soft-labels",
+        "--method",
+        method,
+        "--mim-weight",
+        "1",
+        "--baselines",
+        "random",
+    ]
+    assert run.main([*QUICK, "--eval-epochs", "40", *options, "--out", str(out)]) == 0
+    result = json.loads((out / "result.json").read_text())
+    synthetic = SyntheticSet.load(out / "synthetic.safetensors")
+    assert len(synthetic) == 10
+    assert synthetic.soft_labels.shape == (40, 10)
+    torch.testing.assert_close(synthetic.soft_labels.sum(1), torch.ones(40))
+    assert synthetic.soft_labels.argmax(1).eq(synthetic.decoded_labels).float().mean() > 0.7
+    assert 1 > synthetic.soft_labels.max() > 0.2
+    image, target = synthetic.dataset()[5]
+    assert (image.shape, target.shape) == ((1, 8, 8), (10,))
+    assert evaluate.main([str(out / "synthetic.safetensors"), "--num-eval", "1"]) == 0
+    assert f"{100 * result['accuracy_mean']:.1f} ±" in capsys.readouterr().out.splitlines()[-2]
+
+
 def test_same_command_same_images(finished, tmp_path):
     folder, _ = finished
     assert run.main([*QUICK, "--ipc", "2", "--num-eval", "0", "--out", str(tmp_path / "again")]) == 0
@@ -144,6 +172,7 @@ def test_results_are_never_overwritten_silently(tmp_path, monkeypatch, capsys):
         (["--dataset", "mnist", "--data-dir", "nowhere"], "not found in nowhere"),
         (["--dataset", "./nothing.npz"], "no such file or folder"),
         (["--ipc", "0"], "--ipc is 0, expected at least 1"),
+        (["--factor", "3"], "--factor 3 does not divide images of 8x8"),
         (["--ipc", "1000"], "fewer than the 1000 asked for"),
         (["--device", "cuda"], "--device cuda is not to be had here"),
         (["--device", "toaster"], "--device toaster is not to be had here"),

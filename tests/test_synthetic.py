@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import close
@@ -7,7 +9,7 @@ from mim4dd.data import load
 from mim4dd.errors import InputError
 from mim4dd.files import atomic
 from mim4dd.seeding import generator
-from mim4dd.synthetic import SyntheticSet, initialise, select_kmeans, select_random
+from mim4dd.synthetic import SyntheticSet, decode, encode, initialise, select_kmeans, select_random
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +26,24 @@ def test_round_trip(tmp_path, digits):
         start.mean,
         start.std,
         {"seed": 3, "config": {"a": [1]}},
+        factor=2,
+        soft_labels=torch.rand(80, 10),
+        network_lr=0.02,
     )
     written.save(tmp_path / "set.safetensors")
     read = SyntheticSet.load(tmp_path / "set.safetensors")
-    for name in ("images", "labels", "mean", "std"):
+    for name in ("images", "labels", "mean", "std", "soft_labels"):
         assert torch.equal(getattr(read, name), getattr(written, name))
     assert read.class_names == digits.class_names
     assert read.metadata == {"seed": 3, "config": {"a": [1]}}
+    assert (read.factor, read.network_lr) == (2, 0.02)
+
+
+def test_soft_labels_that_do_not_fit_are_refused(tmp_path, digits):
+    start = initialise(digits, 2, "real", generator(0, "init"))
+    replace(start, soft_labels=torch.rand(20, 9)).save(tmp_path / "set.safetensors")
+    with pytest.raises(InputError, match=r"soft labels \[20, 9\], expected \[20, 10\]"):
+        SyntheticSet.load(tmp_path / "set.safetensors")
 
 
 def test_dataset_trains_as_it_is(digits):
@@ -131,3 +144,38 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         temporary.write_text("new")
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_decode_enlarges_the_quarters_of_an_image():
+    x = torch.randn(2, 3, 8, 8, generator=generator(0, "x"))
+    decoded = decode(x, 2)
+    assert decoded.shape == (8, 3, 8, 8)
+    for n in range(2):
+        for row in range(2):
+            for column in range(2):
+                quarter = x[n : n + 1, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+                expected = torch.nn.functional.interpolate(quarter, scale_factor=2, mode="bilinear")[0]
+                torch.testing.assert_close(decoded[4 * n + 2 * row + column], expected)
+    assert decode(x, 1) is x
+
+
+def test_encode_is_undone_by_decode_up_to_what_is_lost():
+    """Tiles keep their place: constant images survive exactly."""
+    levels = torch.arange(2 * 9.0)
+    x = levels[:, None, None, None].expand(18, 3, 6, 6)
+    encoded = encode(x, 3)
+    assert encoded.shape == (2, 3, 6, 6)
+    torch.testing.assert_close(decode(encoded, 3), x.contiguous())
+
+
+def test_start_with_a_factor_is_made_of_more_real_images(digits):
+    start = initialise(digits, 2, "real", generator(1, "init"), factor=2)
+    index = select_random(digits, 8, generator(1, "init"))
+    torch.testing.assert_close(start.images, encode(digits.batch(index.flatten()), 2))
+    assert len(start) == 20
+    assert start.decoded.shape == (80, 1, 8, 8)
+    assert torch.equal(start.targets, torch.arange(10).repeat_interleave(8))
+    with pytest.raises(InputError, match="--factor 3 does not divide images of 8x8"):
+        initialise(digits, 2, "real", generator(1, "init"), factor=3)
+    with pytest.raises(InputError, match="fewer than the 1600 asked for"):
+        initialise(digits, 100, "real", generator(1, "init"), factor=4)

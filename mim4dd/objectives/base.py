@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ class Problem:
 
     Attributes:
         real: the training images, on the device of the run.
-        labels: int64 [n], of the synthetic images, class by class.
+        labels: int64 [n], of the (decoded) synthetic images, class by class.
         architecture: of the networks, see `mim4dd.networks.ARCHITECTURES`.
         width: of the networks' blocks.
         real_batch: real images per class and iteration.
@@ -71,9 +72,25 @@ class Matched:
     real_labels: Tensor
 
 
-class Objective(Protocol):
-    """A base method for one problem. It draws what it needs, real images and networks, by itself."""
+class Objective(ABC):
+    """A base method for one problem. It draws what it needs, real images and networks, by itself.
 
-    def __call__(self, images: Tensor) -> Matched:
-        """Match the synthetic images [n, C, H, W] against the problem's real ones."""
-        ...
+    Attributes:
+        trained: what it trains along with the images, as groups of parameters for `torch.optim.SGD`.
+    """
+
+    trained: Sequence[dict[str, Any]] = ()
+
+    @property
+    def network_lr(self) -> float | None:
+        """The learning rate that networks are to be trained with on these images, if it has found one."""
+        return None
+
+    @abstractmethod
+    def __call__(self, images: Tensor, targets: Tensor) -> Matched:
+        """Match synthetic images against the problem's real ones.
+
+        Args:
+            images: float32 [n, C, H, W], normalised, in the order of the problem's labels.
+            targets: what a network is to answer: those labels, or probabilities [n, num_classes].
+        """

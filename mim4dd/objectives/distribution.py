@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import augment
 from ..networks import initialise
 from ..seeding import generator
-from .base import Matched, Problem
+from .base import Matched, Objective, Problem
 
 
 def distribution_distance(
@@ -61,7 +61,7 @@ def distribution_distance(
     return torch.where(present, difference.square().sum(1), 0).sum()
 
 
-class DistributionMatching:
+class DistributionMatching(Objective):
     """A new random network every iteration; real and synthetic images share their augmentation by class."""
 
     def __init__(self, problem: Problem) -> None:
@@ -74,7 +74,7 @@ class DistributionMatching:
         classes = torch.arange(problem.real.num_classes, device=device)
         self.real_labels = classes.repeat_interleave(problem.real_batch)
 
-    def __call__(self, images: Tensor) -> Matched:
+    def __call__(self, images: Tensor, targets: Tensor) -> Matched:
         """Return the distance for the synthetic images [n, C, H, W] and the features it is made of."""
         problem = self.problem
         real, labels = problem.real, problem.labels

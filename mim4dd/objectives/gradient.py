@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, vmap
 from .. import augment
 from ..networks import Network, initialise
 from ..seeding import generator
-from .base import Matched, Problem
+from .base import Matched, Objective, Problem
 
 # Classes whose gradients are taken at once: on CPU grouped convolutions are 2.4 times slower than one by one.
 CLASSES_AT_ONCE = {"cpu": 1, "cuda": None}
@@ -77,7 +77,7 @@ def loops(ipc: int) -> tuple[int, int]:
     return min(ipc, 50), max(10, -(-100 // ipc) * 5)
 
 
-class GradientMatching:
+class GradientMatching(Objective):
     """Class by class, equal gradients of a network that is itself trained on the synthetic images meanwhile.
 
     A network serves `loops(ipc)[0]` calls and is trained on the images, as they are by then, between them.
@@ -95,24 +95,27 @@ class GradientMatching:
         self.outer, self.inner = loops(len(problem.labels) // problem.real.num_classes)
         self.calls = 0
 
-    def __call__(self, images: Tensor) -> Matched:
+    def __call__(self, images: Tensor, targets: Tensor) -> Matched:
         """Return the distance for the synthetic images [n, C, H, W], and features of the same passes."""
         if self.calls % self.outer == 0:
             initialise(self.network, self.weights)
         else:
-            self._train(images.detach())
+            self._train(images.detach(), targets.detach())
         self.calls += 1
         real = self.problem.real
         params = augment.sample(
             self.problem.augmentation, real.num_classes, real.image_size, generator=self.augmentations
         )
         real_images = real.batch(real.sample(self.problem.real_batch, self.draws))
-        real_grads, real_maps = self._class_gradients(real_images, params)
-        grads, maps = self._class_gradients(images.unflatten(0, (real.num_classes, -1)), params)
+        real_labels = _class_labels(real.num_classes, self.problem.real_batch, real.labels.device)
+        real_grads, real_maps = self._class_gradients(real_images, real_labels, params)
+        classes = (real.num_classes, -1)
+        grads, maps = self._class_gradients(
+            images.unflatten(0, classes), targets.unflatten(0, classes), params
+        )
         # With the classes as further rows, the sum of the classes' distances is one distance.
         rows, real_rows = ([g.flatten(0, 1) for g in side if g.ndim > 2] for side in (grads, real_grads))
         distance = gradient_distance(rows, real_rows)
-        real_labels = _class_labels(real.num_classes, self.problem.real_batch, real.labels.device)
         return Matched(
             distance,
             [m.flatten(0, 1) for m in maps],
@@ -122,23 +125,23 @@ class GradientMatching:
         )
 
     def _class_gradients(
-        self, images: Tensor, params: augment.AugmentParams
+        self, images: Tensor, targets: Tensor, params: augment.AugmentParams
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients [C, ...] of each class's cross entropy on images [C, n, ...], and maps [C, n, ...]."""
-        labels = _class_labels(images.shape[0], images.shape[1], images.device)
-        augmented = augment.apply(images.flatten(0, 1), params, rows=labels.flatten())
+        rows = _class_labels(images.shape[0], images.shape[1], images.device).flatten()
+        augmented = augment.apply(images.flatten(0, 1), params, rows=rows)
         weights: dict[str, Tensor] = dict(self.network.named_parameters())
 
-        def loss(weights: dict[str, Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        def loss(weights: dict[str, Tensor], images: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
             logits, maps = functional_call(self.network, weights, (images,))
-            return F.cross_entropy(logits, labels), maps
+            return F.cross_entropy(logits, targets), maps
 
         gradients, maps = vmap(
             grad(loss, has_aux=True), in_dims=(None, 0, 0), chunk_size=CLASSES_AT_ONCE[images.device.type]
-        )(weights, augmented.view_as(images), labels)
+        )(weights, augmented.view_as(images), targets)
         return [*gradients.values()], maps
 
-    def _train(self, images: Tensor) -> None:
+    def _train(self, images: Tensor, targets: Tensor) -> None:
         """Train the network in place on the synthetic images, every epoch in a new order."""
         network = self.network.network.requires_grad_()
         optimizer = torch.optim.SGD(network.parameters(), lr=NETWORK_LR)
@@ -149,7 +152,7 @@ class GradientMatching:
                 params = augment.sample(self.problem.augmentation, len(index), size, generator=self.training)
                 logits = network(augment.apply(images[index], params))
                 optimizer.zero_grad()
-                F.cross_entropy(logits, self.problem.labels[index]).backward()
+                F.cross_entropy(logits, targets[index]).backward()
                 optimizer.step()
         network.requires_grad_(False)
 

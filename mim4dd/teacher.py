@@ -1,0 +1,35 @@
+"""Soft labels: what a network that was trained on the real images says of others."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from .data import ImageSet
+from .evaluate import Protocol, train
+from .networks import CHUNK, Network, initialise
+
+STEPS = 500  # at least an epoch: a teacher need not be perfect to tell which classes are alike
+
+
+def teach(network: Network, real: ImageSet, protocol: Protocol, generator: torch.Generator) -> None:
+    """Train `network` in place, from nothing, on the real images: `protocol`, but about `STEPS` steps."""
+    epochs = max(1, STEPS * protocol.batch // len(real))
+    images = real.batch(torch.arange(len(real), device=real.images.device))
+    initialise(network, generator)
+    train(
+        network.requires_grad_(),
+        images,
+        real.labels,
+        dataclasses.replace(protocol, epochs=epochs),
+        generator,
+    )
+
+
+@torch.no_grad()
+def probabilities(network: Network, images: Tensor) -> Tensor:
+    """Return the class probabilities float32 [n, num_classes] that `network` gives images [n, C, H, W]."""
+    network.eval()
+    return torch.cat([network(chunk).softmax(1) for chunk in images.split(CHUNK[images.device.type])])
