@@ -71,6 +71,9 @@ class MimConfig:
 
     mim_weight: float | None = None
     """Its weight; 0 leaves it out."""
+    mim_pairs: Literal["class", "cluster"] = "class"
+    """Which real images an image is paired with: those of its class, or of its cluster (k-means, one cluster
+    of its class for every synthetic image)."""
     mim_layers: str = "all"
     """Feature maps it compares: all, last, or indices such as 0,2."""
     mim_layer_decay: float = 1.0

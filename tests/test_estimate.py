@@ -110,12 +110,15 @@ def test_maps_and_scales_do_not_matter(generator):
     assert mutual_information_estimate(*as_maps, labels, real_labels) == pytest.approx(expected, abs=1e-5)
 
 
+def test_too_few_rows_give_no_estimate():
+    rows, labels = torch.zeros(3, 4), torch.tensor([0, 1, 2])
+    assert mutual_information_estimate(rows, rows, labels, labels) is None
+    assert mutual_information_estimate(rows, rows[:0], labels, labels[:0]) is None
+    assert mutual_information_estimate(rows, rows.repeat(2, 1), labels, labels.repeat(2)) is not None
+
+
 def test_names_bad_input():
     rows, labels = torch.zeros(3, 4), torch.tensor([0, 1, 2])
-    with pytest.raises(ValueError, match="no label has a synthetic row and two real ones"):
-        mutual_information_estimate(rows, rows, labels, labels)
-    with pytest.raises(ValueError, match="no label has"):
-        mutual_information_estimate(rows, rows[:0], labels, labels[:0])
     with pytest.raises(ValueError, match=r"key_labels is \[2\], expected \[3\]"):
         mutual_information_estimate(rows, rows, labels, labels[:2])
     with pytest.raises(ValueError, match="temperature is 0"):

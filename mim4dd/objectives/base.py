@@ -27,6 +27,8 @@ class Problem:
         augmentation: strategy string, see `mim4dd.augment.sample`.
         layers: maps that the add-on compares; the last one is always kept.
         seed: of every random draw.
+        partners: int64 [N], the synthetic image that each real one is paired with by the add-on; None: all of
+            its class.
     """
 
     real: ImageSet
@@ -37,6 +39,13 @@ class Problem:
     augmentation: str
     layers: Sequence[int]
     seed: int
+    partners: Tensor | None = None
+
+    def pair_labels(self, real_index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return labels [n] of the synthetic images and [...] of real ones [...]: equal where they pair."""
+        if self.partners is None:
+            return self.labels, self.real.labels[real_index]
+        return torch.arange(len(self.labels), device=self.labels.device), self.partners[real_index]
 
     def network(self) -> Network:
         """Return a network for these images with unset weights that want no gradient."""
@@ -63,7 +72,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Matched:
-    """The outcome of one matching: the loss, differentiable in the images, and the features it came from."""
+    """The outcome of one matching: the loss, differentiable in the images, and the features it came from.
+
+    The labels are those that say which features make a pair (`Problem.pair_labels`).
+    """
 
     loss: Tensor
     synthetic_features: Sequence[Tensor]

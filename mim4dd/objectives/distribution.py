@@ -82,12 +82,12 @@ class DistributionMatching(Objective):
         params = augment.sample(
             problem.augmentation, real.num_classes, real.image_size, generator=self.augmentations
         )
-        real_images = real.batch(real.sample(problem.real_batch, self.draws).flatten())
-        real_images = augment.apply(real_images, params, rows=self.real_labels)
+        index = real.sample(problem.real_batch, self.draws).flatten()
+        real_images = augment.apply(real.batch(index), params, rows=self.real_labels)
         real_maps = problem.real_features(self.network, real_images)
         synthetic_maps = self.network.features(augment.apply(images, params, rows=labels))
         distance = self.distance(real_maps[-1], synthetic_maps[-1])
-        return Matched(distance, synthetic_maps, real_maps, labels, self.real_labels)
+        return Matched(distance, synthetic_maps, real_maps, *problem.pair_labels(index))
 
     def distance(self, real: Tensor, synthetic: Tensor) -> Tensor:
         """Return the distance between real and synthetic features [N, ...] and [n, ...]."""

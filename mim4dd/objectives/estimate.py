@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ def mutual_information_estimate(
     real_labels: Tensor,
     *,
     temperature: float = 0.1,
-) -> float:
+) -> float | None:
     """Return a lower bound, in nats, of the mutual information between a synthetic and a real feature.
 
     A pair is a synthetic row and a real row of its label, both drawn at random; its negatives come from the
@@ -42,7 +43,8 @@ def mutual_information_estimate(
 
     A pair shares nothing but its label, so the estimate can never exceed the entropy of the labels, whatever
     the features: log C for C labels with equally many synthetic rows. It may be far below the information
-    there is, since the critic knows but cosines. Below 0 it says nothing.
+    there is, since the critic knows but cosines. Below 0 it says nothing. It is None if no label has a
+    synthetic row and two real ones, one for each half.
 
     Args:
         synthetic_features: float [M, ...], flattened to rows.
@@ -53,7 +55,7 @@ def mutual_information_estimate(
         temperature: around which the critic's is looked for, positive.
 
     Raises:
-        ValueError: shapes, dtypes or labels do not fit; or the halves have no label with both kinds of rows.
+        ValueError: shapes, dtypes or labels do not fit.
     """
     function = "mutual_information_estimate"
     synthetic, real = synthetic_features.flatten(1), real_features.flatten(1)
@@ -63,15 +65,11 @@ def mutual_information_estimate(
     cosine = (unit_rows(synthetic) @ unit_rows(real).T).double()
     halves = [_Pairs(cosine[:, half], labels, real_labels[half]) for half in _halves(real_labels)]
     if not all(len(half.cosine) for half in halves):
-        raise ValueError(
-            f"mim4dd.{function}: no label has a synthetic row and two real ones; expected at least one label"
-        )
-    settings = [(temperature * t, v) for t in TEMPERATURES for v in NEGATIVES]
+        return None
     bounds = []
     for chosen_on, measured_on in (halves, halves[::-1]):
-        ratios = [chosen_on.calibrated(*setting) for setting in settings]
-        best = max(zip(settings, ratios, strict=True), key=lambda s: chosen_on.bound(*s[0], s[1]))
-        bounds.append(measured_on.bound(*best[0], best[1]))
+        critics = [chosen_on.critic(temperature * t, v) for t in TEMPERATURES for v in NEGATIVES]
+        bounds.append(measured_on.bound(max(critics, key=chosen_on.bound)))
     return sum(bounds) / 2
 
 
@@ -82,6 +80,12 @@ def _halves(labels: Tensor) -> Iterator[Tensor]:
     slot = torch.cat([torch.arange(int(n), device=labels.device) for n in counts] or [labels])
     for parity in (0, 1):
         yield order[slot % 2 == parity]
+
+
+class _Critic(NamedTuple):
+    temperature: float
+    negatives: float
+    log_noise_ratio: float
 
 
 class _Pairs:
@@ -95,14 +99,14 @@ class _Pairs:
         self.positive = positive / positive.sum(1, keepdim=True) / len(positive)
         self.negative = self.positive.sum(0) / max(1, len(positive))  # [N], the same for every synthetic row
 
-    def calibrated(self, temperature: float, negatives: float) -> float:
-        """The logarithm of the noise ratio v * E_neg[exp(cosine / temperature)]."""
+    def critic(self, temperature: float, negatives: float) -> _Critic:
+        """The critic with the noise ratio v * E_neg[exp(cosine / temperature)]."""
         weighted = self.cosine / temperature + self.negative.log()
-        return math.log(negatives) + float(weighted.flatten().logsumexp(0))
+        return _Critic(temperature, negatives, math.log(negatives) + float(weighted.flatten().logsumexp(0)))
 
-    def bound(self, temperature: float, negatives: float, log_ratio: float) -> float:
-        x = self.cosine / temperature - log_ratio
-        on_positives = -(F.softplus(-x) * self.positive).sum()
-        on_negatives = -(F.softplus(x) * self.negative).sum()
-        v = negatives
-        return float(on_positives + v * on_negatives) + (1 + v) * math.log1p(v) - v * math.log(v)
+    def bound(self, critic: _Critic) -> float:
+        v = critic.negatives
+        x = self.cosine / critic.temperature - critic.log_noise_ratio
+        log_h, log_not_h = -F.softplus(-x), -F.softplus(x)
+        expected = (log_h * self.positive).sum() + v * (log_not_h * self.negative).sum()
+        return float(expected) + (1 + v) * math.log1p(v) - v * math.log(v)

@@ -106,9 +106,9 @@ class GradientMatching(Objective):
         params = augment.sample(
             self.problem.augmentation, real.num_classes, real.image_size, generator=self.augmentations
         )
-        real_images = real.batch(real.sample(self.problem.real_batch, self.draws))
+        index = real.sample(self.problem.real_batch, self.draws)
         real_labels = _class_labels(real.num_classes, self.problem.real_batch, real.labels.device)
-        real_grads, real_maps = self._class_gradients(real_images, real_labels, params)
+        real_grads, real_maps = self._class_gradients(real.batch(index), real_labels, params)
         classes = (real.num_classes, -1)
         grads, maps = self._class_gradients(
             images.unflatten(0, classes), targets.unflatten(0, classes), params
@@ -120,8 +120,7 @@ class GradientMatching(Objective):
             distance,
             [m.flatten(0, 1) for m in maps],
             [m.detach().flatten(0, 1) for m in real_maps],
-            self.problem.labels,
-            real_labels.flatten(),
+            *self.problem.pair_labels(index.flatten()),
         )
 
     def _class_gradients(
