@@ -57,7 +57,8 @@ class DistillConfig:
     image_momentum: float = 0.5
     """Momentum of the images' updates."""
     network: str = "convnet"
-    """Architecture that is matched and evaluated: convnet, mlp, lenet, alexnet, vgg11 or resnet18."""
+    """Architecture that is matched and evaluated: convnet, convnet-bn, mlp, lenet, alexnet, vgg11 or
+    resnet18."""
     width: int | None = None
     """Channels of the ConvNet's blocks."""
     augmentation: str | None = None

@@ -169,6 +169,7 @@ class Experiment:
         network = self.problem.network()
         initialise(network, generator(seed, "information/network", self.device))
         random = generator(seed, "information/real", self.device)
+        self.problem.settle(network, random)
         index = torch.randperm(len(held_out), generator=random, device=self.device)[:HELD_OUT]
         if self.centres is None:
             labels, real_labels = self.problem.labels, held_out.labels

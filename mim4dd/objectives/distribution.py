@@ -62,7 +62,11 @@ def distribution_distance(
 
 
 class DistributionMatching(Objective):
-    """A new random network every iteration; real and synthetic images share their augmentation by class."""
+    """A new random network every iteration; real and synthetic images share their augmentation by class.
+
+    Batch normalisation is in training mode, as in the published code: real images of all classes are
+    normalised together, and so are the synthetic ones.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
