@@ -60,7 +60,8 @@ class DistillConfig:
     image_momentum: float = 0.5
     """Momentum of the images' updates."""
     network: str = "convnet"
-    """Architecture that is matched and evaluated: convnet, mlp, lenet, alexnet, vgg11 or resnet18."""
+    """Architecture that is matched and evaluated: convnet, convnet-bn, mlp, lenet, alexnet, vgg11 or
+    resnet18."""
     width: int | None = None
     """Channels of the ConvNet's blocks."""
     augmentation: str | None = None
@@ -74,6 +75,9 @@ class MimConfig:
 
     mim_weight: float | None = None
     """Its weight; 0 leaves it out."""
+    mim_pairs: Literal["class", "cluster"] = "class"
+    """Which real images an image is paired with: those of its class, or of its cluster (k-means, one cluster
+    of its class for every synthetic image)."""
     mim_layers: str = "all"
     """Feature maps it compares: all, last, or indices such as 0,2."""
     mim_layer_decay: float = 1.0

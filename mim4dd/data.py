@@ -77,6 +77,16 @@ class ImageSet:
         slot = torch.arange(per_class, device=table.device) % counts[:, None]
         return shuffled.gather(1, slot)
 
+    def check_enough(self, per_class: int) -> None:
+        """Raise `InputError` if a class has fewer images than `per_class`."""
+        counts = self.class_index[1]
+        smallest = int(counts.argmin())
+        if counts[smallest] < per_class:
+            raise InputError(
+                f"class {self.class_names[smallest]!r} has {int(counts[smallest])} training images, fewer "
+                f"than the {per_class} asked for (--ipc, times --factor squared); use fewer"
+            )
+
     def split(self, fraction: float, generator: torch.Generator) -> tuple[ImageSet, ImageSet]:
         """(rest, held out): `fraction` of every class is held out, but never the last image of a class.
 

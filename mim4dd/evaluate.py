@@ -163,7 +163,7 @@ def score_saved(
 
     Args:
         path: synthetic.safetensors of a run.
-        architectures: of convnet, mlp, lenet, alexnet, vgg11, resnet18; default: the run's.
+        architectures: of convnet, convnet-bn, mlp, lenet, alexnet, vgg11, resnet18; default: the run's.
         dataset: the real data, where they are not where the run found them: a name or a path.
         data_dir: folder of the files of a named set.
         num_eval: networks trained per architecture.

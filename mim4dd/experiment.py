@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -11,19 +12,21 @@ import torch
 from torch import Tensor
 
 from . import synthetic
+from .clusters import cluster_labels, kmeans_centres
 from .config import Config, layers, settled
 from .data import ImageSet, load
 from .distill import Progress, distill
 from .errors import InputError
 from .evaluate import OnNetwork, Protocol, Score, evaluate
-from .networks import CHUNK, Network
-from .objectives import METHODS, MutualInformation, Problem
+from .networks import CHUNK, Network, initialise
+from .objectives import METHODS, MutualInformation, Problem, mutual_information_estimate
 from .objectives.mutual_information import layer_indices
 from .seeding import generator
 from .synthetic import SyntheticSet
 from .teacher import probabilities, teach
 from .whitening import Whitening
 
+HELD_OUT = 2000  # real images that the mutual information is estimated with, at most
 FULL_EPOCHS = 20  # full data: this fraction of the epochs, but at least 5; and one network
 
 
@@ -36,12 +39,14 @@ class Experiment:
         problem: the real images and how they are looked at, on the device of the run.
         test: what accuracies are measured on, also there.
         start: the synthetic set before the first update.
+        centres: of the clusters that the add-on pairs images by, if it does.
     """
 
     config: Config
     problem: Problem
     test: ImageSet
     start: SyntheticSet
+    centres: Tensor | None = None
 
     @classmethod
     def prepare(cls, config: Config) -> Experiment:
@@ -58,12 +63,17 @@ class Experiment:
         if config.data.zca:
             whitening = Whitening.fit(train.images)
             train, test = train.whitened(whitening), test.whitened(whitening)
+        random = generator(config.seed, "init", device)
+        centres = None
+        if config.mim.mim_pairs == "cluster":
+            centres = kmeans_centres(train, config.distill.ipc * config.distill.factor**2, random)
         start = synthetic.initialise(
             train,
             config.distill.ipc,
             settled(config.distill.init),
-            generator(config.seed, "init", device),
+            random,
             factor=config.distill.factor,
+            centres=centres,
         )
         problem = Problem(
             real=train,
@@ -75,10 +85,11 @@ class Experiment:
             layers=(),
             seed=config.seed,
             trajectory=config.trajectory,
+            partners=None if centres is None else cluster_labels(train, centres),
         )
         if config.mim.mim_weight:
             problem = dataclasses.replace(problem, layers=_layers(problem, config))
-        experiment = cls(config, problem, test, start)
+        experiment = cls(config, problem, test, start, centres)
         experiment.prepare_method()  # not begun yet, but what is wrong with it comes out
         return experiment
 
@@ -156,6 +167,42 @@ class Experiment:
         """Evaluate a synthetic set, with the learning rate that belongs to it if there is one."""
         pair = synthetic.decoded, synthetic.targets
         return self._evaluate(lambda _: pair, on_network, lr=synthetic.network_lr)
+
+    def information(self, distilled: SyntheticSet) -> dict[str, float | None]:
+        """Return `mutual_information_estimate` in nats, of held-out images and the set before and after.
+
+        "cap" is what it cannot exceed: the entropy of the labels that make the pairs, which are the add-on's.
+        The features are the last map of one random network of the run's architecture, with weights of their
+        own, without augmentation: no loss has seen these weights, and every set of every run with this seed
+        is looked at through them. The held-out images are of the set that accuracies are measured on.
+        """
+        seed, held_out = self.config.seed, self.test
+        network = self.problem.network()
+        initialise(network, generator(seed, "information/network", self.device))
+        random = generator(seed, "information/real", self.device)
+        self.problem.settle(network, random)
+        index = torch.randperm(len(held_out), generator=random, device=self.device)[:HELD_OUT]
+        if self.centres is None:
+            labels, real_labels = self.problem.labels, held_out.labels
+        else:
+            labels = torch.arange(len(self.problem.labels), device=self.device)
+            real_labels = cluster_labels(held_out, self.centres)
+        real = self.problem.real_features(network, held_out.batch(index))[-1]
+
+        def estimate(synthetic: SyntheticSet) -> float | None:
+            return mutual_information_estimate(
+                self.problem.real_features(network, synthetic.decoded)[-1],
+                real,
+                labels,
+                real_labels[index],
+                temperature=self.config.mim.mim_temperature,
+            )
+
+        return {
+            "before": estimate(self.start),
+            "after": estimate(distilled),
+            "cap": math.log(len(labels.unique())),
+        }
 
     def baseline(self, name: str, on_network: OnNetwork) -> Score:
         """Evaluate real images: "random" (new ones for every network), "kmeans" or "full"."""

@@ -85,6 +85,14 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str, int]]:
     return [(name, str(Score(tuple(s["accuracies"]))), s["num_networks"]) for name, s in scores]
 
 
+def information(result: Mapping[str, Any]) -> str:
+    """Return the estimates of the mutual information as text, empty if there are none."""
+    nats = result["mutual_information"]
+    if nats["after"] is None:
+        return ""
+    return f"{nats['before']:.2f} nats before, {nats['after']:.2f} after, of at most {nats['cap']:.2f}"
+
+
 def write(folder: Path, synthetic: SyntheticSet, result: Mapping[str, Any]) -> None:
     """Write images.png, result.json and report.html into `folder`, each whole or not at all."""
     image = io.BytesIO()
@@ -95,6 +103,7 @@ def write(folder: Path, synthetic: SyntheticSet, result: Mapping[str, Any]) -> N
     page = environment.get_template("report.html").render(
         result=result,
         rows=rows(result),
+        information=information(result),
         picture=base64.b64encode(image.getvalue()).decode(),
         curve=loss_curve(result["history"]) if result["history"] else "",
         settings=json.dumps(result["config"], indent=2),

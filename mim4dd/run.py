@@ -116,6 +116,7 @@ def run(experiment: Experiment, folder: Path) -> int:
         **score_facts(score),
         "baselines": {name: score_facts(other) for name, other in baselines.items()},
         "evaluated_on": "validation" if config.data.validation else "test",
+        "mutual_information": experiment.information(keeper.synthetic),
         "seconds": {
             "distill": round(distilled - began, 1),
             "evaluate": round(time.monotonic() - distilled, 1),
@@ -129,6 +130,8 @@ def run(experiment: Experiment, folder: Path) -> int:
             ("trained on", "accuracy", "networks"),
             report.rows(result),
         )
+    if information := report.information(result):
+        console.print(f"Mutual information with held-out real images: {information}", soft_wrap=True)
     console.print(
         f"Wrote synthetic.safetensors, result.json, images.png and report.html into {folder}/", soft_wrap=True
     )

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from .clusters import image_for_each, kmeans_centres, members
 from .data import ImageSet
 from .errors import InputError
 from .files import atomic
@@ -167,11 +167,19 @@ def encode(images: Tensor, factor: int) -> Tensor:
 
 
 def initialise(
-    real: ImageSet, ipc: int, how: str, generator: torch.Generator, *, factor: int = 1
+    real: ImageSet,
+    ipc: int,
+    how: str,
+    generator: torch.Generator,
+    *,
+    factor: int = 1,
+    centres: Tensor | None = None,
 ) -> SyntheticSet:
     """Return `ipc` images per class to start from: "real" (random), "kmeans" or "noise" (standard normal).
 
-    With a `factor` above 1 every image is made of factor² real ones.
+    With a `factor` above 1 every image is made of factor² real ones. Given `centres` of that many clusters
+    (ipc * factor²) of every class, image j of a class starts from one that goes with cluster j; noise goes
+    with any.
 
     Raises:
         InputError: too few real images in a class, or images that `factor` does not divide.
@@ -179,14 +187,20 @@ def initialise(
     height, width = real.image_size
     if height % factor or width % factor:
         raise InputError(f"--factor {factor} does not divide images of {height}x{width}; use one that does")
-    _check_enough(real, ipc * factor**2)
+    real.check_enough(ipc * factor**2)
     labels = torch.arange(real.num_classes, device=real.labels.device).repeat_interleave(ipc)
     if how == "noise":
         shape = (len(labels), real.channels, height, width)
         images = torch.randn(shape, generator=generator, device=generator.device)
     else:
-        select = {"real": select_random, "kmeans": select_kmeans}[how]
-        images = encode(real.batch(select(real, ipc * factor**2, generator).flatten()), factor)
+        k = ipc * factor**2
+        if how == "kmeans":
+            centres = kmeans_centres(real, k, generator) if centres is None else centres
+            index = image_for_each(centres, real, members(real))
+        else:
+            index = select_random(real, k, generator)
+            index = index if centres is None else image_for_each(centres, real, index)
+        images = encode(real.batch(index.flatten()), factor)
     facts = real.class_names, real.mean, real.std
     return SyntheticSet(images, labels, *facts, factor=factor, whitening=real.whitening)
 
@@ -197,7 +211,7 @@ def select_random(real: ImageSet, ipc: int, generator: torch.Generator) -> Tenso
     Raises:
         InputError: fewer images in a class than `ipc`.
     """
-    _check_enough(real, ipc)
+    real.check_enough(ipc)
     return real.sample(ipc, generator)
 
 
@@ -207,27 +221,4 @@ def select_kmeans(real: ImageSet, ipc: int, generator: torch.Generator) -> Tenso
     Raises:
         InputError: fewer images in a class than `ipc`.
     """
-    from scipy.optimize import linear_sum_assignment
-    from sklearn.cluster import KMeans
-
-    _check_enough(real, ipc)
-    seeds = torch.randint(2**31, (real.num_classes,), generator=generator, device=generator.device).tolist()
-    table, counts = real.class_index
-    chosen = []
-    for members, count, seed in zip(table, counts.tolist(), seeds, strict=True):
-        pixels = real.batch(members[:count]).flatten(1).cpu().numpy()
-        centres = KMeans(ipc, n_init=1, random_state=seed).fit(pixels)
-        # Each centre takes an image of its own, even where two centres coincide.
-        _, nearest = linear_sum_assignment(centres.transform(pixels).T)
-        chosen.append(members[torch.from_numpy(np.asarray(nearest)).to(members.device)])
-    return torch.stack(chosen)
-
-
-def _check_enough(real: ImageSet, ipc: int) -> None:
-    counts = real.class_index[1]
-    smallest = int(counts.argmin())
-    if counts[smallest] < ipc:
-        raise InputError(
-            f"class {real.class_names[smallest]!r} has {int(counts[smallest])} training images, fewer than "
-            f"the {ipc} asked for (--ipc, times --factor squared); use fewer"
-        )
+    return image_for_each(kmeans_centres(real, ipc, generator), real, members(real))

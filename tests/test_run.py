@@ -62,6 +62,9 @@ def test_result_holds_what_is_promised(finished):
     assert result["evaluated_on"] == "test"
     assert [look["iteration"] for look in result["history"]] == [3]
     assert result["device"].startswith("cpu")
+    information = result["mutual_information"]
+    assert information["cap"] == pytest.approx(np.log(10))
+    assert all(-1 < information[when] <= information["cap"] for when in ("before", "after"))
 
 
 def test_saved_set_is_ready_to_use(finished):
@@ -114,6 +117,19 @@ def test_small_images_and_soft_labels_go_with_every_method(tmp_path, method, cap
     assert (image.shape, target.shape) == ((1, 8, 8), (10,))
     assert evaluate.main([str(out / "synthetic.safetensors"), "--num-eval", "1"]) == 0
     assert f"{100 * result['accuracy_mean']:.1f} ±" in capsys.readouterr().out.splitlines()[-2]
+
+
+def test_pairs_by_cluster(tmp_path, capsys):
+    """The term moves the images, towards more information than classes could have, and says so."""
+    out = tmp_path / "a"
+    arguments = [*QUICK, "--ipc", "5", "--init", "real", "--mim-pairs", "cluster", "--mim-weight", "10"]
+    assert run.main([*arguments, "--iterations", "40", "--baselines", "base", "--out", str(out)]) == 0
+    information = json.loads((out / "result.json").read_text())["mutual_information"]
+    assert information["cap"] == pytest.approx(np.log(50))
+    assert information["before"] + 0.1 < information["after"] <= information["cap"]
+    line = f"{information['before']:.2f} nats before, {information['after']:.2f} after, of at most 3.91"
+    assert line in capsys.readouterr().out
+    assert line in (out / "report.html").read_text()
 
 
 def test_same_command_same_images(finished, tmp_path):
@@ -176,6 +192,7 @@ def test_results_are_never_overwritten_silently(tmp_path, monkeypatch, capsys):
         (["--ipc", "0"], "--ipc is 0, expected at least 1"),
         (["--factor", "3"], "--factor 3 does not divide images of 8x8"),
         (["--ipc", "1000"], "fewer than the 1000 asked for"),
+        (["--ipc", "1000", "--mim-pairs", "cluster"], "fewer than the 1000 asked for"),
         (["--device", "cuda"], "--device cuda is not to be had here"),
         (["--device", "toaster"], "--device toaster is not to be had here"),
         (["--device", "meta"], "--device meta is not to be had here"),

@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from .base import Matched, Objective, Problem
+from .characteristic import CharacteristicMatching, characteristic_distance
 from .distribution import DistributionMatching, distribution_distance
+from .estimate import mutual_information_estimate
 from .gradient import GradientMatching, gradient_distance
 from .mutual_information import MutualInformation
 from .trajectory import TrajectoryConfig, TrajectoryMatching, train_experts, trajectory_distance
 
 __all__ = [
     "METHODS",
+    "CharacteristicMatching",
     "DistributionMatching",
     "GradientMatching",
     "Matched",
@@ -22,8 +25,10 @@ __all__ = [
     "Problem",
     "TrajectoryConfig",
     "TrajectoryMatching",
+    "characteristic_distance",
     "distribution_distance",
     "gradient_distance",
+    "mutual_information_estimate",
     "trajectory_distance",
 ]
 
@@ -51,7 +56,7 @@ class Method:
 
 
 # The weights were chosen on validation splits (README): more images per class want less of the term, since it
-# pulls the images of a class together. For dc and dsa none has been tried enough yet.
+# pulls the images of a class together. For the others none has been tried enough yet.
 METHODS = {
     "dm": Method(
         DistributionMatching, 1.0, augmented=True, learns_targets=False, mim_weights={1: 100.0, 10: 1.0}
@@ -66,4 +71,5 @@ METHODS = {
         prepare=train_experts,
     ),
     "dsa": Method(GradientMatching, 0.1, augmented=True, learns_targets=True, mim_weights={1: 0.0}),
+    "ncfm": Method(CharacteristicMatching, 0.1, augmented=True, learns_targets=False, mim_weights={1: 0.0}),
 }

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 
 from ..data import ImageSet
 from ..networks import CHUNK, Network, create
 
 if TYPE_CHECKING:
     from .trajectory import TrajectoryConfig
+
+STATISTICS_BATCH = 16  # real images per class that set the statistics of batch normalisation
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,9 @@ class Problem:
         augmentation: strategy string, see `mim4dd.augment.sample`.
         layers: maps that the add-on compares; the last one is always kept.
         seed: of every random draw.
-        trajectory: settings of trajectory matching.
+        partners: int64 [N], the synthetic image that each real one is paired with by the add-on; None: all of
+            its class.
+        trajectory: settings of trajectory matching, for that alone.
     """
 
     real: ImageSet
@@ -41,7 +46,14 @@ class Problem:
     augmentation: str
     layers: Sequence[int]
     seed: int
-    trajectory: TrajectoryConfig
+    partners: Tensor | None = None
+    trajectory: TrajectoryConfig | None = None
+
+    def pair_labels(self, real_index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return labels [n] of the synthetic images and [...] of real ones [...]: equal where they pair."""
+        if self.partners is None:
+            return self.labels, self.real.labels[real_index]
+        return torch.arange(len(self.labels), device=self.labels.device), self.partners[real_index]
 
     def network(self) -> Network:
         """Return a network for these images with unset weights that want no gradient."""
@@ -55,11 +67,26 @@ class Problem:
             device=real.images.device,
         ).requires_grad_(False)
 
+    def settle(self, network: Network, generator: torch.Generator) -> None:
+        """Set the statistics of batch normalisation to those of 16 real images a class, and keep them so.
+
+        Other networks stay as they are. Published DC lets these images move the statistics by a tenth, which
+        in a new network leaves them nine tenths 0 and 1.
+        """
+        if network.batch_normalised:
+            index = self.real.sample(STATISTICS_BATCH, generator).flatten()
+            update_bn([self.real.batch(index)], network)
+            network.eval()
+
     @torch.no_grad()
     def real_features(self, network: Network, images: Tensor) -> list[Tensor]:
-        """Return the feature maps of images [N, C, H, W], computed in chunks; those not needed are empty."""
+        """Return the feature maps of images [N, C, H, W], computed in chunks; those not needed are empty.
+
+        Batch normalisation in training mode takes its statistics from all of the images, in one chunk.
+        """
         chunks = []
-        for chunk in images.split(CHUNK[images.device.type]):
+        whole = network.batch_normalised and network.training
+        for chunk in images.split(max(1, len(images)) if whole else CHUNK[images.device.type]):
             maps = network.features(chunk)
             needed = {len(maps) - 1, *self.layers}
             chunks.append([m if k in needed else m.new_empty(0) for k, m in enumerate(maps)])
@@ -68,7 +95,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Matched:
-    """The outcome of one matching: the loss, differentiable in the images, and the features it came from."""
+    """The outcome of one matching: the loss, differentiable in the images, and the features it came from.
+
+    The labels are those that say which features make a pair (`Problem.pair_labels`).
+    """
 
     loss: Tensor
     synthetic_features: Sequence[Tensor]

@@ -62,7 +62,11 @@ def distribution_distance(
 
 
 class DistributionMatching(Objective):
-    """A new random network every iteration; real and synthetic images share their augmentation by class."""
+    """A new random network every iteration; real and synthetic images share their augmentation by class.
+
+    Batch normalisation is in training mode, as in the published code: real images of all classes are
+    normalised together, and so are the synthetic ones.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -82,11 +86,14 @@ class DistributionMatching(Objective):
         params = augment.sample(
             problem.augmentation, real.num_classes, real.image_size, generator=self.augmentations
         )
-        real_images = real.batch(real.sample(problem.real_batch, self.draws).flatten())
-        real_images = augment.apply(real_images, params, rows=self.real_labels)
+        index = real.sample(problem.real_batch, self.draws).flatten()
+        real_images = augment.apply(real.batch(index), params, rows=self.real_labels)
         real_maps = problem.real_features(self.network, real_images)
         synthetic_maps = self.network.features(augment.apply(images, params, rows=labels))
-        distance = distribution_distance(
-            real_maps[-1], synthetic_maps[-1], self.real_labels, labels, num_classes=real.num_classes
-        )
-        return Matched(distance, synthetic_maps, real_maps, labels, self.real_labels)
+        distance = self.distance(real_maps[-1], synthetic_maps[-1])
+        return Matched(distance, synthetic_maps, real_maps, *problem.pair_labels(index))
+
+    def distance(self, real: Tensor, synthetic: Tensor) -> Tensor:
+        """Return the distance between real and synthetic features [N, ...] and [n, ...]."""
+        labels, num_classes = self.problem.labels, self.problem.real.num_classes
+        return distribution_distance(real, synthetic, self.real_labels, labels, num_classes=num_classes)

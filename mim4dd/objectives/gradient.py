@@ -80,6 +80,9 @@ def loops(ipc: int) -> tuple[int, int]:
 class GradientMatching(Objective):
     """Class by class, equal gradients of a network that is itself trained on the synthetic images meanwhile.
 
+    Batch normalisation trains in training mode and is matched with the statistics of real images
+    (`Problem.settle`), so that the gradients of real and synthetic images are those of one network.
+
     A network serves `loops(ipc)[0]` calls and is trained on the images, as they are by then, between them.
     With a siamese augmentation this is DSA, without one DC.
     """
@@ -88,9 +91,9 @@ class GradientMatching(Objective):
         self.problem = problem
         self.network = _WithMaps(problem.network(), problem.layers)
         seed, device = problem.seed, problem.real.images.device
-        self.weights, self.draws, self.augmentations, self.training = (
-            generator(seed, purpose, device)
-            for purpose in ("dc/network", "dc/real", "dc/augmentation", "dc/training")
+        self.weights, self.draws, self.augmentations, self.training, self.statistics = (
+            generator(seed, f"dc/{purpose}", device)
+            for purpose in ("network", "real", "augmentation", "training", "statistics")
         )
         self.outer, self.inner = loops(len(problem.labels) // problem.real.num_classes)
         self.calls = 0
@@ -102,13 +105,14 @@ class GradientMatching(Objective):
         else:
             self._train(images.detach(), targets.detach())
         self.calls += 1
+        self.problem.settle(self.network.network, self.statistics)
         real = self.problem.real
         params = augment.sample(
             self.problem.augmentation, real.num_classes, real.image_size, generator=self.augmentations
         )
-        real_images = real.batch(real.sample(self.problem.real_batch, self.draws))
+        index = real.sample(self.problem.real_batch, self.draws)
         real_labels = _class_labels(real.num_classes, self.problem.real_batch, real.labels.device)
-        real_grads, real_maps = self._class_gradients(real_images, real_labels, params)
+        real_grads, real_maps = self._class_gradients(real.batch(index), real_labels, params)
         classes = (real.num_classes, -1)
         grads, maps = self._class_gradients(
             images.unflatten(0, classes), targets.unflatten(0, classes), params
@@ -120,8 +124,7 @@ class GradientMatching(Objective):
             distance,
             [m.flatten(0, 1) for m in maps],
             [m.detach().flatten(0, 1) for m in real_maps],
-            self.problem.labels,
-            real_labels.flatten(),
+            *self.problem.pair_labels(index.flatten()),
         )
 
     def _class_gradients(
@@ -143,7 +146,7 @@ class GradientMatching(Objective):
 
     def _train(self, images: Tensor, targets: Tensor) -> None:
         """Train the network in place on the synthetic images, every epoch in a new order."""
-        network = self.network.network.requires_grad_()
+        network = self.network.network.train().requires_grad_()
         optimizer = torch.optim.SGD(network.parameters(), lr=NETWORK_LR)
         size = self.problem.real.image_size
         for _ in range(self.inner):

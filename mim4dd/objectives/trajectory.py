@@ -170,13 +170,26 @@ def _squared_distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tenso
     return torch.stack([(a[name] - b[name].detach()).square().sum() for name in a]).sum()
 
 
+def settings(problem: Problem) -> TrajectoryConfig:
+    """Return the problem's settings of trajectory matching.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if problem.trajectory is None:
+        raise ValueError(
+            "mim4dd.objectives.TrajectoryMatching: Problem(trajectory=TrajectoryConfig(...)) is needed"
+        )
+    return problem.trajectory
+
+
 def recipe(problem: Problem) -> Recipe:
     """Return what shapes the experts of a problem.
 
     Raises:
         InputError: a network that cannot be followed, or snapshots that end before a match would.
     """
-    config, network = problem.trajectory, problem.network()
+    config, network = settings(problem), problem.network()
     if next(network.buffers(), None) is not None:
         raise InputError(
             "mtt follows weights only, and batch normalisation keeps more; use another --network"
@@ -205,7 +218,7 @@ def open_experts(problem: Problem, made: Recipe) -> Experts:
         InputError: they do not fit the problem, or their trajectories are too short for it.
     """
     found = Experts(made.path(), made)
-    config = problem.trajectory
+    config = settings(problem)
     last = (config.max_start or 1) - 1 + config.span
     if last > found.num_snapshots:
         raise InputError(
@@ -224,7 +237,7 @@ class TrajectoryMatching(Objective):
     def __init__(self, problem: Problem) -> None:
         for _ in train_experts(problem):
             pass
-        self.problem, self.config = problem, problem.trajectory
+        self.problem, self.config = problem, settings(problem)
         made = recipe(problem)
         self.network, self.experts = made.network, open_experts(problem, made)
         self.starts = self.config.max_start or 1
@@ -275,17 +288,16 @@ class TrajectoryMatching(Objective):
 
     def _with_features(self, distance: Tensor, weights: Weights, images: Tensor) -> Matched:
         problem, real = self.problem, self.problem.real
-        classes = torch.arange(real.num_classes, device=images.device)
-        real_labels = classes.repeat_interleave(problem.real_batch)
         if not problem.layers:
-            return Matched(distance, [], [], problem.labels, real_labels)
+            return Matched(distance, [], [], problem.labels, problem.labels)
         with torch.no_grad():
             for name, parameter in self.network.named_parameters():
                 parameter.copy_(weights[name])
         params = augment.sample(
-            problem.augmentation, len(classes), real.image_size, generator=self.augmentations
+            problem.augmentation, real.num_classes, real.image_size, generator=self.augmentations
         )
-        real_images = real.batch(real.sample(problem.real_batch, self.draws).flatten())
-        real_maps = problem.real_features(self.network, augment.apply(real_images, params, rows=real_labels))
+        index = real.sample(problem.real_batch, self.draws).flatten()
+        real_images = augment.apply(real.batch(index), params, rows=real.labels[index])
+        real_maps = problem.real_features(self.network, real_images)
         maps = self.network.features(augment.apply(images, params, rows=problem.labels))
-        return Matched(distance, maps, real_maps, problem.labels, real_labels)
+        return Matched(distance, maps, real_maps, *problem.pair_labels(index))

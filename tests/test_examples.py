@@ -1,0 +1,56 @@
+"""The code in docs/objectives.md and examples/ runs and does what the text says."""
+
+import re
+from pathlib import Path
+
+import torch
+from sklearn.datasets import load_digits
+
+from mim4dd import SyntheticSet
+from mim4dd.evaluate import Protocol, evaluate
+
+ROOT = Path(__file__).parents[1]
+MARK = "  # mim4dd"
+
+
+def test_own_objective(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    objective, use = re.findall(r"```python\n(.*?)```", (ROOT / "docs/objectives.md").read_text(), re.S)
+    body = objective[objective.index("class ") :].strip()
+    assert len(body.splitlines()) <= 20
+    names = {}
+    exec(objective, names)
+    exec(use, names)
+    saved = SyntheticSet.load("digits.safetensors")
+    assert torch.equal(saved.images, names["distilled"].images)
+
+    def accuracy(synthetic):
+        protocol = Protocol(epochs=60, augmentation="none", width=16)
+        pair = synthetic.images, synthetic.labels
+        return evaluate(lambda _: pair, names["test"], protocol, num_networks=2, seed=0).mean
+
+    assert accuracy(saved) > accuracy(names["start"]) + 0.1
+
+
+def test_five_lines_in_a_textbook_loop():
+    source = (ROOT / "examples/textbook_dc.py").read_text()
+    lines = source.splitlines()
+    assert sum(line.endswith(MARK) for line in lines) == 5
+    plain = "\n".join(line for line in lines if not line.endswith(MARK))
+    assert "mim4dd." not in plain
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
+    labels = torch.tensor(digits.target)
+    results = []
+    with torch.random.fork_rng():
+        for code in (plain, source):
+            names = {"__name__": "example"}
+            exec(code, names)
+            torch.manual_seed(0)
+            start = names["condense"](images[:1400], labels[:1400], 0)
+            condensed = names["condense"](images[:1400], labels[:1400], 40)
+            torch.manual_seed(0)
+            shares = [names["accuracy"](x, images[1400:], labels[1400:]) for x in (start, condensed)]
+            assert shares[1] > shares[0] + 0.05
+            results.append(condensed)
+    assert not torch.allclose(*results, atol=1e-3), "the term moves the images"
