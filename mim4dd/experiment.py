@@ -118,9 +118,9 @@ class Experiment:
             on_progress=on_progress,
         )
 
-    def score(self, images: Tensor, on_network: OnNetwork) -> Score:
-        """Evaluate synthetic images [n, C, H, W], class by class."""
-        return self._evaluate(lambda _: (images, self.start.labels), on_network)
+    def score(self, images: Tensor, on_network: OnNetwork, architecture: str | None = None) -> Score:
+        """Evaluate synthetic images [n, C, H, W], class by class, on the run's architecture or another."""
+        return self._evaluate(lambda _: (images, self.start.labels), on_network, architecture=architecture)
 
     def baseline(self, name: str, on_network: OnNetwork) -> Score:
         """Evaluate real images: "random" (new ones for every network), "kmeans" or "full"."""
@@ -143,12 +143,13 @@ class Experiment:
         training_set: Callable[[int], tuple[Tensor, Tensor]],
         on_network: OnNetwork,
         full: bool = False,
+        architecture: str | None = None,
     ) -> Score:
         settings, epochs = self.config.distill, settled(self.config.eval.eval_epochs)
         protocol = Protocol(
             epochs=max(5, epochs // FULL_EPOCHS) if full else epochs,
             augmentation=settled(settings.augmentation),
-            architecture=settings.network,
+            architecture=architecture or settings.network,
             width=settled(settings.width),
         )
         return evaluate(

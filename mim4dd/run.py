@@ -16,7 +16,16 @@ from torch import Tensor
 
 from . import __version__, report
 from .config import Config, check, read_config, settled, to_json, with_presets
-from .console import complain, console, guarded, print_table, steps, with_accuracy
+from .console import (
+    complain,
+    console,
+    guarded,
+    on_architectures,
+    print_architectures,
+    print_table,
+    steps,
+    with_accuracy,
+)
 from .distill import DivergenceError, Progress
 from .errors import InputError
 from .evaluate import Score
@@ -29,9 +38,9 @@ SAVE_EVERY = 60  # seconds between saves of a set in the making
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, 1 (diverged), 2 (bad input) or 130 (interrupted)."""
 
-    def command() -> int:
+    def command() -> None:
         experiment = Experiment.prepare(parse(sys.argv[1:] if arguments is None else arguments))
-        return run(experiment, open_folder(experiment))
+        run(experiment, open_folder(experiment))
 
     return guarded(command)
 
@@ -81,8 +90,12 @@ def _taken(folder: Path) -> bool:
     return folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
 
 
-def run(experiment: Experiment, folder: Path) -> int:
-    """Distil, evaluate and write; return the exit code."""
+def run(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """Distil, evaluate and write; return what result.json holds.
+
+    Raises:
+        DivergenceError, KeyboardInterrupt: the last good set has been saved, if it was still being distilled.
+    """
     config, train = experiment.config, experiment.train
     console.print(
         f"[bold]{experiment.name}[/]: {len(train)} training images of {train.num_classes} classes, "
@@ -94,18 +107,19 @@ def run(experiment: Experiment, folder: Path) -> int:
     began = time.monotonic()
     try:
         keeper.images = with_progress("distil", experiment, experiment.distill, keeper)
-    except (DivergenceError, KeyboardInterrupt) as error:
+    except (DivergenceError, KeyboardInterrupt):
         keeper.save()
-        complain(str(error) or "interrupted")
         complain(f"the last good set, of iteration {keeper.iteration}, is in {keeper.path}")
-        return 1 if isinstance(error, DivergenceError) else 130
+        raise
     synthetic = keeper.save()
     distilled = time.monotonic()
     score, baselines = evaluations(experiment, keeper.images)
+    others = cross_architecture(experiment, keeper.images, score)
     result = {
         **synthetic.metadata,
         **score_facts(score),
         "baselines": {name: score_facts(other) for name, other in baselines.items()},
+        "cross_architecture": {name: score_facts(other) for name, other in others.items()},
         "evaluated_on": "validation" if config.data.validation else "test",
         "seconds": {
             "distill": round(distilled - began, 1),
@@ -120,10 +134,12 @@ def run(experiment: Experiment, folder: Path) -> int:
             ("trained on", "accuracy", "networks"),
             report.rows(result),
         )
+    if others:
+        print_architectures("The same images, other networks trained on them", others)
     console.print(
         f"Wrote synthetic.safetensors, result.json, images.png and report.html into {folder}/", soft_wrap=True
     )
-    return 0
+    return result
 
 
 class Keeper:
@@ -203,6 +219,20 @@ def evaluations(experiment: Experiment, images: Tensor) -> tuple[Score | None, d
     names: list[str] = [*dict.fromkeys(experiment.config.eval.baselines)]
     baselines = {name: with_accuracy(f"evaluate ({name})", num_networks, baseline(name)) for name in names}
     return with_accuracy("evaluate", num_networks, functools.partial(experiment.score, images)), baselines
+
+
+def cross_architecture(experiment: Experiment, images: Tensor, score: Score | None) -> dict[str, Score]:
+    """Score the distilled images on the networks of --eval-archs; `score` is that of the run's own one."""
+    if score is None:
+        return {}
+    config = experiment.config
+    names, own = config.eval.eval_archs, config.distill.network
+    others = on_architectures(
+        (name for name in names if name != own),
+        len(score.accuracies),
+        functools.partial(experiment.score, images),
+    )
+    return {name: score if name == own else others[name] for name in names}
 
 
 def score_facts(score: Score | None) -> dict[str, Any]:
