@@ -76,6 +76,11 @@ class Experiment:
         return Path(dataset).stem if Path(dataset).exists() else dataset
 
     @property
+    def evaluated_on(self) -> str:
+        """Which split the accuracies are of: "test" or "validation"."""
+        return "validation" if self.config.data.validation else "test"
+
+    @property
     def train(self) -> ImageSet:
         """The real training images."""
         return self.problem.real

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 import time
@@ -11,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 
 from . import __version__, report
-from .config import Config, check, read_config, settled, to_json, with_presets
+from .config import Config, check, settled, to_json, with_presets
 from .console import (
     complain,
     console,
@@ -30,6 +28,8 @@ from .distill import DivergenceError, Progress
 from .errors import InputError
 from .evaluate import Score
 from .experiment import Experiment
+from .files import make_folder
+from .options import read
 from .synthetic import SyntheticSet
 
 SAVE_EVERY = 60  # seconds between saves of a set in the making
@@ -47,16 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str]) -> Config:
     """Read the command line and, under it, the file that --config names."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    path = first.parse_known_args(arguments)[0].config
-    config = tyro.cli(
-        Config,
-        prog="python -m mim4dd.run",
-        args=arguments,
-        default=read_config(path) if path else Config(),
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    config = read(Config, "python -m mim4dd.run", arguments)
     check(config)
     return with_presets(config)
 
@@ -77,13 +68,7 @@ def open_folder(experiment: Experiment) -> Path:
             folder = Path("runs") / f"{name}-{k}"
     elif _taken(folder) and not config.overwrite:
         raise InputError(f"--out {folder} holds something already; give another folder, or --overwrite")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise InputError(f"--out {folder} cannot be written ({error.strerror}); give another") from error
-    return folder
+    return make_folder(folder)
 
 
 def _taken(folder: Path) -> bool:
@@ -120,7 +105,7 @@ def run(experiment: Experiment, folder: Path) -> dict[str, Any]:
         **score_facts(score),
         "baselines": {name: score_facts(other) for name, other in baselines.items()},
         "cross_architecture": {name: score_facts(other) for name, other in others.items()},
-        "evaluated_on": "validation" if config.data.validation else "test",
+        "evaluated_on": experiment.evaluated_on,
         "seconds": {
             "distill": round(distilled - began, 1),
             "evaluate": round(time.monotonic() - distilled, 1),
