@@ -15,7 +15,7 @@ from . import comparison_report
 from .cells import BaselineCell, Cell
 from .comparison import COLUMNS, Arm, rows
 from .config import Config, DistillConfig, EvalConfig, MimConfig, check, settled, to_json, with_presets
-from .console import complain, console, guarded, print_table
+from .console import about, complain, console, guarded, print_table
 from .errors import InputError
 from .experiment import Experiment, pick_device
 from .files import make_folder
@@ -232,7 +232,7 @@ def time_left(plan: Mapping[Key, Cell], outcomes: Mapping[Key, dict[str, Any]]) 
         for arm, seed in plan
         if (arm, seed) not in outcomes
     )
-    return f"; about {left / 60:.0f} min left" if left >= 90 else f"; about {left:.0f} s left"
+    return f"; {about(left)} left"
 
 
 if __name__ == "__main__":

@@ -47,6 +47,11 @@ def complain(message: str) -> None:
     sys.stderr.write(f"mim4dd: {message}\n")
 
 
+def about(seconds: float) -> str:
+    """Return a time for people."""
+    return f"about {seconds / 60:.0f} min" if seconds >= 90 else f"about {seconds:.0f} s"
+
+
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(f"{task.finished_speed or task.speed or 0:.2f}/s")
