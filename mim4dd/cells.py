@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .config import Config, DistillConfig, settled, to_json, with_presets
+from .config import Config, DistillConfig, MimConfig, settled, to_json, with_presets
 from .console import complain, with_accuracy
+from .data import load
 from .distill import DivergenceError
 from .errors import InputError
 from .experiment import Experiment
@@ -22,6 +23,7 @@ from .synthetic import SyntheticSet
 
 RESULT, FAILED, IMAGES = "result.json", "failed.json", "synthetic.safetensors"
 IRRELEVANT = ("config", "out", "overwrite", "preset", "quick")  # to what comes out of settled settings
+_load = functools.lru_cache(maxsize=1)(load)  # the cells of a process share their data
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Cell:
             return self._write(FAILED, {"failed": str(error)})
 
     def _outcome(self) -> dict[str, Any]:
-        return run(Experiment.prepare(self.config), self.folder)
+        return run(Experiment.prepare(self.config, _load), self.folder)
 
     def _write(self, name: str, outcome: dict[str, Any]) -> dict[str, Any]:
         outcome = {**outcome, "version": __version__, "config": to_json(self.config)}
@@ -94,14 +96,12 @@ class BaselineCell(Cell):
             ipc=ours.ipc, network=ours.network, width=ours.width, augmentation=ours.augmentation, init="noise"
         )
         evaluation = dataclasses.replace(config.eval, eval_archs=())
-        return cls(
-            folder,
-            with_presets(Config(config.data, bare, eval=evaluation, seed=config.seed, device=config.device)),
-            baseline,
-        )
+        mim = MimConfig(mim_weight=0.0)
+        settings = Config(config.data, bare, mim, evaluation, seed=config.seed, device=config.device)
+        return cls(folder, with_presets(settings), baseline)
 
     def _outcome(self) -> dict[str, Any]:
-        experiment = Experiment.prepare(self.config)
+        experiment = Experiment.prepare(self.config, _load)
         began = time.monotonic()
         score = with_accuracy(
             f"evaluate ({self.baseline})",
@@ -119,6 +119,16 @@ class BaselineCell(Cell):
             "device": device_name(experiment.device),
         }
         return self._write(RESULT, facts)
+
+
+def rehearse(config: Config) -> None:
+    """Load the data and set up a run with these settings, so that mistakes are found before any work.
+
+    Raises:
+        InputError: the data or the device do not go with the settings.
+    """
+    cheap = dataclasses.replace(config.distill, init="noise")
+    Experiment.prepare(dataclasses.replace(config, distill=cheap), _load)
 
 
 def refuse_others(folder: Path, settings: dict[str, Any], config: Config) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import comparison_report
-from .cells import BaselineCell, Cell
-from .comparison import COLUMNS, Arm, rows
+from .cells import BaselineCell, Cell, rehearse
+from .comparison import COLUMNS, REAL, Arm, rows
 from .config import Config, DistillConfig, EvalConfig, MimConfig, check, settled, to_json, with_presets
 from .console import about, complain, console, guarded, print_table
-from .errors import InputError
-from .experiment import Experiment, pick_device
+from .errors import InputError, unknown
+from .experiment import pick_device
 from .files import make_folder
 from .objectives import METHODS
 from .options import Hidden, plain, read
@@ -66,13 +66,18 @@ class Comparison(Config):
     """Images per class."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; a single one gives no interval."""
-    out: Path = Path("runs/compare")
-    """Folder of the results."""
+    out: Path | None = None
+    """Folder of the results; default: runs/compare."""
     distill: SharedDistillConfig = field(default_factory=SharedDistillConfig)
     mim: SharedMimConfig = field(default_factory=SharedMimConfig)
     eval: SharedEvalConfig = field(default_factory=SharedEvalConfig)
     seed: Hidden[int] = 0
     overwrite: Hidden[bool] = False
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        return self.out or Path("runs/compare")
 
     def shared(self) -> dict[str, Any]:
         """Return the settings of all cells, as JSON-able values."""
@@ -102,14 +107,14 @@ def compare(comparison: Comparison) -> int:
     found = {key: cell.found() for key, cell in plan.items()}
     outcomes = {key: outcome for key, outcome in found.items() if outcome}
     _refuse_others(comparison)
-    _try(plan)
-    make_folder(comparison.out)
+    rehearse(max((cell.config for cell in plan.values()), key=lambda c: (c.distill.ipc, c.mim.mim_weight)))
+    make_folder(comparison.folder)
     arms = _order(plan)
     shared = comparison.shared()
-    comparison_report.write(comparison.out, arms, outcomes, len(plan), shared)
+    comparison_report.write(comparison.folder, arms, outcomes, len(plan), shared)
     if outcomes:
         console.print(
-            f"{len(outcomes)} of {len(plan)} cells are in {comparison.out}/ already", soft_wrap=True
+            f"{len(outcomes)} of {len(plan)} cells are in {comparison.folder}/ already", soft_wrap=True
         )
     for key, cell in plan.items():
         if key in outcomes:
@@ -127,7 +132,7 @@ def compare(comparison: Comparison) -> int:
                 f"{len(outcomes)} of {len(plan)} cells are finished; the same command goes on from there"
             )
             raise
-        comparison_report.write(comparison.out, arms, outcomes, len(plan), shared)
+        comparison_report.write(comparison.folder, arms, outcomes, len(plan), shared)
     table = rows(arms, outcomes)
     print_table(
         "Mean ± standard deviation over seeds; difference to weight 0, paired by seed, with 95 % interval",
@@ -135,10 +140,10 @@ def compare(comparison: Comparison) -> int:
         (row.cells() for row in table),
         strong_last=False,
     )
-    console.print(f"Wrote compare.md, compare.json and compare.png into {comparison.out}/", soft_wrap=True)
+    console.print(f"Wrote compare.md, compare.json and compare.png into {comparison.folder}/", soft_wrap=True)
     failed = sum(len(row.failed) for row in table)
     if failed:
-        complain(f"{failed} of {len(plan)} cells failed, see {comparison.out / 'compare.md'}")
+        complain(f"{failed} of {len(plan)} cells failed, see {comparison.folder / 'compare.md'}")
     return 1 if failed else 0
 
 
@@ -156,6 +161,9 @@ def cells(comparison: Comparison) -> dict[Key, Cell]:
     }.items():
         if not values:
             raise InputError(f"{option} names nothing, expected one or more")
+    for baseline in comparison.eval.baselines:
+        if baseline not in REAL:  # from a file; the command line knows
+            raise unknown("baseline for a comparison:", baseline, REAL)
     if comparison.eval.num_eval == 0:
         raise InputError("--num-eval is 0: nothing to compare, expected at least 1")
     shared = dataclasses.replace(
@@ -173,11 +181,11 @@ def cells(comparison: Comparison) -> dict[Key, Cell]:
             like = next((c for c in runs if METHODS[c.distill.method].augmented), runs[0])
             for baseline in comparison.eval.baselines:
                 arm = Arm(baseline, None, ipc)
-                folder = comparison.out / "cells" / f"{arm.folder}-seed{seed}"
+                folder = comparison.folder / "cells" / f"{arm.folder}-seed{seed}"
                 plan[arm, seed] = BaselineCell.of(folder, baseline, like)
             for config in runs:
                 arm = Arm(config.distill.method, float(settled(config.mim.mim_weight)), ipc)
-                plan[arm, seed] = Cell(comparison.out / "cells" / f"{arm.folder}-seed{seed}", config)
+                plan[arm, seed] = Cell(comparison.folder / "cells" / f"{arm.folder}-seed{seed}", config)
     return plan
 
 
@@ -193,14 +201,8 @@ def _settings(shared: Config, method: str, weight: float | str, ipc: int, seed: 
     return with_presets(config)
 
 
-def _try(plan: Mapping[Key, Cell]) -> None:
-    """Load the data for the settings that ask most of them, so that mistakes are found before any work."""
-    most = max((cell.config for cell in plan.values()), key=lambda c: (c.distill.ipc, c.mim.mim_weight))
-    Experiment.prepare(dataclasses.replace(most, distill=dataclasses.replace(most.distill, init="noise")))
-
-
 def _refuse_others(comparison: Comparison) -> None:
-    path = comparison.out / "compare.json"
+    path = comparison.folder / "compare.json"
     if not path.exists():
         return
     try:
@@ -209,7 +211,7 @@ def _refuse_others(comparison: Comparison) -> None:
         raise InputError(f"{path} is not a comparison of mim4dd ({error!r}); give another --out") from error
     if settings != comparison.shared():
         raise InputError(
-            f"{comparison.out} holds a comparison with other settings, see {path}; give another --out"
+            f"{comparison.folder} holds a comparison with other settings, see {path}; give another --out"
         )
 
 

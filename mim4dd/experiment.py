@@ -41,8 +41,8 @@ class Experiment:
     start: SyntheticSet
 
     @classmethod
-    def prepare(cls, config: Config) -> Experiment:
-        """Load the data and draw the images to start from.
+    def prepare(cls, config: Config, load: Callable[..., tuple[ImageSet, ImageSet]] = load) -> Experiment:
+        """Load the data, by `mim4dd.data.load` or the like, and draw the images to start from.
 
         Raises:
             InputError: whatever is wrong with the data, the device, or the settings for these data.

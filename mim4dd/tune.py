@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import sys
 from collections.abc import Sequence
@@ -12,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from .cells import Cell
+from .cells import Cell, rehearse
 from .config import Config, DataConfig, EvalConfig, MimConfig, check, to_json, with_presets
 from .console import about, complain, console, guarded
 from .distill import DivergenceError
 from .errors import InputError
-from .experiment import Experiment, pick_device
+from .experiment import pick_device
 from .files import make_folder
 from .options import Hidden, plain, read, recast
 from .seeding import generator
@@ -127,7 +128,8 @@ class Search:
         self.tuning = tuning
         self.device = str(pick_device(tuning.device))
         base = self._config(BASE, tuning.seeds[0])
-        Experiment.prepare(base)  # finds mistakes in the data before any work
+        for layers in tuning.layers:
+            rehearse(dataclasses.replace(base, mim=MimConfig(mim_weight=1.0, mim_layers=layers)))
         name = f"tune-{Path(tuning.data.dataset).stem}-{tuning.distill.method}-ipc{tuning.distill.ipc}"
         self.folder = make_folder(tuning.out or Path("runs") / name)
         self.study = _study(
@@ -277,10 +279,9 @@ def _check(tuning: Tuning) -> None:
         low, high = getattr(tuning, option)
         if not 0 < low <= high < float("inf"):
             raise InputError(f"--{option} is {low} {high}, expected a range of positive numbers")
-    for layers in tuning.layers:
-        for ratio in tuning.noise_ratios:
-            mim = MimConfig(mim_weight=1.0, mim_layers=layers, mim_noise_ratio=ratio)
-            check(tuning.run_settings(mim, tuning.seeds[0]))
+    for layers, ratio in itertools.product(tuning.layers, tuning.noise_ratios):
+        mim = MimConfig(mim_weight=1.0, mim_layers=layers, mim_noise_ratio=ratio)
+        check(tuning.run_settings(mim, tuning.seeds[0]))
 
 
 def _name(mim: MimConfig) -> str:
