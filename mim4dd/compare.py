@@ -103,36 +103,27 @@ def compare(comparison: Comparison) -> int:
     Raises:
         InputError: settings that cannot be meant, or a folder with others.
     """
-    plan = cells(comparison)
+    plan, folder, shared = cells(comparison), comparison.folder, comparison.shared()
     found = {key: cell.found() for key, cell in plan.items()}
-    outcomes = {key: outcome for key, outcome in found.items() if outcome}
-    _refuse_others(comparison)
+    _refuse_others(folder, shared)
     rehearse(max((cell.config for cell in plan.values()), key=lambda c: (c.distill.ipc, c.mim.mim_weight)))
-    make_folder(comparison.folder)
-    arms = _order(plan)
-    shared = comparison.shared()
-    comparison_report.write(comparison.folder, arms, outcomes, len(plan), shared)
+    make_folder(folder)
+    outcomes = {key: outcome for key, outcome in found.items() if outcome}
+    arms = sorted(dict.fromkeys(arm for arm, _ in plan), key=lambda arm: arm.ipc)
+    comparison_report.write(folder, arms, outcomes, len(plan), shared)
     if outcomes:
-        console.print(
-            f"{len(outcomes)} of {len(plan)} cells are in {comparison.folder}/ already", soft_wrap=True
-        )
-    for key, cell in plan.items():
-        if key in outcomes:
+        console.print(f"{len(outcomes)} of {len(plan)} cells are in {folder}/ already", soft_wrap=True)
+    for (arm, seed), cell in plan.items():
+        if (arm, seed) in outcomes:
             continue
-        arm, seed = key
-        console.print(
-            f"[bold]Cell {len(outcomes) + 1} of {len(plan)}: {arm}, {arm.ipc} per class, seed {seed}[/]"
-            + time_left(plan, outcomes),
-            soft_wrap=True,
-        )
+        title = f"Cell {len(outcomes) + 1} of {len(plan)}: {arm}, {arm.ipc} per class, seed {seed}"
+        console.print(f"[bold]{title}[/]{time_left(plan, outcomes)}", soft_wrap=True)
         try:
-            outcomes[key] = cell.run()
+            outcomes[arm, seed] = cell.run()
         except KeyboardInterrupt:
-            complain(
-                f"{len(outcomes)} of {len(plan)} cells are finished; the same command goes on from there"
-            )
+            complain(f"{len(outcomes)} of {len(plan)} cells are finished; the same command goes on")
             raise
-        comparison_report.write(comparison.folder, arms, outcomes, len(plan), shared)
+        comparison_report.write(folder, arms, outcomes, len(plan), shared)
     table = rows(arms, outcomes)
     print_table(
         "Mean ± standard deviation over seeds; difference to weight 0, paired by seed, with 95 % interval",
@@ -140,10 +131,10 @@ def compare(comparison: Comparison) -> int:
         (row.cells() for row in table),
         strong_last=False,
     )
-    console.print(f"Wrote compare.md, compare.json and compare.png into {comparison.folder}/", soft_wrap=True)
+    console.print(f"Wrote compare.md, compare.json and compare.png into {folder}/", soft_wrap=True)
     failed = sum(len(row.failed) for row in table)
     if failed:
-        complain(f"{failed} of {len(plan)} cells failed, see {comparison.folder / 'compare.md'}")
+        complain(f"{failed} of {len(plan)} cells failed, see {folder / 'compare.md'}")
     return 1 if failed else 0
 
 
@@ -169,6 +160,7 @@ def cells(comparison: Comparison) -> dict[Key, Cell]:
     shared = dataclasses.replace(
         plain(comparison), out=None, overwrite=False, device=str(pick_device(comparison.device))
     )
+    folder = comparison.folder / "cells"
     plan: dict[Key, Cell] = {}
     for seed in comparison.seeds:
         for ipc in comparison.ipcs:
@@ -177,15 +169,14 @@ def cells(comparison: Comparison) -> dict[Key, Cell]:
                 for method in comparison.methods
                 for weight in comparison.mim_weights
             ]
-            # Some methods are evaluated without augmentation; then the baselines are, if all of them are.
+            # A method may be evaluated without augmentation; the baselines are only if all methods are.
             like = next((c for c in runs if METHODS[c.distill.method].augmented), runs[0])
             for baseline in comparison.eval.baselines:
                 arm = Arm(baseline, None, ipc)
-                folder = comparison.folder / "cells" / f"{arm.folder}-seed{seed}"
-                plan[arm, seed] = BaselineCell.of(folder, baseline, like)
+                plan[arm, seed] = BaselineCell.of(folder / f"{arm.folder}-seed{seed}", baseline, like)
             for config in runs:
-                arm = Arm(config.distill.method, float(settled(config.mim.mim_weight)), ipc)
-                plan[arm, seed] = Cell(comparison.folder / "cells" / f"{arm.folder}-seed{seed}", config)
+                arm = Arm(config.distill.method, settled(config.mim.mim_weight), ipc)
+                plan[arm, seed] = Cell(folder / f"{arm.folder}-seed{seed}", config)
     return plan
 
 
@@ -201,23 +192,16 @@ def _settings(shared: Config, method: str, weight: float | str, ipc: int, seed: 
     return with_presets(config)
 
 
-def _refuse_others(comparison: Comparison) -> None:
-    path = comparison.folder / "compare.json"
+def _refuse_others(folder: Path, shared: dict[str, Any]) -> None:
+    path = folder / "compare.json"
     if not path.exists():
         return
     try:
         settings = json.loads(path.read_text())["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a comparison of mim4dd ({error!r}); give another --out") from error
-    if settings != comparison.shared():
-        raise InputError(
-            f"{comparison.folder} holds a comparison with other settings, see {path}; give another --out"
-        )
-
-
-def _order(plan: Mapping[Key, Cell]) -> list[Arm]:
-    """Return the arms, those of an IPC together."""
-    return sorted(dict.fromkeys(arm for arm, _ in plan), key=lambda arm: arm.ipc)
+    if settings != shared:
+        raise InputError(f"{folder} holds a comparison with other settings, see {path}; give another --out")
 
 
 def time_left(plan: Mapping[Key, Cell], outcomes: Mapping[Key, dict[str, Any]]) -> str:

@@ -16,7 +16,7 @@ from .comparison import COLUMNS, Arm, Outcomes, Row, rows
 from .files import atomic
 
 NOTES = """\
-Accuracy on the {split} set: mean ± standard deviation over the seeds, each the mean of {networks} networks
+Accuracy on the {split} set: mean ± standard deviation over the seeds, each the mean of {networks}
 trained from nothing on the images alone. The arms of a seed start from the same images, draw on the same real
 images and train the same networks; differences are paired by seed: mean [95 % t-interval], no interval for a
 single seed. An interval without 0 is p < 0.05 for that row alone: among many rows some will be, by chance.
@@ -73,19 +73,20 @@ def _all(fact: str, outcomes: Outcomes) -> list[str]:
 def _markdown(tables: Mapping[str | None, list[Row]], facts: Mapping[str, Any], outcomes: Outcomes) -> str:
     settings = facts["settings"]
     validation = settings["data"]["validation"]
-    networks = sorted({o["num_networks"] for o in outcomes.values() if "num_networks" in o})
-    parts = [f"# {settings['data']['dataset']}\n"]
+    counts = sorted({o["num_networks"] for o in outcomes.values() if "num_networks" in o})
+    networks = " or ".join(map(str, counts)) + (" network" if counts == [1] else " networks")
+    parts = [f"# Comparison on {settings['data']['dataset']}\n"]
     if facts["cells"] < facts["cells_in_all"]:
         parts.append(f"So far: {facts['cells']} of {facts['cells_in_all']} cells.\n")
+    if not outcomes:
+        return "\n".join(parts)
     for architecture, table in tables.items():
         if architecture:
             parts.append(f"## Trained: {architecture}\n")
             table = [row for row in table if row.accuracies]
         parts.append(markdown_table(COLUMNS, [row.cells() for row in table]))
     parts.append(
-        NOTES.format(
-            split="validation" if validation else "test", networks=" or ".join(map(str, networks)) or "the"
-        )
+        NOTES.format(split="validation" if validation else "test", networks=networks)
         + (SPLITS if validation else "")
     )
     failed = [

@@ -108,7 +108,7 @@ def write(
         **facts,
     }
     lines = [
-        f"# {method} on {dataset}, {ipc} per class\n",
+        f"# Tuning of {method} on {dataset}, {ipc} per class\n",
         markdown_table(COLUMNS, table(trials)),
         f"{_counts(trials)} {verdict(trials)}\n",
         *([_confirm(folder, config, facts["seeds"])] if best else []),
