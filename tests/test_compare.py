@@ -181,7 +181,23 @@ def test_an_interrupted_cell_is_run_again(finished, monkeypatch, capsys):
     cut = finished / "cells" / "dm-w5-ipc1-seed1"
     assert [path.name for path in cut.iterdir()] == ["synthetic.safetensors"]
     assert "So far: 8 of 10 cells" in (finished / "compare.md").read_text()
-    assert compare.main([*command, "--image-momentum", "0.4"]) == 2, "nor is it overwritten by other settings"
+    (finished / "compare.json").unlink()
+    other = [
+        *QUICK,
+        "--methods",
+        "dm",
+        "--mim-weights",
+        "5",
+        "--seeds",
+        "1",
+        "--baselines",
+        "--out",
+        str(finished),
+    ]
+    assert compare.main([*other, "--image-momentum", "0.4"]) == 2
+    assert "image_momentum 0.5 (now 0.4)" in capsys.readouterr().err, (
+        "nor is the set in the making overwritten"
+    )
     assert compare.main(command) == 0
     assert (
         result(finished, "dm-w5-ipc1-seed1")["accuracies"]
