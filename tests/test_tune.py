@@ -65,6 +65,9 @@ def test_the_best_is_found_and_run_accepts_it(tmp_path, scored, capsys):
     assert trials[found["best"]] == best
     assert best["accuracies"]["0"] > 0.56, "close to the peak of 0.57"
     assert best["mim"]["mim_layers"] == "last"
+    study = tune.Search(read(tune.Tuning, "tune", [*QUICK, *arguments])).study
+    assert study.best_trial.number == found["best"]
+    assert study.best_value == pytest.approx(best["accuracies"]["0"] - 0.5)
     assert not found["within_noise"]
     accepted = run.parse(["--config", str(out / "tune.json")])
     assert vars(accepted.mim) == best["mim"]
