@@ -105,6 +105,12 @@ class EvalConfig:
     baselines: tuple[Literal["random", "kmeans", "base", "full"], ...] = ("random",)
     """Compared at equal IPC: random real images, those nearest to k-means centres, the base method without
     the mutual-information term; and the full data."""
+    eval_archs: tuple[str, ...] = ()
+    """Architectures the distilled set is scored on as well, such as mlp,lenet,alexnet,vgg11,resnet18."""
+
+    def __post_init__(self) -> None:
+        names = ",".join(self.eval_archs).split(",")  # mlp,lenet is as good as mlp lenet
+        object.__setattr__(self, "eval_archs", tuple(dict.fromkeys(name for name in names if name)))
 
 
 @dataclass(frozen=True)
@@ -238,6 +244,9 @@ def check(config: Config) -> None:
         raise unknown("method", config.distill.method, METHODS)
     if config.distill.network not in ARCHITECTURES:
         raise unknown("network", config.distill.network, ARCHITECTURES)
+    for name in config.eval.eval_archs:
+        if name not in ARCHITECTURES:
+            raise unknown("architecture in --eval-archs:", name, ARCHITECTURES)
     at_least = {
         "--ipc": (config.distill.ipc, 1),
         "--factor": (config.distill.factor, 1),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -19,6 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from .distill import DivergenceError
 from .errors import InputError
 from .evaluate import Score
 
@@ -26,12 +28,15 @@ console = Console(highlight=False)
 
 
 def guarded(command: Callable[[], int | None]) -> int:
-    """Run a command line; return its exit code, 2 for the user's mistakes and 130 for an interruption."""
+    """Run a command line; return its exit code: 1 diverged, 2 the user's mistake, 130 interrupted."""
     try:
         return command() or 0
     except InputError as error:
         complain(str(error))
         return 2
+    except DivergenceError as error:
+        complain(str(error))
+        return 1
     except KeyboardInterrupt:
         complain("interrupted")
         return 130
@@ -40,6 +45,11 @@ def guarded(command: Callable[[], int | None]) -> int:
 def complain(message: str) -> None:
     """Tell what went wrong, apart from the output."""
     sys.stderr.write(f"mim4dd: {message}\n")
+
+
+def about(seconds: float) -> str:
+    """Return a time for people."""
+    return f"about {seconds / 60:.0f} min" if seconds >= 90 else f"about {seconds:.0f} s"
 
 
 class _Rate(ProgressColumn):
@@ -94,11 +104,33 @@ def with_accuracy(title: str, num_networks: int, score: Callable[..., Score]) ->
         return score(on_network=look)
 
 
-def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Print a table whose last row stands out."""
+def on_architectures(
+    names: Iterable[str], num_networks: int, score: Callable[..., Score]
+) -> dict[str, Score]:
+    """Call `score(architecture=..., on_network=...)` for each architecture, each under a bar."""
+    return {
+        name: with_accuracy(f"evaluate ({name})", num_networks, functools.partial(score, architecture=name))
+        for name in names
+    }
+
+
+def print_architectures(title: str, scores: Mapping[str, Score]) -> None:
+    """Print a table of accuracies by architecture."""
+    print_table(
+        title,
+        ("network", "accuracy", "networks"),
+        ((name, score, len(score.accuracies)) for name, score in scores.items()),
+        strong_last=False,
+    )
+
+
+def print_table(
+    title: str, columns: Iterable[str], rows: Iterable[Iterable[object]], *, strong_last: bool = True
+) -> None:
+    """Print a table; its last row may stand out."""
     console.print(title, style="italic")
     table = Table(*columns)
     cells = [[str(cell) for cell in row] for row in rows]
     for k, row in enumerate(cells):
-        table.add_row(*row, style="bold" if k == len(cells) - 1 else None)
+        table.add_row(*row, style="bold" if strong_last and k == len(cells) - 1 else None)
     console.print(table)

@@ -7,7 +7,6 @@ took no part in anything before.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -172,7 +171,7 @@ def score_saved(
         device: auto, cpu, cuda, cuda:1, ...
     """
     from .config import from_json, settled
-    from .console import print_table, with_accuracy
+    from .console import on_architectures, print_architectures
     from .experiment import pick_device
 
     for option, value in (("--num-eval", num_eval), ("--eval-epochs", eval_epochs)):
@@ -194,8 +193,8 @@ def score_saved(
     test = test.whitened(saved.whitening) if saved.whitening else test
     test = dataclasses.replace(test, mean=saved.mean, std=saved.std).to(where)
     pair = saved.to(where).decoded, saved.to(where).targets
-    rows = []
-    for architecture in architectures or (config.distill.network,):
+
+    def score(architecture: str, on_network: OnNetwork) -> Score:
         protocol = Protocol(
             epochs=eval_epochs or settled(config.eval.eval_epochs),
             augmentation=settled(config.distill.augmentation),
@@ -203,13 +202,17 @@ def score_saved(
             width=settled(config.distill.width),
             lr=saved.network_lr or Protocol.lr,
         )
-        score = with_accuracy(
-            architecture,
-            num_eval,
-            functools.partial(evaluate, lambda _: pair, test, protocol, num_networks=num_eval, seed=seed),
+        return evaluate(
+            lambda _: pair,
+            test,
+            protocol,
+            num_networks=num_eval,
+            seed=seed,
+            on_network=on_network,
         )
-        rows.append((architecture, score, num_eval))
-    print_table(f"Accuracy on the test set of {len(test)} images", ("network", "accuracy", "networks"), rows)
+
+    scores = on_architectures(architectures or (config.distill.network,), num_eval, score)
+    print_architectures(f"Accuracy on the test set of {len(test)} images", scores)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

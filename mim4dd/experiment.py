@@ -49,8 +49,8 @@ class Experiment:
     centres: Tensor | None = None
 
     @classmethod
-    def prepare(cls, config: Config) -> Experiment:
-        """Load the data and draw the images to start from.
+    def prepare(cls, config: Config, load: Callable[..., tuple[ImageSet, ImageSet]] = load) -> Experiment:
+        """Load the data, by `mim4dd.data.load` or the like, and draw the images to start from.
 
         Raises:
             InputError: whatever is wrong with the data, the device, or the settings for these data.
@@ -98,6 +98,11 @@ class Experiment:
         """The name of the data set, for people and files."""
         dataset = self.config.data.dataset
         return Path(dataset).stem if Path(dataset).exists() else dataset
+
+    @property
+    def evaluated_on(self) -> str:
+        """Which split the accuracies are of: "test" or "validation"."""
+        return "validation" if self.config.data.validation else "test"
 
     @property
     def train(self) -> ImageSet:
@@ -163,10 +168,13 @@ class Experiment:
         teach(network, self.train, self._protocol(), generator(self.config.seed, "teacher", self.device))
         return network
 
-    def score(self, synthetic: SyntheticSet, on_network: OnNetwork) -> Score:
-        """Evaluate a synthetic set, with the learning rate that belongs to it if there is one."""
+    def score(self, synthetic: SyntheticSet, on_network: OnNetwork, architecture: str | None = None) -> Score:
+        """Evaluate a synthetic set on the run's architecture or another.
+
+        With the learning rate that belongs to the set, if there is one.
+        """
         pair = synthetic.decoded, synthetic.targets
-        return self._evaluate(lambda _: pair, on_network, lr=synthetic.network_lr)
+        return self._evaluate(lambda _: pair, on_network, lr=synthetic.network_lr, architecture=architecture)
 
     def information(self, distilled: SyntheticSet) -> dict[str, float | None]:
         """Return `mutual_information_estimate` in nats, of held-out images and the set before and after.
@@ -228,12 +236,15 @@ class Experiment:
         *,
         full: bool = False,
         lr: float | None = None,
+        architecture: str | None = None,
     ) -> Score:
         protocol = self._protocol()
         if full:
             protocol = dataclasses.replace(protocol, epochs=max(5, protocol.epochs // FULL_EPOCHS))
         if lr:
             protocol = dataclasses.replace(protocol, lr=lr)
+        if architecture:
+            protocol = dataclasses.replace(protocol, architecture=architecture)
         return evaluate(
             training_set,
             self.test,

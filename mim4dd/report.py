@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,10 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str, int]]:
     if result["accuracy_mean"] is not None:
         method = result["method"]
         scores.append((f"{method} with mutual information" if result["mim_weight"] else method, result))
+    return _printed(scores)
+
+
+def _printed(scores: Iterable[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, str, int]]:
     return [(name, str(Score(tuple(s["accuracies"]))), s["num_networks"]) for name, s in scores]
 
 
@@ -104,14 +108,17 @@ def write(folder: Path, synthetic: SyntheticSet, result: Mapping[str, Any]) -> N
         result=result,
         rows=rows(result),
         information=information(result),
+        architectures=_printed(result["cross_architecture"].items()),
         picture=base64.b64encode(image.getvalue()).decode(),
         curve=loss_curve(result["history"]) if result["history"] else "",
         settings=json.dumps(result["config"], indent=2),
     )
     files = {
         "images.png": image.getvalue(),
-        "result.json": json.dumps(result, indent=2).encode(),
         "report.html": page.encode(),
+        "result.json": json.dumps(
+            result, indent=2
+        ).encode(),  # the last one: where it is, the run is finished
     }
     for name, content in files.items():
         with atomic(folder / name) as temporary:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 import time
@@ -13,15 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 from . import __version__, report
-from .config import Config, check, read_config, settled, to_json, with_presets
-from .console import complain, console, guarded, print_table, steps, with_accuracy
+from .config import Config, check, settled, to_json, with_presets
+from .console import (
+    complain,
+    console,
+    guarded,
+    on_architectures,
+    print_architectures,
+    print_table,
+    steps,
+    with_accuracy,
+)
 from .distill import DivergenceError, Progress
 from .errors import InputError
 from .evaluate import Score
 from .experiment import Experiment
+from .files import make_folder
+from .options import read
 from .synthetic import SyntheticSet
 
 SAVE_EVERY = 60  # seconds between saves of a set in the making
@@ -30,25 +39,16 @@ SAVE_EVERY = 60  # seconds between saves of a set in the making
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, 1 (diverged), 2 (bad input) or 130 (interrupted)."""
 
-    def command() -> int:
+    def command() -> None:
         experiment = Experiment.prepare(parse(sys.argv[1:] if arguments is None else arguments))
-        return run(experiment, open_folder(experiment))
+        run(experiment, open_folder(experiment))
 
     return guarded(command)
 
 
 def parse(arguments: Sequence[str]) -> Config:
     """Read the command line and, under it, the file that --config names."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    path = first.parse_known_args(arguments)[0].config
-    config = tyro.cli(
-        Config,
-        prog="python -m mim4dd.run",
-        args=arguments,
-        default=read_config(path) if path else Config(),
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    config = read(Config, "python -m mim4dd.run", arguments)
     check(config)
     return with_presets(config)
 
@@ -69,21 +69,19 @@ def open_folder(experiment: Experiment) -> Path:
             folder = Path("runs") / f"{name}-{k}"
     elif _taken(folder) and not config.overwrite:
         raise InputError(f"--out {folder} holds something already; give another folder, or --overwrite")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise InputError(f"--out {folder} cannot be written ({error.strerror}); give another") from error
-    return folder
+    return make_folder(folder)
 
 
 def _taken(folder: Path) -> bool:
     return folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
 
 
-def run(experiment: Experiment, folder: Path) -> int:
-    """Distil, evaluate and write; return the exit code."""
+def run(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """Distil, evaluate and write; return what result.json holds.
+
+    Raises:
+        DivergenceError, KeyboardInterrupt: the last good set has been saved, if it was still being distilled.
+    """
     config, train = experiment.config, experiment.train
     console.print(
         f"[bold]{experiment.name}[/]: {len(train)} training images of {train.num_classes} classes, "
@@ -102,20 +100,21 @@ def run(experiment: Experiment, folder: Path) -> int:
     began = time.monotonic()
     try:
         keeper.synthetic = with_progress("distil", experiment, experiment.distill, keeper)
-    except (DivergenceError, KeyboardInterrupt) as error:
+    except (DivergenceError, KeyboardInterrupt):
         keeper.save()
-        complain(str(error) or "interrupted")
         complain(f"the last good set, of iteration {keeper.iteration}, is in {keeper.path}")
-        return 1 if isinstance(error, DivergenceError) else 130
+        raise
     synthetic = keeper.save()
     distilled = time.monotonic()
     score, baselines = evaluations(experiment, keeper.synthetic)
+    others = cross_architecture(experiment, keeper.synthetic, score)
     result = {
         **synthetic.metadata,
         "network_lr": synthetic.network_lr,
         **score_facts(score),
         "baselines": {name: score_facts(other) for name, other in baselines.items()},
-        "evaluated_on": "validation" if config.data.validation else "test",
+        "cross_architecture": {name: score_facts(other) for name, other in others.items()},
+        "evaluated_on": experiment.evaluated_on,
         "mutual_information": experiment.information(keeper.synthetic),
         "seconds": {
             "distill": round(distilled - began, 1),
@@ -130,12 +129,14 @@ def run(experiment: Experiment, folder: Path) -> int:
             ("trained on", "accuracy", "networks"),
             report.rows(result),
         )
+    if others:
+        print_architectures("The same images, other networks trained on them", others)
     if information := report.information(result):
         console.print(f"Mutual information with held-out real images: {information}", soft_wrap=True)
     console.print(
         f"Wrote synthetic.safetensors, result.json, images.png and report.html into {folder}/", soft_wrap=True
     )
-    return 0
+    return result
 
 
 class Keeper:
@@ -208,6 +209,22 @@ def evaluations(experiment: Experiment, synthetic: SyntheticSet) -> tuple[Score 
     names: list[str] = [*dict.fromkeys(experiment.config.eval.baselines)]
     baselines = {name: with_accuracy(f"evaluate ({name})", num_networks, baseline(name)) for name in names}
     return with_accuracy("evaluate", num_networks, functools.partial(experiment.score, synthetic)), baselines
+
+
+def cross_architecture(
+    experiment: Experiment, synthetic: SyntheticSet, score: Score | None
+) -> dict[str, Score]:
+    """Score the distilled set on the networks of --eval-archs; `score` is that of the run's own one."""
+    if score is None:
+        return {}
+    config = experiment.config
+    names, own = config.eval.eval_archs, config.distill.network
+    others = on_architectures(
+        (name for name in names if name != own),
+        len(score.accuracies),
+        functools.partial(experiment.score, synthetic),
+    )
+    return {name: score if name == own else others[name] for name in names}
 
 
 def score_facts(score: Score | None) -> dict[str, Any]:

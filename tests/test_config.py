@@ -50,11 +50,18 @@ def test_characters_are_not_mirrored():
     assert settings(data=DataConfig("cifar10")).distill.augmentation == DSA
 
 
+@pytest.mark.parametrize(
+    "given", [("mlp,lenet", "vgg11"), ("mlp", "lenet,vgg11", "mlp"), ("mlp,", "lenet,vgg11")]
+)
+def test_architectures_are_joined_by_commas_or_spaces(given):
+    assert EvalConfig(eval_archs=given).eval_archs == ("mlp", "lenet", "vgg11")
+
+
 def test_json_round_trip(tmp_path):
     original = settings(
         data=DataConfig("cifar10", data_dir=Path("/data")),
         mim=MimConfig(mim_noise_ratio=2.0),
-        eval=EvalConfig(baselines=("random", "full")),
+        eval=EvalConfig(baselines=("random", "full"), eval_archs=("mlp", "vgg11")),
         out=Path("there"),
     )
     for content in (config.to_json(original), {"config": config.to_json(original), "accuracy_mean": 0.5}):

@@ -1,0 +1,162 @@
+"""A run as a cell of many: in a folder of its own, found again by its settings once it is finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .config import Config, DistillConfig, MimConfig, settled, to_json, with_presets
+from .console import complain, with_accuracy
+from .data import load
+from .distill import DivergenceError
+from .errors import InputError
+from .experiment import Experiment
+from .files import atomic
+from .run import device_name, run, score_facts
+from .synthetic import SyntheticSet
+
+RESULT, FAILED, IMAGES = "result.json", "failed.json", "synthetic.safetensors"
+IRRELEVANT = ("config", "out", "overwrite", "preset", "quick")  # to what comes out of settled settings
+_load = functools.lru_cache(maxsize=1)(load)  # the cells of a process share their data
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        folder: of its files, as `mim4dd.run` leaves them.
+        config: with no setting left open.
+    """
+
+    folder: Path
+    config: Config
+
+    def found(self) -> dict[str, Any] | None:
+        """Return what an earlier run left: a result, or {"failed": why}; None if it did not get to the end.
+
+        Raises:
+            InputError: the folder holds a run of other settings, finished or not, or no readable one.
+        """
+        path = next((p for p in (self.folder / RESULT, self.folder / FAILED) if p.exists()), None)
+        if path is None:
+            if (self.folder / IMAGES).exists():
+                refuse_others(
+                    self.folder, SyntheticSet.load(self.folder / IMAGES).metadata["config"], self.config
+                )
+            return None
+        try:
+            outcome = json.loads(path.read_text())
+            settings = outcome["config"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path} is not a result of mim4dd ({error!r}); remove its folder") from error
+        refuse_others(self.folder, settings, self.config)
+        return outcome
+
+    def run(self) -> dict[str, Any]:
+        """Run it and return what `found` will find from now on.
+
+        Raises:
+            InputError: the data or the device do not go with the settings.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return self._outcome()
+        except DivergenceError as error:
+            complain(str(error))
+            return self._write(FAILED, {"failed": str(error)})
+
+    def _outcome(self) -> dict[str, Any]:
+        return run(Experiment.prepare(self.config, _load), self.folder)
+
+    def _write(self, name: str, outcome: dict[str, Any]) -> dict[str, Any]:
+        outcome = {**outcome, "version": __version__, "config": to_json(self.config)}
+        with atomic(self.folder / name) as temporary:
+            temporary.write_text(json.dumps(outcome, indent=2))
+        return outcome
+
+
+@dataclass(frozen=True)
+class BaselineCell(Cell):
+    """The score of real images instead of distilled ones: "random" or "kmeans"."""
+
+    baseline: str
+
+    @classmethod
+    def of(cls, folder: Path, baseline: str, config: Config) -> BaselineCell:
+        """Return the baseline of a run, with nothing in its settings that does not change its score."""
+        ours = config.distill
+        bare = DistillConfig(
+            ipc=ours.ipc, network=ours.network, width=ours.width, augmentation=ours.augmentation, init="noise"
+        )
+        evaluation = dataclasses.replace(config.eval, eval_archs=())
+        mim = MimConfig(mim_weight=0.0)
+        settings = Config(
+            data=config.data, distill=bare, mim=mim, eval=evaluation, seed=config.seed, device=config.device
+        )
+        return cls(folder, with_presets(settings), baseline)
+
+    def _outcome(self) -> dict[str, Any]:
+        experiment = Experiment.prepare(self.config, _load)
+        began = time.monotonic()
+        score = with_accuracy(
+            f"evaluate ({self.baseline})",
+            settled(self.config.eval.num_eval),
+            functools.partial(experiment.baseline, self.baseline),
+        )
+        facts = {
+            "dataset": experiment.name,
+            "baseline": self.baseline,
+            "ipc": self.config.distill.ipc,
+            "seed": self.config.seed,
+            **score_facts(score),
+            "evaluated_on": experiment.evaluated_on,
+            "seconds": {"evaluate": round(time.monotonic() - began, 1)},
+            "device": device_name(experiment.device),
+        }
+        return self._write(RESULT, facts)
+
+
+def rehearse(config: Config) -> None:
+    """Load the data and set up a run with these settings, so that mistakes are found before any work.
+
+    Raises:
+        InputError: the data or the device do not go with the settings.
+    """
+    cheap = dataclasses.replace(config.distill, init="noise")
+    Experiment.prepare(dataclasses.replace(config, distill=cheap), _load)
+
+
+def refuse_others(folder: Path, settings: dict[str, Any], config: Config) -> None:
+    """Check that `settings`, found in `folder`, are those of `config`.
+
+    Raises:
+        InputError: they are not; it names the first few that differ.
+    """
+    there, here = _flat(settings), _flat(to_json(config))
+    default = _flat(to_json(Config()))  # for settings that came later than the file
+    names = [name for name in {**here, **there} if there.get(name, default.get(name)) != here.get(name)]
+    if names:
+        shown = ", ".join(
+            f"{name} {there.get(name, default.get(name))} (now {here.get(name)})" for name in names[:3]
+        )
+        raise InputError(
+            f"{folder} holds a run of other settings: {shown}{', ...' if names[3:] else ''}; "
+            "give another --out, or remove that folder"
+        )
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    flat = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat.update(value)
+        elif name not in IRRELEVANT:
+            flat[name] = value
+    return flat

@@ -1,0 +1,225 @@
+"""`python -m mim4dd.compare`: methods x weights of the term x images per class x seeds, paired by seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from . import comparison_report
+from .cells import BaselineCell, Cell, rehearse
+from .comparison import COLUMNS, REAL, Arm, rows
+from .config import Config, DistillConfig, EvalConfig, MimConfig, check, settled, to_json, with_presets
+from .console import about, complain, console, guarded, print_table
+from .errors import InputError, unknown
+from .experiment import pick_device
+from .files import make_folder
+from .objectives import METHODS
+from .options import Hidden, plain, read
+
+Key = tuple[Arm, int]  # an arm and a seed
+
+
+@dataclass(frozen=True)
+class SharedDistillConfig(DistillConfig):
+    """The distillation. What is not given comes from a preset for the data set and the IPC."""
+
+    method: Hidden[str] = "dm"
+    ipc: Hidden[int] = 1
+
+
+@dataclass(frozen=True)
+class SharedMimConfig(MimConfig):
+    """The mutual-information term."""
+
+    mim_weight: Hidden[float | None] = None
+
+
+@dataclass(frozen=True)
+class SharedEvalConfig(EvalConfig):
+    """The evaluation: networks trained from nothing on the synthetic images."""
+
+    baselines: tuple[Literal["random", "kmeans"], ...] = ("random",)
+    """Compared at equal IPC, once per seed: random real images, and those nearest to k-means centres."""
+
+
+@dataclass(frozen=True)
+class Comparison(Config):
+    """Compare base methods with and without mutual information, paired by seed.
+
+    Every combination of the first four options is a run in a folder of its own under OUT/cells; a finished
+    one is not run again, so the same command goes on where it was cut off, and one with more seeds, weights,
+    methods or IPCs adds to what is there. The table is in OUT/compare.md, .json and .png.
+    """
+
+    methods: tuple[str, ...] = ("dm",)
+    """Base methods."""
+    mim_weights: tuple[float | Literal["default"], ...] = (0.0, "default")
+    """Weights of the mutual-information term; default: the method's own for the data set and the IPC.
+    Differences are to weight 0."""
+    ipcs: tuple[int, ...] = (1,)
+    """Images per class."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds; a single one gives no interval."""
+    out: Path | None = None
+    """Folder of the results; default: runs/compare."""
+    distill: SharedDistillConfig = field(default_factory=SharedDistillConfig)
+    mim: SharedMimConfig = field(default_factory=SharedMimConfig)
+    eval: SharedEvalConfig = field(default_factory=SharedEvalConfig)
+    seed: Hidden[int] = 0
+    overwrite: Hidden[bool] = False
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        return self.out or Path("runs/compare")
+
+    def shared(self) -> dict[str, Any]:
+        """Return the settings of all cells, as JSON-able values."""
+        shared = to_json(plain(self))
+        del shared["distill"]["method"], shared["distill"]["ipc"], shared["mim"]["mim_weight"]
+        del shared["eval"]["baselines"], shared["seed"], shared["out"], shared["overwrite"]
+        return shared
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code: 0, 1 (a cell diverged), 2 (bad input) or 130."""
+
+    def command() -> int:
+        given = sys.argv[1:] if arguments is None else arguments
+        return compare(read(Comparison, "python -m mim4dd.compare", given))
+
+    return guarded(command)
+
+
+def compare(comparison: Comparison) -> int:
+    """Run what has not been run, keeping the table up to date; return the exit code.
+
+    Raises:
+        InputError: settings that cannot be meant, or a folder with others.
+    """
+    plan, folder, shared = cells(comparison), comparison.folder, comparison.shared()
+    found = {key: cell.found() for key, cell in plan.items()}
+    _refuse_others(folder, shared)
+    rehearse(max((cell.config for cell in plan.values()), key=lambda c: (c.distill.ipc, c.mim.mim_weight)))
+    make_folder(folder)
+    outcomes = {key: outcome for key, outcome in found.items() if outcome}
+    arms = sorted(dict.fromkeys(arm for arm, _ in plan), key=lambda arm: arm.ipc)
+    comparison_report.write(folder, arms, outcomes, len(plan), shared)
+    if outcomes:
+        console.print(f"{len(outcomes)} of {len(plan)} cells are in {folder}/ already", soft_wrap=True)
+    for (arm, seed), cell in plan.items():
+        if (arm, seed) in outcomes:
+            continue
+        title = f"Cell {len(outcomes) + 1} of {len(plan)}: {arm}, {arm.ipc} per class, seed {seed}"
+        console.print(f"[bold]{title}[/]{time_left(plan, outcomes)}", soft_wrap=True)
+        try:
+            outcomes[arm, seed] = cell.run()
+        except KeyboardInterrupt:
+            complain(f"{len(outcomes)} of {len(plan)} cells are finished; the same command goes on")
+            raise
+        comparison_report.write(folder, arms, outcomes, len(plan), shared)
+    table = rows(arms, outcomes)
+    print_table(
+        "Mean ± standard deviation over seeds; difference to weight 0, paired by seed, with 95 % interval",
+        COLUMNS,
+        (row.cells() for row in table),
+        strong_last=False,
+    )
+    console.print(f"Wrote compare.md, compare.json and compare.png into {folder}/", soft_wrap=True)
+    failed = sum(len(row.failed) for row in table)
+    if failed:
+        complain(f"{failed} of {len(plan)} cells failed, see {folder / 'compare.md'}")
+    return 1 if failed else 0
+
+
+def cells(comparison: Comparison) -> dict[Key, Cell]:
+    """Return every cell by arm and seed, all of a seed before the next: so a table cut off is a paired one.
+
+    Raises:
+        InputError: settings that cannot be meant.
+    """
+    for option, values in {
+        "--methods": comparison.methods,
+        "--mim-weights": comparison.mim_weights,
+        "--ipcs": comparison.ipcs,
+        "--seeds": comparison.seeds,
+    }.items():
+        if not values:
+            raise InputError(f"{option} names nothing, expected one or more")
+    for baseline in comparison.eval.baselines:
+        if baseline not in REAL:  # from a file; the command line knows
+            raise unknown("baseline for a comparison:", baseline, REAL)
+    if comparison.eval.num_eval == 0:
+        raise InputError("--num-eval is 0: nothing to compare, expected at least 1")
+    shared = dataclasses.replace(
+        plain(comparison), out=None, overwrite=False, device=str(pick_device(comparison.device))
+    )
+    folder = comparison.folder / "cells"
+    plan: dict[Key, Cell] = {}
+    for seed in comparison.seeds:
+        for ipc in comparison.ipcs:
+            runs = [
+                _settings(shared, method, weight, ipc, seed)
+                for method in comparison.methods
+                for weight in comparison.mim_weights
+            ]
+            # A method may be evaluated without augmentation; the baselines are only if all methods are.
+            like = next((c for c in runs if METHODS[c.distill.method].augmented), runs[0])
+            for baseline in comparison.eval.baselines:
+                arm = Arm(baseline, None, ipc)
+                plan[arm, seed] = BaselineCell.of(folder / f"{arm.folder}-seed{seed}", baseline, like)
+            for config in runs:
+                arm = Arm(config.distill.method, settled(config.mim.mim_weight), ipc)
+                plan[arm, seed] = Cell(folder / f"{arm.folder}-seed{seed}", config)
+    return plan
+
+
+def _settings(shared: Config, method: str, weight: float | str, ipc: int, seed: int) -> Config:
+    config = dataclasses.replace(
+        shared,
+        distill=dataclasses.replace(shared.distill, method=method, ipc=ipc),
+        mim=dataclasses.replace(shared.mim, mim_weight=None if isinstance(weight, str) else float(weight)),
+        eval=dataclasses.replace(shared.eval, baselines=()),
+        seed=seed,
+    )
+    check(config)
+    return with_presets(config)
+
+
+def _refuse_others(folder: Path, shared: dict[str, Any]) -> None:
+    path = folder / "compare.json"
+    if not path.exists():
+        return
+    try:
+        settings = json.loads(path.read_text())["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a comparison of mim4dd ({error!r}); give another --out") from error
+    if settings != shared:
+        raise InputError(f"{folder} holds a comparison with other settings, see {path}; give another --out")
+
+
+def time_left(plan: Mapping[Key, Cell], outcomes: Mapping[Key, dict[str, Any]]) -> str:
+    """Return how long the other cells will take, going by those of the same method and IPC, or by all."""
+    alike: dict[tuple[str, int], list[float]] = {}
+    for (arm, _), outcome in outcomes.items():
+        if "seconds" in outcome:
+            alike.setdefault((arm.name, arm.ipc), []).append(sum(outcome["seconds"].values()))
+    runs = [seconds for (name, _), took in alike.items() if name in METHODS for seconds in took]
+    if not runs:
+        return ""
+    left = sum(
+        statistics.fmean(alike.get((arm.name, arm.ipc), runs))
+        for arm, seed in plan
+        if (arm, seed) not in outcomes
+    )
+    return f"; {about(left)} left"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""From the outcomes of many runs to a table: means over seeds, and differences paired by seed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .paired import Difference, paired_difference
+
+REAL = {"random": "random real", "kmeans": "k-means real"}  # baselines, for people
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared at one IPC.
+
+    Attributes:
+        name: a base method, or a baseline of real images.
+        weight: of the mutual-information term; None for a baseline.
+        ipc: images per class.
+    """
+
+    name: str
+    weight: float | None
+    ipc: int
+
+    @property
+    def folder(self) -> str:
+        """A name for files."""
+        weight = "" if self.weight is None else f"-w{number(self.weight)}"
+        return f"{self.name}{weight}-ipc{self.ipc}"
+
+    def __str__(self) -> str:
+        return REAL[self.name] if self.weight is None else f"{self.name}, weight {number(self.weight)}"
+
+
+Outcomes = Mapping[tuple[Arm, int], dict[str, Any]]  # by arm and seed: a result, or {"failed": why}
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm over the seeds.
+
+    Attributes:
+        arm: which one.
+        accuracies: by seed, each the mean over the networks of a run.
+        difference: to weight 0 of the same method and IPC; None for that one itself, and where there is none.
+        failed: by seed: why a run gave nothing.
+    """
+
+    arm: Arm
+    accuracies: Mapping[int, float]
+    difference: Difference | None
+    failed: Mapping[int, str]
+
+    @property
+    def mean(self) -> float | None:
+        """Mean accuracy over the seeds."""
+        return statistics.fmean(self.accuracies.values()) if self.accuracies else None
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over the seeds, if there are two."""
+        return statistics.stdev(self.accuracies.values()) if len(self.accuracies) > 1 else None
+
+    def cells(self) -> tuple[str, ...]:
+        """Return its texts for a table with `COLUMNS`."""
+        weight = "" if self.arm.weight is None else number(self.arm.weight)
+        name = str(self.arm) if self.arm.weight is None else self.arm.name
+        accuracy = "" if self.mean is None else f"{100 * self.mean:.2f}"
+        if self.std is not None:
+            accuracy += f" ± {100 * self.std:.2f}"
+        seeds = f"{len(self.accuracies)}" + (f", {len(self.failed)} failed" if self.failed else "")
+        return str(self.arm.ipc), name, weight, accuracy, seeds, str(self.difference or "")
+
+    def facts(self) -> dict[str, Any]:
+        """Return it as JSON-able values."""
+        return {
+            "name": self.arm.name,
+            "mim_weight": self.arm.weight,
+            "ipc": self.arm.ipc,
+            "accuracy_mean": self.mean,
+            "accuracy_std": self.std,
+            "accuracies": self.accuracies,
+            "difference": self.difference.facts() if self.difference else None,
+            "failed": self.failed,
+        }
+
+
+COLUMNS = ("IPC", "method", "weight", "accuracy, %", "seeds", "difference, points")
+
+
+def rows(arms: Sequence[Arm], outcomes: Outcomes, architecture: str | None = None) -> list[Row]:
+    """Return a row for each arm with any outcome, in the order of `arms`.
+
+    Args:
+        arms: all there are.
+        outcomes: so far.
+        architecture: the one evaluated on; default: that of the runs. Baselines are not evaluated on others.
+    """
+
+    def accuracies(arm: Arm) -> dict[int, float]:
+        scores = {seed: _score(outcome, architecture) for (a, seed), outcome in outcomes.items() if a == arm}
+        return {seed: score["accuracy_mean"] for seed, score in scores.items() if score}
+
+    table = []
+    for arm in arms:
+        ours = accuracies(arm)
+        failed = {seed: o["failed"] for (a, seed), o in outcomes.items() if a == arm and "failed" in o}
+        difference = paired_difference(ours, accuracies(Arm(arm.name, 0.0, arm.ipc))) if arm.weight else None
+        if ours or failed:
+            table.append(Row(arm, ours, difference, failed))
+    return table
+
+
+def _score(outcome: dict[str, Any], architecture: str | None) -> dict[str, Any] | None:
+    if "failed" in outcome:
+        return None
+    return outcome.get("cross_architecture", {}).get(architecture) if architecture else outcome
+
+
+def number(value: float) -> str:
+    """Return a number in full, without a needless point."""
+    return str(value).removesuffix(".0")

@@ -1,0 +1,52 @@
+"""Command lines made from the settings: run's own, and those that add options to it or take some away."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from .config import Config, read_config
+
+T = TypeVar("T")
+Hidden = tyro.conf.Suppress[tyro.conf.Fixed[T]]  # a setting that is no option of this command line
+
+
+def read(kind: type[T], prog: str, arguments: Sequence[str]) -> T:
+    """Read a command line into `kind`, `Config` or a subclass, and under it the file that --config names.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+        SystemExit: what tyro does on --help and on unknown options (with 2).
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    path = first.parse_known_args(arguments)[0].config
+    return tyro.cli(
+        kind,
+        prog=prog,
+        args=arguments,
+        default=recast(kind, read_config(path)) if path else kind(),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def recast(kind: type[T], settings: Any) -> T:
+    """Return `settings` as another class of settings: the fields both have are taken over, others default."""
+    types: dict[str, Any] = typing.get_type_hints(kind)
+    values = {
+        name: recast(types[name], value) if dataclasses.is_dataclass(types[name]) else value
+        for name, value in vars(settings).items()
+        if name in types
+    }
+    return kind(**values)
+
+
+def plain(settings: Config) -> Config:
+    """Return the settings of a run alone, without the options that a subclass adds."""
+    return recast(Config, settings)

@@ -1,0 +1,376 @@
+"""Comparison: what is run, what is found again, and the numbers of the table."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from mim4dd import cells, compare, comparison_report
+from mim4dd.comparison import Arm, rows
+from mim4dd.config import to_json
+from mim4dd.errors import InputError
+from mim4dd.experiment import Experiment
+from mim4dd.options import read
+from mim4dd.paired import paired_difference
+from mim4dd.synthetic import SyntheticSet
+
+QUICK = ["--quick", "--iterations", "0", "--eval-epochs", "20"]
+GRID = ["--methods", "dm", "dsa", "--mim-weights", "0", "5", "--ipcs", "1", "--seeds", "0", "1"]
+NAMES = [
+    f"{arm}-ipc1-seed{seed}" for arm in ("random", "dm-w0", "dm-w5", "dsa-w0", "dsa-w5") for seed in (0, 1)
+]
+
+
+def comparison(*arguments) -> compare.Comparison:
+    return read(compare.Comparison, "compare", ["--quick", *arguments])
+
+
+@pytest.fixture(scope="module")
+def without_updates(tmp_path_factory):
+    """A finished comparison whose images are not updated at all."""
+    out = tmp_path_factory.mktemp("compare") / "out"
+    assert compare.main([*QUICK, *GRID, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def finished(without_updates, tmp_path):
+    """A copy of it to spoil."""
+    return shutil.copytree(without_updates, tmp_path / "out")
+
+
+def result(out, name):
+    return json.loads((out / "cells" / name / "result.json").read_text())
+
+
+def facts(out):
+    return json.loads((out / "compare.json").read_text())
+
+
+def bytes_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Runs that cost nothing: `score` says what each is worth; the settings of those run are returned."""
+    ran = []
+
+    def use(score):
+        def run(experiment, folder):
+            ran.append(experiment.config)
+            accuracy = score(experiment.config)
+            outcome = {
+                "accuracy_mean": accuracy,
+                "num_networks": 1,
+                "seconds": {"distill": 3.0, "evaluate": 1.0},
+                "cross_architecture": {
+                    a: {"accuracy_mean": accuracy / 2} for a in experiment.config.eval.eval_archs
+                },
+                "config": to_json(experiment.config),
+            }
+            (folder / "result.json").write_text(json.dumps(outcome))
+            return outcome
+
+        monkeypatch.setattr(cells, "run", run)
+        return ran
+
+    return use
+
+
+def test_arms_of_a_seed_share_start_and_networks(without_updates):
+    """Images that are not updated score the same in every arm: same start, same networks, same test set."""
+    for seed in (0, 1):
+        sets = [
+            SyntheticSet.load(without_updates / "cells" / f"{arm}-ipc1-seed{seed}" / "synthetic.safetensors")
+            for arm in ("dm-w0", "dm-w5", "dsa-w0", "dsa-w5")
+        ]
+        assert all(torch.equal(s.images, sets[0].images) for s in sets)
+    accuracies = {name: result(without_updates, name)["accuracies"] for name in NAMES}
+    assert accuracies["dm-w0-ipc1-seed0"] == accuracies["dm-w5-ipc1-seed0"] == accuracies["dsa-w5-ipc1-seed0"]
+    assert accuracies["dm-w0-ipc1-seed0"] != accuracies["dm-w0-ipc1-seed1"]
+    for row in facts(without_updates)["rows"]:
+        if row["mim_weight"]:
+            assert row["difference"] == {"mean": 0.0, "interval": [0.0, 0.0], "confidence": 0.95, "pairs": 2}
+
+
+def test_arms_of_a_seed_share_the_real_images():
+    plan = compare.cells(comparison("--validation", "0.2", *GRID))
+    experiments = {
+        seed: [Experiment.prepare(c.config) for (_, s), c in plan.items() if s == seed] for seed in (0, 1)
+    }
+    for first, *others in experiments.values():
+        assert len(others) == 4
+        for other in others:
+            assert torch.equal(first.train.images, other.train.images)
+            assert torch.equal(first.test.images, other.test.images)
+    assert not torch.equal(experiments[0][0].test.images, experiments[1][0].test.images)
+
+
+def test_every_cell_is_a_run_and_baselines_run_once(without_updates):
+    assert sorted(path.name for path in (without_updates / "cells").iterdir()) == sorted(NAMES)
+    run = without_updates / "cells" / "dsa-w5-ipc1-seed1"
+    assert sorted(p.name for p in run.iterdir()) == [
+        "images.png",
+        "report.html",
+        "result.json",
+        "synthetic.safetensors",
+    ]
+    assert result(without_updates, "dsa-w5-ipc1-seed1")["baselines"] == {}
+    random = result(without_updates, "random-ipc1-seed1")
+    assert 0 < random["accuracy_mean"] < 1
+    assert random["evaluated_on"] == "test"
+    written = facts(without_updates)
+    assert (written["cells"], written["cells_in_all"]) == (10, 10)
+    assert [(row["name"], row["mim_weight"]) for row in written["rows"]] == [
+        ("random", None), ("dm", 0.0), ("dm", 5.0), ("dsa", 0.0), ("dsa", 5.0),
+    ]  # fmt: skip
+
+
+def test_finished_cells_are_not_run_again(finished, monkeypatch, capsys):
+    monkeypatch.setattr(cells.Cell, "run", lambda self: pytest.fail(f"{self.folder} was run again"))
+    before = facts(finished)
+    assert compare.main([*QUICK, *GRID, "--out", str(finished)]) == 0
+    assert "10 of 10 cells are in" in capsys.readouterr().out
+    assert facts(finished) == before
+
+
+def test_more_of_anything_adds_to_what_is_there(finished, scored):
+    ran = scored(lambda config: 0.5)
+    more = ["--methods", "dsa", "dm", "--mim-weights", "5", "0", "7", "--ipcs", "1", "--seeds", "1", "0"]
+    assert compare.main([*QUICK, *more, "--baselines", "random", "kmeans", "--out", str(finished)]) == 0
+    assert {(c.distill.method, c.mim.mim_weight, c.seed) for c in ran} == {
+        (method, 7.0, seed) for method in ("dm", "dsa") for seed in (0, 1)
+    }
+    assert len(ran) == 4
+    assert result(finished, "kmeans-ipc1-seed0")["accuracy_mean"] > 0
+
+
+def test_other_settings_are_refused(finished, capsys):
+    before = bytes_of(finished)
+    command = [*QUICK, *GRID, "--out", str(finished), "--iterations", "1"]
+    assert compare.main([*QUICK, "--seeds", "7", "--iterations", "1", "--out", str(finished)]) == 2
+    assert f"{finished} holds a comparison with other settings" in capsys.readouterr().err
+    assert compare.main(command) == 2
+    (finished / "compare.json").unlink()
+    capsys.readouterr()
+    assert compare.main(command) == 2
+    assert "iterations 0 (now 1); give another --out, or remove that folder" in capsys.readouterr().err
+    assert bytes_of(finished) == {p: b for p, b in before.items() if p.name != "compare.json"}
+
+
+def test_an_unreadable_result_is_refused(finished, capsys):
+    (finished / "cells" / NAMES[2] / "result.json").write_text("{")
+    assert compare.main([*QUICK, *GRID, "--out", str(finished)]) == 2
+    assert f"{NAMES[2]}/result.json is not a result" in capsys.readouterr().err
+
+
+def test_an_interrupted_cell_is_run_again(finished, monkeypatch, capsys):
+    """Its set in the making is there, as a real interruption leaves it, but no result."""
+    for name in ("dm-w5-ipc1-seed1", "dsa-w5-ipc1-seed1"):
+        shutil.rmtree(finished / "cells" / name)
+    command = [*QUICK, *GRID, "--out", str(finished)]
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mim4dd.experiment.distill", interrupt)
+        assert compare.main(command) == 130
+    assert "8 of 10 cells are finished; the same command goes on" in capsys.readouterr().err
+    cut = finished / "cells" / "dm-w5-ipc1-seed1"
+    assert [path.name for path in cut.iterdir()] == ["synthetic.safetensors"]
+    assert "So far: 8 of 10 cells" in (finished / "compare.md").read_text()
+    (finished / "compare.json").unlink()
+    other = [
+        *QUICK,
+        "--methods",
+        "dm",
+        "--mim-weights",
+        "5",
+        "--seeds",
+        "1",
+        "--baselines",
+        "--out",
+        str(finished),
+    ]
+    assert compare.main([*other, "--image-momentum", "0.4"]) == 2
+    assert "image_momentum 0.5 (now 0.4)" in capsys.readouterr().err, (
+        "nor is the set in the making overwritten"
+    )
+    assert compare.main(command) == 0
+    assert (
+        result(finished, "dm-w5-ipc1-seed1")["accuracies"]
+        == result(finished, "dm-w0-ipc1-seed1")["accuracies"]
+    )
+
+
+def test_a_cell_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    command = [
+        "--quick",
+        "--iterations",
+        "2",
+        "--eval-epochs",
+        "1",
+        "--mim-weights",
+        "3e38",
+        "0",
+        "--seeds",
+        "0",
+    ]
+    command += ["--baselines", "random", "--out", str(out)]
+    assert compare.main(command) == 1
+    assert "1 of 3 cells failed" in capsys.readouterr().err
+    diverged = out / "cells" / "dm-w3e+38-ipc1-seed0"
+    assert sorted(path.name for path in diverged.iterdir()) == ["failed.json", "synthetic.safetensors"]
+    assert "the mim term became inf" in (out / "compare.md").read_text()
+    failed = next(row for row in facts(out)["rows"] if row["mim_weight"] == 3e38)
+    assert (failed["accuracy_mean"], failed["difference"]) == (None, None)
+    assert result(out, "dm-w0-ipc1-seed0")["accuracy_mean"] > 0
+    monkeypatch.setattr(cells.Cell, "run", lambda self: pytest.fail(f"{self.folder} was run again"))
+    assert compare.main(command) == 1
+
+
+ACCURACIES = {(0.0, 0): 0.5, (0.0, 1): 0.6, (0.0, 2): 0.7, (10.0, 0): 0.6, (10.0, 1): 0.65, (10.0, 2): 0.9}
+
+
+def test_table_against_hand_computation(tmp_path, scored):
+    """Differences 10, 5, 20: mean 35/3, deviation sqrt(175/3); t(0.975, 2) = 4.302653 in printed tables."""
+    scored(lambda config: ACCURACIES[config.mim.mim_weight, config.seed])
+    out = tmp_path / "out"
+    arguments = [
+        "--quick",
+        "--mim-weights",
+        "0",
+        "10",
+        "--eval-archs",
+        "mlp",
+        "--baselines",
+        "--out",
+        str(out),
+    ]
+    assert compare.main(arguments) == 0
+    base, ours = facts(out)["rows"]
+    assert base["accuracy_mean"] == pytest.approx(0.6)
+    assert base["accuracy_std"] == pytest.approx(0.1)
+    assert base["difference"] is None
+    assert ours["accuracy_mean"] == pytest.approx(2.15 / 3)
+    margin = 4.302653 * (175 / 3) ** 0.5 / 3**0.5 / 100
+    mean = 0.35 / 3
+    assert ours["difference"]["mean"] == pytest.approx(mean)
+    assert ours["difference"]["interval"] == pytest.approx([mean - margin, mean + margin], rel=1e-6)
+    text = (out / "compare.md").read_text()
+    assert "| 1 | dm | 0 | 60.00 ± 10.00 | 3 |  |" in text
+    assert "| 1 | dm | 10 | 71.67 ± 16.07 | 3 | +11.67 [-7.31, +30.64] |" in text
+    halved = text.split("## Trained: mlp")[1]
+    assert "| 1 | dm | 10 | 35.83 ± 8.04 | 3 | +5.83 [-3.65, +15.32] |" in halved
+    assert Image.open(out / "compare.png").size[0] > 1000
+
+
+def test_one_seed_has_no_interval():
+    difference = paired_difference({0: 0.5, 1: 0.7}, {1: 0.6, 2: 0.1})
+    assert (difference.count, difference.interval, difference.clear) == (1, None, False)
+    assert str(difference) == "+10.00"
+    assert paired_difference({0: 0.5}, {1: 0.5}) is None
+
+
+def test_an_interval_without_0_is_clear():
+    assert paired_difference({0: 0.6, 1: 0.71, 2: 0.82}, {0: 0.5, 1: 0.6, 2: 0.7}).clear
+    assert not paired_difference({0: 0.6, 1: 0.6, 2: 0.9}, {0: 0.5, 1: 0.6, 2: 0.7}).clear
+    assert not paired_difference({0: 0.5, 1: 0.6}, {0: 0.5, 1: 0.6}).clear, "no difference at all"
+
+
+def test_picture_shows_every_mean_at_its_place():
+    arms = [Arm("random", None, 1), Arm("dm", 0.0, 1), Arm("dm", 10.0, 1), Arm("dm", 0.0, 10)]
+    outcomes = {
+        (a, s): {"accuracy_mean": 0.1 * (k + 1) + 0.01 * s} for k, a in enumerate(arms) for s in range(3)
+    }
+    outcomes[arms[2], 3] = {"failed": "it diverged"}
+    left, right = comparison_report.draw(rows(arms, outcomes)).axes
+    means = [container.lines[0].get_xdata()[0] for container in left.containers]
+    assert means == pytest.approx([11, 21, 31, 41])
+    assert [tick.get_text() for tick in left.get_yticklabels()] == [str(arm) for arm in arms]
+    (difference,) = right.containers
+    assert difference.lines[0].get_xdata()[0] == pytest.approx(10)
+    headings = [text.get_text() for text in left.texts]
+    assert headings == ["1 per class", "10 per class"]
+
+
+def test_default_weights_are_those_of_run(monkeypatch):
+    plan = compare.cells(
+        comparison("--methods", "dm", "dc", "--ipcs", "10", "1", "--seeds", "3", "--baselines")
+    )
+    assert [str(arm) + f" {arm.ipc}" for arm, _ in plan] == [
+        "dm, weight 0 10", "dm, weight 0.1 10", "dc, weight 0 10",
+        "dm, weight 0 1", "dm, weight 10 1", "dc, weight 0 1",
+    ]  # fmt: skip
+    cell = plan[Arm("dc", 0.0, 10), 3]
+    assert (cell.config.distill.ipc, cell.config.seed, cell.config.distill.image_lr) == (10, 3, 0.1)
+
+
+def test_a_method_without_augmentation_has_baselines_without():
+    plan = compare.cells(comparison("--methods", "dc"))
+    assert plan[Arm("random", None, 1), 0].config.distill.augmentation == "none"
+    both = [compare.cells(comparison("--methods", *m)) for m in (("dc", "dm"), ("dm", "dc"))]
+    first, second = (plan[Arm("random", None, 1), 0].config for plan in both)
+    assert first == second
+    assert first.distill.augmentation != "none"
+
+
+def test_settings_of_a_file_are_shared(tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text(
+        '{"distill": {"method": "dsa", "iterations": 7}, "mim": {"mim_weight": 3, "mim_layers": "last"}}'
+    )
+    given = comparison("--config", str(path), "--width", "8")
+    assert (given.distill.iterations, given.distill.width, given.mim.mim_layers) == (7, 8, "last")
+    assert {arm.name for arm, _ in compare.cells(given)} == {"random", "dm"}
+    path.write_text('{"eval": {"baselines": ["base"]}}')
+    with pytest.raises(InputError, match="unknown baseline for a comparison: 'base'"):
+        compare.cells(comparison("--config", str(path)))
+
+
+def test_time_left_goes_by_the_cells_like_it():
+    plan = compare.cells(comparison("--ipcs", "1", "10", "--mim-weights", "0", "5", "--baselines"))
+    assert compare.time_left(plan, {}) == ""
+    done = {
+        (Arm("dm", 0.0, 1), 0): {"seconds": {"distill": 10.0, "evaluate": 2.0}},
+        (Arm("dm", 5.0, 1), 0): {"seconds": {"distill": 6.0, "evaluate": 2.0}},
+        (Arm("dm", 0.0, 10), 0): {"seconds": {"distill": 60.0, "evaluate": 10.0}},
+    }
+    # 4 more of IPC 1 at 10 s, 5 more of IPC 10 at 70 s
+    assert compare.time_left(plan, done) == "; about 6 min left"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "dm", "dn"], "unknown method 'dn', did you mean dm"),
+        (["--methods"], "--methods names nothing"),
+        (["--seeds"], "--seeds names nothing"),
+        (["--ipcs", "1", "1000"], "fewer than the 1000 asked for"),
+        (["--ipcs", "0"], "--ipc is 0, expected at least 1"),
+        (["--mim-weights", "0", "-1"], "--mim-weight is -1.0"),
+        (["--mim-layers", "7"], "there is no layer 7"),
+        (["--num-eval", "0"], "--num-eval is 0: nothing to compare"),
+        (["--eval-archs", "mlp,vgg"], "unknown architecture in --eval-archs: 'vgg'"),
+        (["--device", "toaster"], "--device toaster is not to be had here"),
+    ],
+)
+def test_bad_input_exits_with_2_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert compare.main([*QUICK, *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--method", "dm"], ["--seed", "1"], ["--baselines", "base"], ["--overwrite"]]
+)
+def test_options_of_run_that_have_no_meaning_here(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        compare.main([*QUICK, *arguments])
+    assert exit_.value.code == 2

@@ -1,0 +1,239 @@
+"""Tuning: what is tried, what is found again, and what is said of it."""
+
+import json
+import math
+import sys
+
+import pytest
+
+from mim4dd import cells, compare, run, tune
+from mim4dd.config import MimConfig, to_json
+from mim4dd.data import load
+from mim4dd.options import read
+from mim4dd.tune_report import Trial, ranked, table, verdict
+
+QUICK = ["--quick", "--iterations", "2", "--eval-epochs", "1"]
+
+
+def peak(config) -> float:
+    """An accuracy that is best at weight 30 on the last layer; the base has 0.5, seeds are 0.01 apart."""
+    mim = config.mim
+    gain = 0.1 * math.exp(-((math.log10(mim.mim_weight / 30)) ** 2)) if mim.mim_weight else 0.05
+    return 0.45 + gain + 0.01 * config.seed + 0.02 * (bool(mim.mim_weight) and mim.mim_layers == "last")
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Runs that cost nothing: `score` says what each is worth; the settings of those run are returned."""
+    ran = []
+
+    def use(score=peak):
+        def fake(prepared, folder):
+            outcome = {
+                "accuracy_mean": score(prepared.config),
+                "seconds": {"distill": 1.0, "evaluate": 1.0},
+                "config": to_json(prepared.config),
+            }
+            ran.append(prepared.config)
+            (folder / "result.json").write_text(json.dumps(outcome))
+            return outcome
+
+        monkeypatch.setattr(cells, "run", fake)
+        return ran
+
+    return use
+
+
+def written(out):
+    return json.loads((out / "tune.json").read_text())
+
+
+def test_the_best_is_found_and_run_accepts_it(tmp_path, scored, capsys):
+    ran = scored()
+    out = tmp_path / "out"
+    arguments = ["--method", "dsa", "--ipc", "2", "--trials", "20", "--mim-symmetric", "--out", str(out)]
+    assert tune.main([*QUICK, *arguments]) == 0
+    found = written(out)["found"]
+    trials = found["trials"]
+    assert len(trials) == 21
+    assert [config.mim.mim_weight for config in ran[:3]] == [0.0, 0.0, 0.0]
+    assert trials[0]["accuracies"] == pytest.approx({"0": 0.5, "1": 0.51, "2": 0.52})
+    assert {(c.distill.method, c.distill.ipc, c.data.validation) for c in ran} == {("dsa", 2, 0.1)}
+    assert all(c.mim.mim_symmetric for c in ran[3:])
+    complete = [trial for trial in trials if trial["complete"]]
+    best = max(complete, key=lambda trial: trial["accuracies"]["0"])
+    assert trials[found["best"]] == best
+    assert best["accuracies"]["0"] > 0.56, "close to the peak of 0.57"
+    assert best["mim"]["mim_layers"] == "last"
+    study = tune.Search(read(tune.Tuning, "tune", [*QUICK, *arguments])).study
+    assert study.best_trial.number == found["best"]
+    assert study.best_value == pytest.approx(best["accuracies"]["0"] - 0.5)
+    assert not found["within_noise"]
+    accepted = run.parse(["--config", str(out / "tune.json")])
+    assert vars(accepted.mim) == best["mim"]
+    assert (accepted.distill.method, accepted.distill.ipc) == ("dsa", 2)
+    assert (accepted.data.validation, accepted.distill.iterations, accepted.out) == (0.0, 2, None)
+    printed = capsys.readouterr().out
+    assert f"Trial {found['best']} is +" in printed
+    command = (out / "tune.md").read_text().split("python -m mim4dd.compare ")[1].split("\n")[0]
+    arms = {str(arm) for arm, _ in compare.cells(read(compare.Comparison, "compare", command.split()))}
+    assert arms == {
+        "random real",
+        "dsa, weight 0",
+        f"dsa, weight {best['mim']['mim_weight']}".removesuffix(".0"),
+    }
+
+
+def test_poor_trials_are_given_up_early(tmp_path, scored):
+    scored()
+    out = tmp_path / "out"
+    assert tune.main([*QUICK, "--trials", "20", "--out", str(out)]) == 0
+    trials = written(out)["found"]["trials"]
+    early = [trial for trial in trials if not trial["complete"]]
+    assert early
+    assert all(len(trial["accuracies"]) < 3 and trial["failed"] is None for trial in early)
+    assert all(trial["complete"] for trial in trials[:5])
+    best = max(trial["accuracies"]["0"] for trial in trials)
+    assert all(trial["accuracies"]["0"] < best for trial in early)
+
+
+def test_a_search_cut_off_goes_on_as_if_it_had_not_been(tmp_path, scored, monkeypatch, capsys):
+    ran = scored()
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    arguments = [*QUICK, "--trials", "12", "--seeds", "0", "1"]
+    assert tune.main([*arguments, "--out", str(whole)]) == 0
+    runs = len(ran)
+    ran.clear()
+
+    def interrupt(config):
+        if len(ran) == 15:
+            raise KeyboardInterrupt
+        return peak(config)
+
+    with monkeypatch.context():
+        scored(interrupt)
+        assert tune.main([*arguments, "--out", str(cut)]) == 130
+    assert "trials are finished; the same command goes on" in capsys.readouterr().err
+    before = written(cut)["found"]["trials"]
+    assert 6 <= len(before) < 13
+    scored()
+    assert tune.main([*arguments, "--out", str(cut)]) == 0
+    assert written(cut)["found"] == written(whole)["found"]
+    assert len(ran) == runs, "nothing was run twice"
+    assert tune.main([*arguments, "--out", str(cut)]) == 0
+    assert len(ran) == runs
+    assert tune.main([*arguments, "--trials", "13", "--out", str(cut)]) == 0
+    assert written(cut)["found"]["trials"][:13] == written(whole)["found"]["trials"]
+
+
+def test_other_settings_are_refused(tmp_path, scored, capsys):
+    scored()
+    arguments = [*QUICK, "--trials", "1", "--out", str(tmp_path / "out")]
+    assert tune.main(arguments) == 0
+    for other in (["--seeds", "5"], ["--iterations", "3"], ["--weights", "1", "2"], ["--seed", "1"]):
+        before = (tmp_path / "out" / "tune.json").read_bytes()
+        assert tune.main([*arguments, *other]) == 2
+        assert "holds a search with other settings; give another --out" in capsys.readouterr().err
+        assert (tmp_path / "out" / "tune.json").read_bytes() == before
+
+
+def test_the_test_set_is_never_looked_at(tmp_path, monkeypatch):
+    """A real search, small, with a test set that cannot be used."""
+    monkeypatch.setattr(cells, "_load", lambda *arguments: (load(*arguments)[0], None))
+    out = tmp_path / "out"
+    arguments = [
+        "--trials",
+        "1",
+        "--seeds",
+        "0",
+        "--projections",
+        "random",
+        "--noise-ratios",
+        "2",
+        "--out",
+        str(out),
+    ]
+    assert tune.main([*QUICK, *arguments]) == 0
+    found = written(out)["found"]
+    assert all(0 <= trial["accuracies"]["0"] <= 1 for trial in found["trials"])
+    assert (found["trials"][1]["mim"]["mim_projection"], found["trials"][1]["mim"]["mim_noise_ratio"]) == (
+        "random",
+        2,
+    )
+    cells_ = sorted((out / "cells").glob("*/seed0/result.json"))
+    assert [json.loads(path.read_text())["evaluated_on"] for path in cells_] == ["validation"] * 2
+
+
+def test_a_trial_that_diverges_is_recorded_and_the_others_go_on(tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--trials", "2", "--seeds", "0", "1", "--weights", "2e38", "3e38", "--out", str(out)]
+    assert tune.main([*QUICK, *arguments]) == 0
+    found = written(out)["found"]
+    assert ["became inf" in trial["failed"] for trial in found["trials"][1:]] == [True, True]
+    assert found["best"] == 0
+    assert written(out)["config"]["mim"]["mim_weight"] == 0
+    assert "No trial beat the base method" in capsys.readouterr().out
+
+
+def test_a_base_that_diverges_ends_the_search(tmp_path, capsys):
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert tune.main([*QUICK, "--iterations", "12", "--image-lr", "3e38", "--out", str(out)]) == 1
+        assert "the base method alone failed" in capsys.readouterr().err
+    assert not (out / "tune.json").exists()
+
+
+def trial(weight, *accuracies, complete=True):
+    return Trial(MimConfig(mim_weight=weight), dict(enumerate(accuracies)), complete)
+
+
+def test_what_is_said_of_the_best():
+    base = trial(0.0, 0.5, 0.6, 0.7)
+    clear, noise, worse = (
+        trial(1.0, 0.52, 0.62, 0.721),
+        trial(2.0, 0.50, 0.7, 0.69),
+        trial(3.0, 0.4, 0.6, 0.7),
+    )
+    unfinished = trial(4.0, 0.9, complete=False)
+    assert ranked([base, worse, unfinished, clear, noise]) == [4, 3, 0, 1]
+    assert "Trial 1 is +2.03 [+1.89, +2.18] points over the base." in verdict([base, clear, worse])
+    assert "chosen among 2 on these very seeds" in verdict([base, clear, worse])
+    assert "The best trial, 2, is within noise of the base: +3.00 [" in verdict([base, clear, noise])
+    assert verdict([base, worse, unfinished]) == "No trial beat the base method: leave the term out."
+    single = verdict([trial(0.0, 0.5), trial(1.0, 0.6)])
+    assert "+10.00 points over the base on one seed, which cannot be told from noise" in single
+    lines = table([base, worse, unfinished, clear])
+    assert [line[0] for line in lines] == ["0", "3", "1"]
+    assert lines[0][-2:] == ("60.00 ± 10.00", "")
+    assert lines[1][1:4] == ("1", "all", "0.1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--validation", "0"], "--validation is 0: settings are never chosen on the test set"),
+        (["--num-eval", "0"], "--num-eval is 0: nothing to choose by"),
+        (["--trials", "0"], "--trials is 0, expected at least 1"),
+        (["--seeds"], "--seeds names nothing"),
+        (["--noise-ratios"], "--noise-ratios names nothing"),
+        (["--noise-ratios", "-1"], "--mim-noise-ratio is -1.0"),
+        (["--weights", "0", "1"], "--weights is 0.0 1.0, expected a range of positive numbers"),
+        (["--temperatures", "2", "1"], "--temperatures is 2.0 1.0"),
+        (["--layers", "first"], "--mim-layers is 'first'"),
+        (["--layers", "last", "0,7"], "there is no layer 7"),
+        (["--method", "dn"], "unknown method 'dn'"),
+        (["--ipc", "1000"], "fewer than the 1000 asked for"),
+    ],
+)
+def test_bad_input_exits_with_2_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert tune.main([*QUICK, *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_optuna(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.chdir(tmp_path)
+    assert tune.main(QUICK) == 2
+    assert "needs Optuna; pip install 'mim4dd[tune]'" in capsys.readouterr().err
