@@ -76,7 +76,8 @@ def distill(
             )
         for optimizer in optimizers:
             optimizer.zero_grad()
-        torch.stack([*terms.values()]).sum().backward()
+        # Named, so that no gradient of a network's weights is worked out for nobody.
+        torch.stack([*terms.values()]).sum().backward(inputs=[images, *trained])
         for optimizer in optimizers:
             optimizer.step()
         unread.append({name: term.detach() for name, term in terms.items()})

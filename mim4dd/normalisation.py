@@ -1,4 +1,4 @@
-"""Instance normalisation, ReLU and average pooling: one compiled pass on a CPU, torch's operators elsewhere."""
+"""Instance normalisation, ReLU and average pooling: one compiled pass on a CPU, else torch's operators."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ class Problem:
         augmentation: strategy string, see `mim4dd.augment.sample`.
         layers: maps that the add-on compares; the last one is always kept.
         seed: of every random draw.
+        precision: what the networks compute in, see `mim4dd.networks.create`.
     """
 
     real: ImageSet
@@ -36,6 +37,7 @@ class Problem:
     augmentation: str
     layers: Sequence[int]
     seed: int
+    precision: str = "fp32"
 
     def network(self) -> Network:
         """Return a network for these images with unset weights that want no gradient."""
@@ -47,17 +49,19 @@ class Problem:
             real.image_size,
             width=self.width,
             device=real.images.device,
+            precision=self.precision,
         ).requires_grad_(False)
+
+    def features(self, network: Network, images: Tensor) -> list[Tensor]:
+        """Return the feature maps of images [N, C, H, W], computed in chunks; those not needed are empty."""
+        wanted = {len(network.blocks) - 1, *self.layers}
+        chunks = [network.features(c, wanted) for c in images.split(CHUNK[images.device.type])]
+        return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
     @torch.no_grad()
     def real_features(self, network: Network, images: Tensor) -> list[Tensor]:
-        """Return the feature maps of images [N, C, H, W], computed in chunks; those not needed are empty."""
-        chunks = []
-        for chunk in images.split(CHUNK[images.device.type]):
-            maps = network.features(chunk)
-            needed = {len(maps) - 1, *self.layers}
-            chunks.append([m if k in needed else m.new_empty(0) for k, m in enumerate(maps)])
-        return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+        """Return the `features` of real images, as constants."""
+        return self.features(network, images)
 
 
 @dataclass(frozen=True)

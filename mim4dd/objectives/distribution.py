@@ -85,7 +85,7 @@ class DistributionMatching:
         real_images = real.batch(real.sample(problem.real_batch, self.draws).flatten())
         real_images = augment.apply(real_images, params, rows=self.real_labels)
         real_maps = problem.real_features(self.network, real_images)
-        synthetic_maps = self.network.features(augment.apply(images, params, rows=labels))
+        synthetic_maps = problem.features(self.network, augment.apply(images, params, rows=labels))
         distance = distribution_distance(
             real_maps[-1], synthetic_maps[-1], self.real_labels, labels, num_classes=real.num_classes
         )
