@@ -164,7 +164,7 @@ class Setting:
 
     def network(self) -> ConvNet:
         channels, side = self.images.shape[1], self.images.shape[2]
-        network = ConvNet(channels, len(self.classes), self.width, side).to(self.images.device)
+        network = ConvNet(channels, len(self.classes), self.width, side).to(self.images)
         if self.weights is not None:
             with torch.no_grad():
                 for parameter, weight in zip(network.parameters(), self.weights, strict=True):

@@ -41,6 +41,7 @@ class Protocol:
         momentum: of SGD.
         weight_decay: of SGD.
         batch: images per step.
+        precision: what the networks compute in, see `mim4dd.networks.create`.
     """
 
     epochs: int
@@ -51,6 +52,7 @@ class Protocol:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     batch: int = 256
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def evaluate(
         test.image_size,
         width=protocol.width,
         device=device,
+        precision=protocol.precision,
     )
     accuracies = []
     for k in range(num_networks):
