@@ -115,24 +115,28 @@ struct Vec {
   void operator+=(const Vec& other) { *this = *this + other; }
 };
 
-// `count` channels of one image, from channel `first` on.
+// `count` channels of one image, from channel `first` on. What the sweeps use is copied into their locals: the
+// compiler must take it that a store may change a member, but not a local.
 template <typename T, typename Acc, int Groups>
 class Worker {
   using V = Vec<Acc, Groups>;
 
+  // These channels at every pixel of a map.
+  template <typename U>
+  struct Map {
+    U* data;
+    int64_t stride;
+    int count;
+
+    V operator[](int64_t pixel) const { return V::read(data + pixel * stride, count); }
+    void set(int64_t pixel, const V& value) const { value.write(data + pixel * stride, count); }
+  };
+
  public:
   Worker(const NormCall& call, int64_t image, int64_t first, int count)
-      : call_(call), first_(first), row_(image * call.channels + first), count_(count) {
-    pixels_ = call.height * call.width;
-    cells_y_ = call.height / call.pool;
-    cells_x_ = call.width / call.pool;
-    x_ = offset<const T>(call.x, image * pixels_);
-    weight_ = per_channel(call.weight);
-    bias_ = per_channel(call.bias);
-    out_offset_ = image * cells_y_ * cells_x_;
-  }
+      : call_(call), image_(image), first_(first), count_(count) {}
 
-  void run() {
+  void run() const {
     switch (call_.pass) {
       case NormCall::kForward: return forward();
       case NormCall::kBackward: return backward();
@@ -142,154 +146,148 @@ class Worker {
 
  private:
   const NormCall& call_;
-  const int64_t first_, row_;
+  const int64_t image_, first_;
   const int count_;
-  int64_t pixels_, cells_y_, cells_x_, out_offset_;
-  const T* x_;
-  V weight_, bias_, mean_, rstd_;
 
-  template <typename U>
-  U* offset(void* data, int64_t pixel) const {
-    return static_cast<U*>(data) + pixel * call_.channels + first_;
+  int64_t pixels() const { return call_.height * call_.width; }
+  int64_t cells() const { return (call_.height / call_.pool) * (call_.width / call_.pool); }
+  V one_nth() const { return V(Acc(1) / static_cast<Acc>(pixels())); }
+  V share() const { return V(Acc(1) / static_cast<Acc>(call_.pool * call_.pool)); }
+
+  Map<const T> map(const void* data, int64_t size) const {
+    return {static_cast<const T*>(data) + image_ * size * call_.channels + first_, call_.channels, count_};
   }
-  template <typename U>
-  U* offset(const void* data, int64_t pixel) const {
-    return static_cast<U*>(data) + pixel * call_.channels + first_;
+  Map<T> map(void* data, int64_t size) const {
+    return {static_cast<T*>(data) + image_ * size * call_.channels + first_, call_.channels, count_};
   }
   V per_channel(const void* data) const { return V::read(static_cast<const Acc*>(data) + first_, count_); }
-  V per_image(const void* data) const { return V::read(static_cast<const Acc*>(data) + row_, count_); }
-  void set_per_image(void* data, const V& value) const { value.write(static_cast<Acc*>(data) + row_, count_); }
-  V at(const T* data, int64_t pixel) const { return V::read(data + pixel * call_.channels, count_); }
-  void set(T* data, int64_t pixel, const V& value) const { value.write(data + pixel * call_.channels, count_); }
+  V per_image(const void* data) const { return V::read(statistics(data), count_); }
+  void set_per_image(void* data, const V& value) const { value.write(const_cast<Acc*>(statistics(data)), count_); }
+  const Acc* statistics(const void* data) const {
+    return static_cast<const Acc*>(data) + image_ * call_.channels + first_;
+  }
 
   // The mean over pixels of value(pixel): row by row, so that a float does not lose digits over a large image.
   template <typename Value>
   V mean_of(const Value& value) const {
+    const int64_t height = call_.height, width = call_.width;
     V total(0);
-    for (int64_t y = 0; y < call_.height; ++y) {
+    for (int64_t y = 0; y < height; ++y) {
       V row(0);
-      for (int64_t x = 0; x < call_.width; ++x) row += value(y * call_.width + x);
+      for (int64_t x = 0; x < width; ++x) row += value(y * width + x);
       total += row;
     }
-    return total * V(Acc(1) / static_cast<Acc>(pixels_));
+    return total * one_nth();
   }
 
   // Calls visit(cell, pixels, n) with the pixels of every pooling window; cell is -1 where a window is cut off.
   template <typename Visit>
   void each_window(const Visit& visit) const {
-    const int64_t pool = call_.pool;
-    for (int64_t top = 0; top < call_.height; top += pool)
-      for (int64_t left = 0; left < call_.width; left += pool) {
+    const int64_t pool = call_.pool, height = call_.height, width = call_.width;
+    int64_t cell = 0;
+    for (int64_t top = 0; top < height; top += pool)
+      for (int64_t left = 0; left < width; left += pool) {
         int64_t pixels[4];
         int n = 0;
-        for (int64_t y = top; y < top + pool && y < call_.height; ++y)
-          for (int64_t x = left; x < left + pool && x < call_.width; ++x) pixels[n++] = y * call_.width + x;
+        for (int64_t y = top; y < top + pool && y < height; ++y)
+          for (int64_t x = left; x < left + pool && x < width; ++x) pixels[n++] = y * width + x;
         const bool whole = n == pool * pool;
-        visit(whole ? top / pool * cells_x_ + left / pool : -1, pixels, n);
+        visit(whole ? cell : -1, pixels, n);
+        cell += whole;
       }
   }
 
-  V relu(const V& value, const V& activation) const {
-    return call_.relu ? value.keep_unless_negative(activation) : value;
-  }
-  V share() const { return V(Acc(1) / static_cast<Acc>(call_.pool * call_.pool)); }
-
-  void forward() {
-    mean_ = mean_of([&](int64_t pixel) { return at(x_, pixel); });
-    const V variance = mean_of([&](int64_t pixel) {
-      const V centred = at(x_, pixel) - mean_;
+  void forward() const {
+    const Map<const T> x = map(call_.x, pixels());
+    const Map<T> out = map(call_.out, cells());
+    const V mean = mean_of([=](int64_t pixel) { return x[pixel]; });
+    const V variance = mean_of([=](int64_t pixel) {
+      const V centred = x[pixel] - mean;
       return centred * centred;
     });
-    rstd_ = (variance + V(static_cast<Acc>(call_.eps))).inverse_root();
-    set_per_image(call_.mean, mean_);
-    set_per_image(call_.rstd, rstd_);
-    const V scale = weight_ * rstd_, share = this->share();
-    T* out = offset<T>(call_.out, out_offset_);
-    each_window([&](int64_t cell, const int64_t* pixels, int n) {
+    const V rstd = (variance + V(static_cast<Acc>(call_.eps))).inverse_root();
+    set_per_image(call_.mean, mean);
+    set_per_image(call_.rstd, rstd);
+    const V scale = per_channel(call_.weight) * rstd, bias = per_channel(call_.bias), share = this->share();
+    const bool relu = call_.relu;
+    each_window([=](int64_t cell, const int64_t* pixels, int n) {
       if (cell < 0) return;
       V sum(0);
       for (int i = 0; i < n; ++i) {
-        const V a = (at(x_, pixels[i]) - mean_) * scale + bias_;
-        sum += relu(a, a);
+        const V a = (x[pixels[i]] - mean) * scale + bias;
+        sum += relu ? a.keep_unless_negative(a) : a;
       }
-      set(out, cell, sum * share);
+      out.set(cell, sum * share);
     });
   }
 
-  // Calls visit(cell, pixel, x - m, d) for every pixel.
+  // Calls visit(cell, pixel, x - m, a, d) for every pixel.
   template <typename Visit>
   void each_pixel(const Visit& visit) const {
-    const T* grad_out = offset<const T>(call_.grad_out, out_offset_);
-    const V scale = weight_ * rstd_, share = this->share();
+    const Map<const T> x = map(call_.x, pixels()), grad_out = map(call_.grad_out, cells());
+    const V mean = per_image(call_.mean), scale = per_channel(call_.weight) * per_image(call_.rstd);
+    const V bias = per_channel(call_.bias), share = this->share();
+    const bool relu = call_.relu;
     each_window([&](int64_t cell, const int64_t* pixels, int n) {
-      const V grad = cell < 0 ? V(0) : at(grad_out, cell) * share;
+      const V grad = cell < 0 ? V(0) : grad_out[cell] * share;
       for (int i = 0; i < n; ++i) {
-        const V centred = at(x_, pixels[i]) - mean_;
-        visit(cell, pixels[i], centred, relu(grad, centred * scale + bias_));
+        const V centred = x[pixels[i]] - mean, a = centred * scale + bias;
+        visit(cell, pixels[i], centred, a, relu ? grad.keep_unless_negative(a) : grad);
       }
     });
   }
 
-  void recall_statistics() {
-    mean_ = per_image(call_.mean);
-    rstd_ = per_image(call_.rstd);
-  }
-
-  void backward() {
-    recall_statistics();
+  void backward() const {
     V sum_d(0), sum_dc(0);
-    each_pixel([&](int64_t, int64_t, const V& centred, const V& d) {
+    each_pixel([&](int64_t, int64_t, const V& centred, const V&, const V& d) {
       sum_d += d;
       sum_dc += d * centred;
     });
-    set_per_image(call_.grad_weight, sum_dc * rstd_);
+    const V rstd = per_image(call_.rstd), scale = per_channel(call_.weight) * rstd;
+    set_per_image(call_.grad_weight, sum_dc * rstd);
     set_per_image(call_.grad_bias, sum_d);
-    const V one_nth(Acc(1) / static_cast<Acc>(pixels_));
-    const V mean_d = sum_d * one_nth, slope = sum_dc * rstd_ * rstd_ * one_nth, scale = weight_ * rstd_;
-    T* grad_x = offset<T>(call_.grad_x, x_offset());
-    each_pixel([&](int64_t, int64_t pixel, const V& centred, const V& d) {
-      set(grad_x, pixel, scale * (d - mean_d - centred * slope));
+    const V offset = scale * sum_d * one_nth(), slope = scale * sum_dc * rstd * rstd * one_nth();
+    const Map<T> grad_x = map(call_.grad_x, pixels());
+    each_pixel([=](int64_t, int64_t pixel, const V& centred, const V&, const V& d) {
+      grad_x.set(pixel, scale * d - offset - centred * slope);
     });
   }
 
-  void backward_twice() {
-    recall_statistics();
-    const T* upstream = offset<const T>(call_.upstream, x_offset());
-    const V v = per_image(call_.upstream_weight), s = per_image(call_.upstream_bias);
+  void backward_twice() const {
+    const Map<const T> upstream = map(call_.upstream, pixels());
     V sum_d(0), sum_dc(0), sum_u(0), sum_uc(0), sum_ud(0);
-    each_pixel([&](int64_t, int64_t pixel, const V& centred, const V& d) {
-      const V u = at(upstream, pixel);
+    each_pixel([&](int64_t, int64_t pixel, const V& centred, const V&, const V& d) {
+      const V u = upstream[pixel];
       sum_d += d;
       sum_dc += d * centred;
       sum_u += u;
       sum_uc += u * centred;
       sum_ud += u * d;
     });
-    const V one_nth(Acc(1) / static_cast<Acc>(pixels_)), scale = weight_ * rstd_;
-    const V dn = sum_dc * rstd_, un = sum_uc * rstd_;  // A and B
+    const V rstd = per_image(call_.rstd), scale = per_channel(call_.weight) * rstd, one_nth = this->one_nth();
+    const V v = per_image(call_.upstream_weight), s = per_image(call_.upstream_bias);
+    const V dn = sum_dc * rstd, un = sum_uc * rstd;                  // A and B
     const V product = sum_ud - (sum_u * sum_d + dn * un) * one_nth;  // S
-    set_per_image(call_.grad_weight, rstd_ * product);
+    set_per_image(call_.grad_weight, rstd * product);
     const V of_u = V(0) - scale * one_nth * dn, of_d = v - scale * one_nth * un;  // c = of_u u + of_d d
     const V mean_c = (of_u * sum_u + of_d * sum_d) * one_nth, mean_cn = (of_u * un + of_d * dn) * one_nth;
     const V mean_u = sum_u * one_nth, mean_un = un * one_nth;
-    const V direct = scale * rstd_ * product * one_nth;
-    const V share = this->share();
-    T* grad_x = offset<T>(call_.grad_x, x_offset());
-    T* grad_grad_out = offset<T>(call_.grad_grad_out, out_offset_);
+    const V direct = scale * rstd * product * one_nth, share = this->share();
+    const Map<T> grad_x = map(call_.grad_x, pixels()), grad_grad_out = map(call_.grad_grad_out, cells());
+    const bool relu = call_.relu;
     int64_t open = -1;
     V sum(0);
-    each_pixel([&](int64_t cell, int64_t pixel, const V& centred, const V& d) {
-      const V u = at(upstream, pixel), normal = centred * rstd_;
-      set(grad_x, pixel, rstd_ * (of_u * u + of_d * d - mean_c - normal * mean_cn) - direct * normal);
+    each_pixel([&](int64_t cell, int64_t pixel, const V& centred, const V& a, const V& d) {
+      const V u = upstream[pixel], normal = centred * rstd;
+      grad_x.set(pixel, rstd * (of_u * u + of_d * d - mean_c - normal * mean_cn) - direct * normal);
       if (cell < 0) return;
       if (cell != open) sum = V(0);
       open = cell;
-      sum += relu(scale * (u - mean_u - normal * mean_un) + v * normal + s, centred * scale + bias_);
-      set(grad_grad_out, cell, sum * share);
+      const V by_d = scale * (u - mean_u - normal * mean_un) + v * normal + s;
+      sum += relu ? by_d.keep_unless_negative(a) : by_d;
+      grad_grad_out.set(cell, sum * share);
     });
   }
-
-  int64_t x_offset() const { return row_ / call_.channels * pixels_; }
 };
 
 template <typename T, typename Acc>
