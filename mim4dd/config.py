@@ -107,6 +107,11 @@ class Config:
     """Of every random draw; the same seed gives the same set."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """What the networks compute in; auto: bf16 where the hardware has it, else fp32. Weights, losses and
+    distances are float32 in any case."""
+    memory_budget: float | None = None
+    """GiB of GPU memory that the passes over real images may take; default: half of what is free."""
     out: Path | None = None
     """Folder of the results; default: runs/<dataset>-<method>-ipc<n>-<seed>, or the next free name."""
     overwrite: bool = False
@@ -198,6 +203,7 @@ def check(config: Config) -> None:
             raise InputError(f"{option} is {value}, expected at least {least}")
     above_zero = {
         "--image-lr": config.distill.image_lr,
+        "--memory-budget": config.memory_budget,
         "--mim-temperature": config.mim.mim_temperature,
         "--mim-noise-ratio": config.mim.mim_noise_ratio,
         "--mim-layer-decay": config.mim.mim_layer_decay,

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from . import augment, networks
 from .data import ImageSet, load
 from .errors import InputError, unknown
 from .networks import Network
+from .precision import allow_tf32, resolve
 from .seeding import generator
 from .synthetic import SyntheticSet
 
@@ -160,6 +162,7 @@ def score_saved(
     eval_epochs: int | None = None,
     seed: int = 0,
     device: str = "auto",
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto",
 ) -> None:
     """Train networks on a saved synthetic set and print their accuracy on the real test set.
 
@@ -172,6 +175,7 @@ def score_saved(
         eval_epochs: epochs of each; default: the run's.
         seed: of weights, batches and augmentations.
         device: auto, cpu, cuda, cuda:1, ...
+        precision: what the networks compute in; auto: bf16 where the hardware has it, else fp32.
     """
     from .config import from_json, settled
     from .console import print_table, with_accuracy
@@ -185,6 +189,8 @@ def score_saved(
     saved = SyntheticSet.load(path)
     config = from_json(saved.metadata.get("config"), str(path))
     where = pick_device(device)
+    picked = resolve(precision, where)
+    allow_tf32(picked)
     source = dataset or config.data.dataset
     _, test = load(source, data_dir or config.data.data_dir, config.data.image_size)
     if test.class_names != saved.class_names or test.images.shape[1:] != saved.images.shape[1:]:
@@ -202,6 +208,7 @@ def score_saved(
             augmentation=settled(config.distill.augmentation),
             architecture=architecture,
             width=settled(config.distill.width),
+            precision=picked,
         )
         score = with_accuracy(
             architecture,

@@ -117,13 +117,6 @@ class ConvNet(Network):
         blocks: list[nn.Module] = []
         for k in range(depth):
             shrink = k if pooling != "none" else 0
-            after = [
-                make_norm(width, (height >> shrink, width_px >> shrink)),
-                make_activation(),
-                make_pooling(),
-            ]
-            if (norm, activation, pooling) == ("instance", "relu", "avg"):
-                after = [InstanceNorm(width, relu=True, pool=2)]  # the same in one pass
             convolution = nn.Conv2d(
                 channels if k == 0 else width, width, 3, padding=3 if padded and k == 0 else 1
             )
@@ -237,8 +230,8 @@ class InstanceNorm(nn.GroupNorm):
 class _OnePassBlock(nn.Sequential):
     """A convolution and the normalisation, which takes the convolution's bias away again.
 
-    So the bias is never added, and gets its gradient, zero, for free: oneDNN's first layer spends nine times as
-    long on the gradients of weight and bias as on the weight's alone.
+    So the bias is never added, and gets its gradient, zero, for free: oneDNN takes nine times as long for the
+    first layer's gradients by weight and bias as for the weight's alone.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from .errors import InputError
+from .errors import InputError, unknown
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 
@@ -21,6 +21,8 @@ def resolve(precision: str, device: torch.device) -> str:
     Raises:
         InputError: the device cannot compute in it.
     """
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
     if precision == "auto":
         return "bf16" if _has_bf16(device) else "fp32"
     if precision == "tf32" and (device.type != "cuda" or not _is_ampere(device)):

@@ -21,6 +21,7 @@ from .distill import DivergenceError, Progress
 from .errors import InputError
 from .evaluate import Score
 from .experiment import Experiment
+from .memory import GIB
 from .synthetic import SyntheticSet
 
 SAVE_EVERY = 60  # seconds between saves of a set in the making
@@ -88,6 +89,12 @@ def run(experiment: Experiment, folder: Path) -> int:
         f"[bold]{experiment.name}[/]: {len(train)} training images of {train.num_classes} classes, "
         f"{'x'.join(map(str, train.images.shape[1:]))}; {config.distill.ipc} a class to distil on "
         f"{device_name(experiment.device)}",
+        soft_wrap=True,
+    )
+    at_once, needed = experiment.footprint
+    console.print(
+        f"{config.precision}; {at_once} real images at a time; the networks' maps take about "
+        f"{needed / GIB:.2f} GiB",
         soft_wrap=True,
     )
     keeper = Keeper(experiment, folder / "synthetic.safetensors")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..data import ImageSet
+from ..memory import per_image
 from ..networks import CHUNK, Network, create
 
 
@@ -27,6 +29,7 @@ class Problem:
         layers: maps that the add-on compares; the last one is always kept.
         seed: of every random draw.
         precision: what the networks compute in, see `mim4dd.networks.create`.
+        memory: bytes that a pass of real images may take; None: chunks of `mim4dd.networks.CHUNK` images.
     """
 
     real: ImageSet
@@ -38,6 +41,23 @@ class Problem:
     layers: Sequence[int]
     seed: int
     precision: str = "fp32"
+    memory: int | None = None
+
+    @cached_property
+    def chunk(self) -> int:
+        """How many images go through a network at once without gradients."""
+        return self._at_once(gradients=False)
+
+    @cached_property
+    def classes_at_once(self) -> int:
+        """How many classes of real images go through a network at once with gradients; at least one does."""
+        return max(1, self._at_once(gradients=True) // self.real_batch)
+
+    def _at_once(self, *, gradients: bool) -> int:
+        if self.memory is None:
+            return CHUNK[self.real.images.device.type]
+        image = (self.real.channels, *self.real.image_size)
+        return max(1, self.memory // per_image(self.network(), image, gradients=gradients))
 
     def network(self) -> Network:
         """Return a network for these images with unset weights that want no gradient."""
@@ -55,7 +75,7 @@ class Problem:
     def features(self, network: Network, images: Tensor) -> list[Tensor]:
         """Return the feature maps of images [N, C, H, W], computed in chunks; those not needed are empty."""
         wanted = {len(network.blocks) - 1, *self.layers}
-        chunks = [network.features(c, wanted) for c in images.split(CHUNK[images.device.type])]
+        chunks = [network.features(c, wanted) for c in images.split(self.chunk)]
         return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
     @torch.no_grad()
