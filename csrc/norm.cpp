@@ -46,8 +46,7 @@ decltype(&mim4dd::baseline::norm_image) fastest() {
 class Norm {
  public:
   Norm(NormCall::Pass pass, const Tensor& x, const Tensor& weight, const Tensor& bias, bool relu, int64_t pool)
-      : x_(channels_last(x)) {
-    require(x.dim() == 4 && x.size(2) > 0 && x.size(3) > 0, "x must be [batch, channels, height, width]");
+      : x_(channels_last(checked(x))) {
     require(pool == 1 || pool == 2, "pool must be 1 or 2");
     call_.pass = pass;
     call_.type = type_of(x);
@@ -68,6 +67,11 @@ class Norm {
   Tensor per_image() const { return torch::stable::new_empty(x_, {call_.batch, call_.channels}, sums()); }
 
   static Tensor channels_last(const Tensor& t) { return torch::stable::contiguous(t, MemoryFormat::ChannelsLast); }
+
+  static const Tensor& checked(const Tensor& x) {
+    require(x.dim() == 4 && x.size(2) > 0 && x.size(3) > 0, "x must be [batch, channels, height, width]");
+    return x;
+  }
 
   void check_like(const Tensor& t, bool out) const {
     const int64_t pool = out ? call_.pool : 1;

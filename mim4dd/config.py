@@ -13,6 +13,7 @@ from .augment import DSA, parts_of
 from .errors import InputError, unknown
 from .networks import ARCHITECTURES
 from .objectives import METHODS
+from .precision import Precision
 
 T = TypeVar("T")
 FLOAT32_MAX = 3.4e38
@@ -107,7 +108,7 @@ class Config:
     """Of every random draw; the same seed gives the same set."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """What the networks compute in; auto: bf16 where the hardware has it, else fp32. Weights, losses and
     distances are float32 in any case."""
     memory_budget: float | None = None

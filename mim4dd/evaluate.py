@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,7 @@ from . import augment, networks
 from .data import ImageSet, load
 from .errors import InputError, unknown
 from .networks import Network
-from .precision import allow_tf32, resolve
+from .precision import Precision, allow_tf32, resolve
 from .seeding import generator
 from .synthetic import SyntheticSet
 
@@ -162,7 +161,7 @@ def score_saved(
     eval_epochs: int | None = None,
     seed: int = 0,
     device: str = "auto",
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """Train networks on a saved synthetic set and print their accuracy on the real test set.
 

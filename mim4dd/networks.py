@@ -236,7 +236,10 @@ class _OnePassBlock(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         convolution, norm = self
-        x = F.conv2d(x, convolution.weight, None, convolution.stride, convolution.padding)
+        assert isinstance(convolution, nn.Conv2d)
+        assert isinstance(norm, InstanceNorm)
+        assert convolution.bias is not None
+        x = F.conv2d(x, convolution.weight, padding=convolution.padding)
         bias = norm.bias + 0 * convolution.bias
         return instance_norm(x, norm.weight, bias, norm.eps, relu=norm.relu, pool=norm.pool)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
+from typing import Literal, get_args
 
 import torch
 
 from .errors import InputError, unknown
 
-PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+Precision = Literal["auto", "fp32", "tf32", "bf16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
-def resolve(precision: str, device: torch.device) -> str:
+def resolve(precision: Precision, device: torch.device) -> Precision:
     """Return "fp32", "tf32" or "bf16"; "auto" is the fastest that the hardware computes natively.
 
     On CPUs with AVX512-BF16 the ConvNet's forward is twice as fast in bfloat16 as in float32; on those
