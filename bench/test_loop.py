@@ -30,7 +30,7 @@ CLASSES, IPC, REAL_BATCH, WIDTH, SIDE = 10, 10, 256, 128, 28
 STRATEGY = "color_crop_cutout_scale_rotate"
 NETWORKS, EPOCHS, TEST = 5, 4, 1000
 STEPS, STEP_SIZE = 20, 0.01
-ROUNDS = {"cpu": 3, "cuda": 20}
+ROUNDS = {"cpu": 2, "cuda": 20}
 
 
 def versions(device: str) -> list[str]:
