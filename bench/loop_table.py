@@ -49,10 +49,10 @@ def table(result: dict) -> str:
     lines = [
         f"# The loop on {result['device']}",
         "",
-        f"{result['date']}, torch {result['torch']}, bench/test_loop.py: IPC 10, 256 real images a class, ten "
-        "classes of 1x28x28, width 128. Seconds of a step (median), and how many times as fast as the textbook.",
+        f"{result['date']}, torch {result['torch']}, IPC 10, 256 real images a class, ten classes "
+        "of 1x28x28, width 128. Seconds of a step (median), and how many times as fast as the textbook.",
         "",
-        "| step | " + " | ".join(names) + " |",
+        f"| step | {' | '.join(names)} |",
         "|---" * (len(names) + 1) + "|",
     ]
     for step, times in result["seconds"].items():
