@@ -4,12 +4,14 @@
 
 Writes bench/results/growth-<method>-<device>.png. One quantity grows at a time from 10 images per class, 10
 classes of 3x32x32 and 32 real images a class; images are random, and the width is small, so that it takes a
-minute on a CPU. Memory is the peak of an iteration above what was there before it.
+minute or two on a CPU. Memory is the peak of a first iteration above what was there before it, each in a
+process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -36,10 +38,10 @@ NAMES = {
 }
 
 
-def measure(
-    method: str, width: int, device: torch.device, *, ipc: int, classes: int, side: int, real_batch: int
-) -> tuple[float, float]:
+def measure(method: str, width: int, sizes: dict[str, int]) -> tuple[float, float]:
     """Seconds and MiB of an iteration."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ipc, classes, side, real_batch = (sizes[name] for name in ("ipc", "classes", "side", "real_batch"))
     pixels = torch.randint(
         256, (classes * 4, 3, side, side), dtype=torch.uint8, generator=generator(0, "bench/real")
     )
@@ -77,9 +79,11 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     figure, axes = plt.subplots(1, len(GROWTH), figsize=(14, 3.4), layout="constrained")
     for axis, (quantity, values) in zip(axes, GROWTH.items(), strict=True):
-        points = [
-            measure(options.method, options.width, device, **{**BASE, quantity: value}) for value in values
-        ]
+        points = []
+        for value in values:
+            with multiprocessing.get_context("spawn").Pool(1) as alone:
+                sizes = {**BASE, quantity: value}
+                points.append(alone.apply(measure, (options.method, options.width, sizes)))
         print(quantity, *(f"{v}: {s:.3f} s {m:.0f} MiB" for v, (s, m) in zip(values, points, strict=True)))
         (time_line,) = axis.loglog(values, [s for s, _ in points], "o-", label="seconds")
         other = axis.twinx()

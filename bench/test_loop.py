@@ -14,11 +14,11 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
-import baselines
 import pytest
 import torch
 from torch import Tensor
 
+from bench import baselines
 from mim4dd import augment, evaluate, networks, precision
 from mim4dd.data import ImageSet
 from mim4dd.distill import distill
