@@ -77,8 +77,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=16)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    figure, axes = plt.subplots(1, len(GROWTH), figsize=(14, 3.4), layout="constrained")
-    for axis, (quantity, values) in zip(axes, GROWTH.items(), strict=True):
+    figure, axes = plt.subplots(1, len(GROWTH), figsize=(14, 3.4), sharey=True, layout="constrained")
+    right = [axis.twinx() for axis in axes]
+    for axis, other, (quantity, values) in zip(axes, right, GROWTH.items(), strict=True):
         points = []
         for value in values:
             with multiprocessing.get_context("spawn").Pool(1) as alone:
@@ -86,13 +87,13 @@ def main() -> None:
                 points.append(alone.apply(measure, (options.method, options.width, sizes)))
         print(quantity, *(f"{v}: {s:.3f} s {m:.0f} MiB" for v, (s, m) in zip(values, points, strict=True)))
         (time_line,) = axis.loglog(values, [s for s, _ in points], "o-", label="seconds")
-        other = axis.twinx()
+        other.sharey(right[0])
         (memory_line,) = other.loglog(values, [m for _, m in points], "s--", color="tab:orange", label="MiB")
         axis.set_xlabel(NAMES[quantity])
         axis.set_xticks(values, map(str, values))
         axis.minorticks_off()
     axes[0].set_ylabel("seconds")
-    other.set_ylabel("MiB above the start")
+    right[-1].set_ylabel("MiB above the start")
     figure.legend(handles=[time_line, memory_line], loc="outside upper right", ncols=2)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     figure.suptitle(f"An iteration of {options.method}, width {options.width}, {name}")
