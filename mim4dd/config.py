@@ -13,6 +13,7 @@ from .augment import DSA, parts_of
 from .errors import InputError, unknown
 from .networks import ARCHITECTURES
 from .objectives import METHODS, TrajectoryConfig
+from .precision import Precision
 
 T = TypeVar("T")
 FLOAT32_MAX = 3.4e38
@@ -126,6 +127,11 @@ class Config:
     """Of every random draw; the same seed gives the same set."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+    precision: Precision = "auto"
+    """What the networks compute in; auto: bf16 where the hardware has it, else fp32. Weights, losses and
+    distances are float32 in any case."""
+    memory_budget: float | None = None
+    """GiB of GPU memory that the passes over real images may take; default: half of what is free."""
     out: Path | None = None
     """Folder of the results; default: runs/<dataset>-<method>-ipc<n>-<seed>, or the next free name."""
     overwrite: bool = False
@@ -272,6 +278,7 @@ def check(config: Config) -> None:
         "--image-lr": config.distill.image_lr,
         "--student-lr": config.trajectory.student_lr,
         "--student-lr-rate": config.trajectory.student_lr_rate,
+        "--memory-budget": config.memory_budget,
         "--mim-temperature": config.mim.mim_temperature,
         "--mim-noise-ratio": config.mim.mim_noise_ratio,
         "--mim-layer-decay": config.mim.mim_layer_decay,

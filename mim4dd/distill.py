@@ -72,6 +72,7 @@ def distill(
     if adam:
         optimizers.append(torch.optim.Adam(adam))
     learned = [images] if logits is None else [images, logits]
+    leaves = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     unread: list[dict[str, Tensor]] = []
     synthetic = start
     for iteration in range(1, iterations + 1):
@@ -87,7 +88,8 @@ def distill(
             )
         for optimizer in optimizers:
             optimizer.zero_grad()
-        torch.stack([*terms.values()]).sum().backward()
+        # Named, so that no gradient of a network's weights is worked out for nobody.
+        torch.stack([*terms.values()]).sum().backward(inputs=leaves)
         for optimizer in optimizers:
             optimizer.step()
         unread.append({name: term.detach() for name, term in terms.items()})

@@ -21,6 +21,7 @@ from . import augment, networks
 from .data import ImageSet, load
 from .errors import InputError, unknown
 from .networks import Network
+from .precision import Precision, allow_tf32, resolve
 from .seeding import generator
 from .synthetic import SyntheticSet
 
@@ -40,6 +41,7 @@ class Protocol:
         momentum: of SGD.
         weight_decay: of SGD.
         batch: images per step.
+        precision: what the networks compute in, see `mim4dd.networks.create`.
     """
 
     epochs: int
@@ -50,6 +52,7 @@ class Protocol:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     batch: int = 256
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ def evaluate(
         test.image_size,
         width=protocol.width,
         device=device,
+        precision=protocol.precision,
     )
     accuracies = []
     for k in range(num_networks):
@@ -157,6 +161,7 @@ def score_saved(
     eval_epochs: int | None = None,
     seed: int = 0,
     device: str = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """Train networks on a saved synthetic set and print their accuracy on the real test set.
 
@@ -169,6 +174,7 @@ def score_saved(
         eval_epochs: epochs of each; default: the run's.
         seed: of weights, batches and augmentations.
         device: auto, cpu, cuda, cuda:1, ...
+        precision: what the networks compute in; auto: bf16 where the hardware has it, else fp32.
     """
     from .config import from_json, settled
     from .console import on_architectures, print_architectures
@@ -182,6 +188,8 @@ def score_saved(
     saved = SyntheticSet.load(path)
     config = from_json(saved.metadata.get("config"), str(path))
     where = pick_device(device)
+    picked = resolve(precision, where)
+    allow_tf32(picked)
     source = dataset or config.data.dataset
     _, test = load(source, data_dir or config.data.data_dir, config.data.image_size)
     if test.class_names != saved.class_names or test.images.shape[1:] != saved.images.shape[1:]:
@@ -201,6 +209,7 @@ def score_saved(
             architecture=architecture,
             width=settled(config.distill.width),
             lr=saved.network_lr or Protocol.lr,
+            precision=picked,
         )
         return evaluate(
             lambda _: pair,

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import synthetic
+from . import memory, precision, synthetic
 from .clusters import cluster_labels, kmeans_centres
 from .config import Config, layers, settled
 from .data import ImageSet, load
@@ -35,7 +35,7 @@ class Experiment:
     """One distillation: the settings, what is to be matched, and the synthetic images to start from.
 
     Attributes:
-        config: with no setting left open.
+        config: with no setting left open, the precision that was picked included.
         problem: the real images and how they are looked at, on the device of the run.
         test: what accuracies are measured on, also there.
         start: the synthetic set before the first update.
@@ -56,6 +56,8 @@ class Experiment:
             InputError: whatever is wrong with the data, the device, or the settings for these data.
         """
         device = pick_device(config.device)
+        config = dataclasses.replace(config, precision=precision.resolve(config.precision, device))
+        precision.allow_tf32(config.precision)
         train, test = load(config.data.dataset, config.data.data_dir, config.data.image_size)
         if config.data.validation:
             train, test = train.split(config.data.validation, generator(config.seed, "validation"))
@@ -86,6 +88,8 @@ class Experiment:
             seed=config.seed,
             trajectory=config.trajectory,
             partners=None if centres is None else cluster_labels(train, centres),
+            precision=config.precision,
+            memory=memory.budget(config.memory_budget, device),
         )
         if config.mim.mim_weight:
             problem = dataclasses.replace(problem, layers=_layers(problem, config))
@@ -113,6 +117,21 @@ class Experiment:
     def device(self) -> torch.device:
         """Where everything lies."""
         return self.train.images.device
+
+    @property
+    def footprint(self) -> tuple[int, int]:
+        """How many real images go through a network at once, and about how many bytes all maps take.
+
+        That is a pass over so many, what is kept of all real images, and the synthetic ones with gradients.
+        """
+        problem = self.problem
+        network, image = problem.network(), (self.train.channels, *self.train.image_size)
+        real = self.train.num_classes * problem.real_batch
+        at_once = min(problem.chunk, real)
+        kept = sum(network.feature_sizes[k] for k in {len(network.feature_sizes) - 1, *problem.layers})
+        passing = at_once * memory.per_image(network, image, gradients=False)
+        synthetic_maps = len(problem.labels) * memory.per_image(network, image, gradients=True)
+        return at_once, passing + 4 * kept * real + synthetic_maps
 
     def mutual_information(self) -> MutualInformation:
         """Return a new add-on, by the settings."""
@@ -261,6 +280,7 @@ class Experiment:
             augmentation=settled(settings.augmentation),
             architecture=settings.network,
             width=settled(settings.width),
+            precision=self.config.precision,
         )
 
 

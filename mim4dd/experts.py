@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,7 @@ def _paths(recipe: Recipe, group: Sequence[int]) -> Iterator[Weights]:
     device = real.images.device
     random = [generator(recipe.config.expert_seed, f"expert/{k}", device) for k in group]
     weights = _stacked_start(network, random)
-    step = vmap(grad(_loss(network)))
+    step = _step(network, len(group))
     batches = zip(*(_batches(len(real), r) for r in random), strict=True)
     for snapshot in range((recipe.config.expert_snapshots or 0) + 1):
         for _ in range(recipe.interval if snapshot else 0):
@@ -221,11 +221,21 @@ def _stacked_start(network: Network, random: Sequence[torch.Generator]) -> Weigh
     return {name: torch.stack(values) for name, values in starts.items()}
 
 
-def _loss(network: nn.Module) -> Any:
+def _step(network: nn.Module, count: int) -> Callable[[Weights, Tensor, Tensor], Weights]:
+    """Return what computes the gradients [count, ...] of stacked weights."""
+
     def loss(weights: Weights, images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(network, weights, (images,)), labels)
 
-    return loss
+    if count > 1:
+        return vmap(grad(loss))
+
+    def alone(weights: Weights, images: Tensor, labels: Tensor) -> Weights:
+        # Without the stack, whose convolutions are grouped ones.
+        gradient = grad(loss)({name: weight[0] for name, weight in weights.items()}, images[0], labels[0])
+        return {name: by[None] for name, by in gradient.items()}
+
+    return alone
 
 
 def _batches(count: int, random: torch.Generator) -> Iterator[Tensor]:

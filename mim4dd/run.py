@@ -30,6 +30,7 @@ from .errors import InputError
 from .evaluate import Score
 from .experiment import Experiment
 from .files import make_folder
+from .memory import GIB
 from .options import read
 from .synthetic import SyntheticSet
 
@@ -87,6 +88,12 @@ def run(experiment: Experiment, folder: Path) -> dict[str, Any]:
         f"[bold]{experiment.name}[/]: {len(train)} training images of {train.num_classes} classes, "
         f"{'x'.join(map(str, train.images.shape[1:]))}; {config.distill.ipc} a class to distil on "
         f"{device_name(experiment.device)}",
+        soft_wrap=True,
+    )
+    at_once, needed = experiment.footprint
+    console.print(
+        f"{config.precision}; {at_once} real images at a time; the networks' maps take about "
+        f"{needed / GIB:.2f} GiB",
         soft_wrap=True,
     )
     if config.distill.soft_labels:

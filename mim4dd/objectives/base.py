@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 from ..data import ImageSet
+from ..memory import per_image
 from ..networks import CHUNK, Network, create
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ class Problem:
         partners: int64 [N], the synthetic image that each real one is paired with by the add-on; None: all of
             its class.
         trajectory: settings of trajectory matching, for that alone.
+        precision: what the networks compute in, see `mim4dd.networks.create`.
+        memory: bytes that a pass of real images may take; None: chunks of `mim4dd.networks.CHUNK` images.
     """
 
     real: ImageSet
@@ -46,6 +50,8 @@ class Problem:
     augmentation: str
     layers: Sequence[int]
     seed: int
+    precision: str = "fp32"
+    memory: int | None = None
     partners: Tensor | None = None
     trajectory: TrajectoryConfig | None = None
 
@@ -54,6 +60,22 @@ class Problem:
         if self.partners is None:
             return self.labels, self.real.labels[real_index]
         return torch.arange(len(self.labels), device=self.labels.device), self.partners[real_index]
+
+    @cached_property
+    def chunk(self) -> int:
+        """How many images go through a network at once without gradients."""
+        return self._at_once(gradients=False)
+
+    @cached_property
+    def classes_at_once(self) -> int:
+        """How many classes of real images go through a network at once with gradients; at least one does."""
+        return max(1, self._at_once(gradients=True) // self.real_batch)
+
+    def _at_once(self, *, gradients: bool) -> int:
+        if self.memory is None:
+            return CHUNK[self.real.images.device.type]
+        image = (self.real.channels, *self.real.image_size)
+        return max(1, self.memory // per_image(self.network(), image, gradients=gradients))
 
     def network(self) -> Network:
         """Return a network for these images with unset weights that want no gradient."""
@@ -65,6 +87,7 @@ class Problem:
             real.image_size,
             width=self.width,
             device=real.images.device,
+            precision=self.precision,
         ).requires_grad_(False)
 
     def settle(self, network: Network, generator: torch.Generator) -> None:
@@ -78,19 +101,22 @@ class Problem:
             update_bn([self.real.batch(index)], network)
             network.eval()
 
-    @torch.no_grad()
-    def real_features(self, network: Network, images: Tensor) -> list[Tensor]:
+    def features(self, network: Network, images: Tensor) -> list[Tensor]:
         """Return the feature maps of images [N, C, H, W], computed in chunks; those not needed are empty.
 
         Batch normalisation in training mode takes its statistics from all of the images, in one chunk.
         """
-        chunks = []
+        wanted = {len(network.blocks) - 1, *self.layers}
         whole = network.batch_normalised and network.training
-        for chunk in images.split(max(1, len(images)) if whole else CHUNK[images.device.type]):
-            maps = network.features(chunk)
-            needed = {len(maps) - 1, *self.layers}
-            chunks.append([m if k in needed else m.new_empty(0) for k, m in enumerate(maps)])
+        chunks = [
+            network.features(c, wanted) for c in images.split(max(1, len(images)) if whole else self.chunk)
+        ]
         return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+
+    @torch.no_grad()
+    def real_features(self, network: Network, images: Tensor) -> list[Tensor]:
+        """Return the `features` of real images, as constants."""
+        return self.features(network, images)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class DistributionMatching(Objective):
         index = real.sample(problem.real_batch, self.draws).flatten()
         real_images = augment.apply(real.batch(index), params, rows=self.real_labels)
         real_maps = problem.real_features(self.network, real_images)
-        synthetic_maps = self.network.features(augment.apply(images, params, rows=labels))
+        synthetic_maps = problem.features(self.network, augment.apply(images, params, rows=labels))
         distance = self.distance(real_maps[-1], synthetic_maps[-1])
         return Matched(distance, synthetic_maps, real_maps, *problem.pair_labels(index))
 

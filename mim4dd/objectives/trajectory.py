@@ -299,5 +299,5 @@ class TrajectoryMatching(Objective):
         index = real.sample(problem.real_batch, self.draws).flatten()
         real_images = augment.apply(real.batch(index), params, rows=real.labels[index])
         real_maps = problem.real_features(self.network, real_images)
-        maps = self.network.features(augment.apply(images, params, rows=problem.labels))
+        maps = problem.features(self.network, augment.apply(images, params, rows=problem.labels))
         return Matched(distance, maps, real_maps, *problem.pair_labels(index))

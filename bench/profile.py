@@ -1,0 +1,190 @@
+"""Where the time of an iteration goes.
+
+    python -m bench.profile --method dm [--ipc 10] [--trace FILE]
+
+Prints the seconds of an iteration's parts, measured by torch's profiler over random images of Fashion-MNIST's
+shape, and what fraction of the matrix rate, measured in the same run, the networks' operations reach.
+`--trace` writes a Chrome trace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, record_function
+from torch.utils.flop_counter import FlopCounterMode
+
+from mim4dd import augment, distill, precision
+from mim4dd.data import ImageSet
+from mim4dd.objectives import METHODS, Problem, TrajectoryConfig
+from mim4dd.objectives import distribution as distribution
+from mim4dd.objectives import gradient as gradient
+from mim4dd.seeding import generator
+from mim4dd.synthetic import SyntheticSet
+
+PARTS = ("forward real", "forward synthetic", "gradients real", "gradients synthetic", "backward")
+PARTS += ("augmentation", "loss", "update", "initialise", "inner loop")
+CLASSES, SIDE = 10, 28
+
+
+@contextlib.contextmanager
+def annotated() -> Iterator[None]:
+    """Names the parts from outside, so that the library carries no trace of it."""
+    original: list[tuple[Any, str, Any]] = []
+
+    def name(owner: Any, attribute: str, part: Callable[..., str] | str) -> None:
+        function = getattr(owner, attribute)
+        original.append((owner, attribute, function))
+
+        def named(*args: Any, **kwargs: Any) -> Any:
+            with record_function(part if isinstance(part, str) else part(*args)):
+                return function(*args, **kwargs)
+
+        setattr(owner, attribute, named)
+
+    def side(images: torch.Tensor) -> str:
+        return "synthetic" if images.requires_grad else "real"
+
+    name(augment, "apply", "augmentation")
+    name(augment, "sample", "augmentation")
+    name(Problem, "features", lambda self, network, images: f"forward {side(images)}")
+    name(gradient, "_one_by_one", lambda network, images, labels: f"gradients {side(images)}")
+    name(gradient, "_batched", lambda network, images, *_: f"gradients {side(images)}")
+    name(gradient.GradientMatching, "_train", "inner loop")
+    name(gradient, "gradient_distance", "loss")
+    name(distribution, "distribution_distance", "loss")
+    for module in (gradient, distribution):
+        name(module, "initialise", "initialise")
+    name(torch.Tensor, "backward", "backward")
+    name(torch.optim.SGD, "step", "update")
+    try:
+        yield
+    finally:
+        for owner, attribute, function in original:
+            setattr(owner, attribute, function)
+
+
+def random_images(per_class: int, device: torch.device) -> ImageSet:
+    """Images without meaning; what is timed does not depend on it."""
+    shape = (CLASSES * per_class, 1, SIDE, SIDE)
+    pixels = torch.randint(256, shape, dtype=torch.uint8, generator=generator(0, "bench/real"))
+    labels = torch.arange(CLASSES).repeat_interleave(per_class)
+    names = tuple(map(str, range(CLASSES)))
+    return ImageSet(pixels, labels, names, torch.tensor([0.5]), torch.tensor([0.25])).to(device)
+
+
+def matrix_rate(device: torch.device, name: str) -> float:
+    """Operations a second of a square product in this precision."""
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if name == "bf16" else torch.float32)
+    return 2 * size**3 / min(seconds(lambda: a @ a, device) for _ in range(8))
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronise()
+    start = time.perf_counter()
+    call()
+    synchronise()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--method", choices=METHODS, default="dm")
+    parser.add_argument("--ipc", type=int, default=10)
+    parser.add_argument("--real-batch", type=int, default=256)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--precision", choices=precision.PRECISIONS, default="auto")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--iterations", type=int, default=2)
+    parser.add_argument("--trace", type=Path)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    computing = precision.resolve(options.precision, device)
+    precision.allow_tf32(computing)
+    method = METHODS[options.method]
+    problem = Problem(
+        real=random_images(1000, device),
+        labels=torch.arange(CLASSES, device=device).repeat_interleave(options.ipc),
+        architecture="convnet",
+        width=options.width,
+        real_batch=options.real_batch,
+        augmentation="color_crop_cutout_scale_rotate" if method.augmented else "none",
+        layers=(),
+        seed=0,
+        precision=computing,
+        # Of trajectory matching: experts of a few seconds, but as many student steps as in a run.
+        trajectory=TrajectoryConfig(
+            num_experts=1, expert_snapshots=2, expert_batches=1, max_start=1, student_steps=20
+        ),
+    )
+    objective = method.objective(problem)
+    if isinstance(objective, gradient.GradientMatching):
+        objective.inner = 1  # of its many epochs, one is enough to see
+    real, images = problem.real, torch.randn(CLASSES * options.ipc, 1, SIDE, SIDE, device=device)
+    start = SyntheticSet(images, problem.labels, real.class_names, real.mean, real.std)
+
+    def iterate() -> None:
+        distill.distill(objective, start, iterations=options.iterations, lr=method.image_lr, momentum=0.5)
+
+    iterate()
+    with FlopCounterMode(display=False) as counter:
+        iterate()
+    wall = seconds(iterate, device)
+    rate = matrix_rate(device, computing)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with annotated(), torch.profiler.profile(activities=activities) as profiler:
+        profiled = seconds(iterate, device)
+    if options.trace:
+        profiler.export_chrome_trace(str(options.trace))
+    print(
+        f"{options.method}, IPC {options.ipc}, {options.real_batch} real images a class, "
+        f"width {options.width}, "
+        f"{computing} on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    spent = exclusive(profiler, on_device=device.type == "cuda")
+    spent["rest"] = max(0.0, profiled - sum(spent.values()))
+    for part, time_spent in spent.items():
+        if time_spent:
+            print(f"{part:20} {1e3 * time_spent / options.iterations:9.1f} ms {time_spent / profiled:5.0%}")
+    print(f"{'an iteration':20} {1e3 * wall / options.iterations:9.1f} ms (unprofiled)")
+    work = counter.get_total_flops()
+    print(
+        f"convolutions and products: {work / options.iterations / 1e9:.0f} GFLOP, {work / wall / 1e9:.0f} "
+        f"GFLOP/s, {work / wall / rate:.0%} of the {rate / 1e9:.0f} GFLOP/s of a square {computing} product"
+    )
+
+
+def exclusive(profiler: torch.profiler.profile, *, on_device: bool) -> dict[str, float]:
+    """Seconds in each part without the parts inside it."""
+    spent = dict.fromkeys(PARTS, 0.0)
+
+    def total(event: Any) -> float:
+        return (event.device_time_total if on_device else event.cpu_time_total) / 1e6
+
+    def visit(event: Any, part: str | None) -> None:
+        if event.name in spent:
+            if part is not None:
+                spent[part] -= total(event)
+            part = event.name
+            spent[part] += total(event)
+        for child in event.cpu_children:
+            visit(child, part)
+
+    for event in profiler.events():
+        if event.cpu_parent is None and event.device_type == torch.autograd.DeviceType.CPU:
+            visit(event, None)
+    return spent
+
+
+if __name__ == "__main__":
+    main()

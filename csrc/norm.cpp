@@ -1,0 +1,186 @@
+// The normalisation's operators on torch's stable ABI: schema, checks, and images in parallel on the CPU.
+#include "norm.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+namespace {
+
+using mim4dd::NormCall;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void require(bool holds, const char* message) {
+  if (!holds) throw std::invalid_argument(std::string("mim4dd.networks: instance_norm: ") + message);
+}
+
+NormCall::Type type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return NormCall::kFloat;
+    case ScalarType::Double: return NormCall::kDouble;
+    case ScalarType::BFloat16: return NormCall::kBFloat16;
+    default: require(false, "x must be float32, float64 or bfloat16");
+  }
+  return NormCall::kFloat;
+}
+
+// What this processor can run.
+decltype(&mim4dd::baseline::norm_image) fastest() {
+#ifdef MIM4DD_X86
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    return mim4dd::avx512::norm_image;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return mim4dd::avx2::norm_image;
+#endif
+  return mim4dd::baseline::norm_image;
+}
+
+// What all three operators have in common; keeps the tensors that the call points into.
+class Norm {
+ public:
+  Norm(NormCall::Pass pass, const Tensor& x, const Tensor& weight, const Tensor& bias, bool relu, int64_t pool)
+      : x_(channels_last(checked(x))) {
+    require(pool == 1 || pool == 2, "pool must be 1 or 2");
+    call_.pass = pass;
+    call_.type = type_of(x);
+    call_.batch = x.size(0), call_.channels = x.size(1), call_.height = x.size(2), call_.width = x.size(3);
+    call_.pool = static_cast<int>(pool);
+    call_.relu = relu;
+    call_.x = x_.const_data_ptr();
+    call_.weight = per_channel(weight);
+    call_.bias = per_channel(bias);
+  }
+
+  NormCall& call() { return call_; }
+
+  Tensor like_x() const { return empty({call_.batch, call_.channels, call_.height, call_.width}); }
+  Tensor like_out() const {
+    return empty({call_.batch, call_.channels, call_.height / call_.pool, call_.width / call_.pool});
+  }
+  Tensor per_image() const { return torch::stable::new_empty(x_, {call_.batch, call_.channels}, sums()); }
+
+  static Tensor channels_last(const Tensor& t) { return torch::stable::contiguous(t, MemoryFormat::ChannelsLast); }
+
+  static const Tensor& checked(const Tensor& x) {
+    require(x.dim() == 4 && x.size(2) > 0 && x.size(3) > 0, "x must be [batch, channels, height, width]");
+    return x;
+  }
+
+  void check_like(const Tensor& t, bool out) const {
+    const int64_t pool = out ? call_.pool : 1;
+    require(t.dim() == 4 && t.scalar_type() == x_.scalar_type() && t.size(0) == call_.batch &&
+                t.size(1) == call_.channels && t.size(2) == call_.height / pool && t.size(3) == call_.width / pool,
+            "a gradient must have the dtype of x and its own shape");
+  }
+
+  const void* per_image(const Tensor& t) const {
+    require(t.dim() == 2 && t.size(0) == call_.batch && t.size(1) == call_.channels && t.is_contiguous() &&
+                t.scalar_type() == sums(),
+            "statistics must be contiguous [batch, channels], float64 where x is, else float32");
+    return t.const_data_ptr();
+  }
+
+  void run() const {
+    const auto image = fastest();
+    const int64_t values = std::max<int64_t>(1, call_.channels * call_.height * call_.width);
+    torch::stable::parallel_for(0, call_.batch, std::max<int64_t>(1, 32768 / values),
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t i = begin; i < end; ++i) image(call_, i);
+                                });
+  }
+
+ private:
+  NormCall call_{};
+  Tensor x_;
+
+  ScalarType sums() const { return x_.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+  Tensor empty(const std::initializer_list<int64_t>& sizes) const {
+    return torch::stable::empty(sizes, x_.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
+                                MemoryFormat::ChannelsLast);
+  }
+
+  const void* per_channel(const Tensor& t) const {
+    require(t.dim() == 1 && t.size(0) == call_.channels && t.is_contiguous() && t.scalar_type() == sums(),
+            "weight and bias must be contiguous [channels], float64 where x is, else float32");
+    return t.const_data_ptr();
+  }
+};
+
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+
+Three forward(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, bool relu, int64_t pool) {
+  Norm norm(NormCall::kForward, x, weight, bias, relu, pool);
+  Tensor out = norm.like_out(), mean = norm.per_image(), rstd = norm.per_image();
+  norm.call().eps = eps;
+  norm.call().out = out.mutable_data_ptr();
+  norm.call().mean = mean.mutable_data_ptr();
+  norm.call().rstd = rstd.mutable_data_ptr();
+  norm.run();
+  return {out, mean, rstd};
+}
+
+Three backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
+               const Tensor& rstd, bool relu, int64_t pool) {
+  Norm norm(NormCall::kBackward, x, weight, bias, relu, pool);
+  norm.check_like(grad, true);
+  const Tensor grad_out = Norm::channels_last(grad);
+  Tensor grad_x = norm.like_x(), grad_weight = norm.per_image(), grad_bias = norm.per_image();
+  norm.call().mean = const_cast<void*>(norm.per_image(mean));
+  norm.call().rstd = const_cast<void*>(norm.per_image(rstd));
+  norm.call().grad_out = grad_out.const_data_ptr();
+  norm.call().grad_x = grad_x.mutable_data_ptr();
+  norm.call().grad_weight = grad_weight.mutable_data_ptr();
+  norm.call().grad_bias = grad_bias.mutable_data_ptr();
+  norm.run();
+  return {grad_x, grad_weight, grad_bias};
+}
+
+Three backward_twice(const Tensor& of_x, const Tensor& of_weight, const Tensor& of_bias, const Tensor& grad,
+                     const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& rstd,
+                     bool relu, int64_t pool) {
+  Norm norm(NormCall::kBackwardTwice, x, weight, bias, relu, pool);
+  norm.check_like(grad, true);
+  norm.check_like(of_x, false);
+  const Tensor grad_out = Norm::channels_last(grad), upstream = Norm::channels_last(of_x);
+  Tensor grad_grad = norm.like_out(), grad_x = norm.like_x(), grad_weight = norm.per_image();
+  norm.call().mean = const_cast<void*>(norm.per_image(mean));
+  norm.call().rstd = const_cast<void*>(norm.per_image(rstd));
+  norm.call().grad_out = grad_out.const_data_ptr();
+  norm.call().upstream = upstream.const_data_ptr();
+  norm.call().upstream_weight = norm.per_image(of_weight);
+  norm.call().upstream_bias = norm.per_image(of_bias);
+  norm.call().grad_grad_out = grad_grad.mutable_data_ptr();
+  norm.call().grad_x = grad_x.mutable_data_ptr();
+  norm.call().grad_weight = grad_weight.mutable_data_ptr();
+  norm.run();
+  return {grad_grad, grad_x, grad_weight};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mim4dd, m) {
+  m.def(
+      "instance_norm(Tensor x, Tensor weight, Tensor bias, float eps, bool relu, int pool) "
+      "-> (Tensor out, Tensor mean, Tensor rstd)");
+  m.def(
+      "instance_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, "
+      "bool relu, int pool) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "instance_norm_backward_twice(Tensor of_x, Tensor of_weight, Tensor of_bias, Tensor grad, Tensor x, "
+      "Tensor weight, Tensor bias, Tensor mean, Tensor rstd, bool relu, int pool) "
+      "-> (Tensor grad_grad, Tensor grad_x, Tensor grad_weight)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mim4dd, CPU, m) {
+  m.impl("instance_norm", TORCH_BOX(&forward));
+  m.impl("instance_norm_backward", TORCH_BOX(&backward));
+  m.impl("instance_norm_backward_twice", TORCH_BOX(&backward_twice));
+}

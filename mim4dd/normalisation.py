@@ -1,0 +1,132 @@
+"""Instance normalisation, ReLU and average pooling: one compiled pass on a CPU, else torch's operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import extension
+
+
+def instance_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, relu: bool = False, pool: int = 1
+) -> Tensor:
+    """Normalise every channel of every image, then ReLU, then average pooling; differentiable twice.
+
+    Args:
+        x: float [B, C, H, W].
+        weight: float [C], the factor of the normalised channel.
+        bias: float [C], added to it.
+        eps: added to the variance.
+        relu: whether negative values become 0.
+        pool: 1, or 2 for windows of 2x2; a last odd row or column is left out.
+
+    Returns:
+        Tensor [B, C, H // pool, W // pool] of x's dtype. Sums are in float32 at least.
+    """
+    if x.device.type == "cpu" and x.dtype in _COMPILED_DTYPES and extension.available():
+        sums = torch.promote_types(x.dtype, torch.float32)
+        return _InstanceNorm.apply(x, weight.to(sums), bias.to(sums), eps, relu, pool)[0]
+    return reference(x, weight, bias, eps, relu, pool)
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool, pool: int) -> Tensor:
+    """What `instance_norm` promises, in torch's operators."""
+    out = F.group_norm(x, x.shape[1], weight, bias, eps)
+    if relu:
+        out = out.relu()
+    return F.avg_pool2d(out, 2) if pool == 2 else out
+
+
+_COMPILED_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+class _InstanceNorm(torch.autograd.Function):
+    """(x, weight, bias) -> out, mean, rstd; see csrc/norm_image.cpp for the formulas."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool, pool: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.mim4dd.instance_norm(x, weight, bias, eps, relu, pool)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, weight, bias, _, ctx.relu, ctx.pool = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        by_x, by_weight, by_bias = _Backward.apply(grad, *ctx.saved_tensors, ctx.relu, ctx.pool)
+        return by_x, by_weight.sum(0), by_bias.sum(0), None, None, None
+
+
+class _Backward(torch.autograd.Function):
+    """(grad, x, weight, bias, mean, rstd) -> gradients by x and, image by image, by weight and bias."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        relu: bool,
+        pool: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.mim4dd.instance_norm_backward(grad, x, weight, bias, mean, rstd, relu, pool)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *tensors, ctx.relu, ctx.pool = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_x: Tensor, of_weight: Tensor, of_bias: Tensor) -> tuple[Any, ...]:
+        by_grad, by_x, by_weight = torch.ops.mim4dd.instance_norm_backward_twice(
+            of_x, of_weight.contiguous(), of_bias.contiguous(), *ctx.saved_tensors, ctx.relu, ctx.pool
+        )
+        # The bias decides only where the ReLU is open; mean and rstd are functions of x, counted in by_x.
+        return by_grad, by_x, by_weight.sum(0), None, None, None, None, None
+
+
+def _register() -> None:
+    """Give the compiled operators their shapes, for torch.compile."""
+
+    def like_out(x: Tensor, pool: int) -> Tensor:
+        out = x.new_empty(x.shape[0], x.shape[1], x.shape[2] // pool, x.shape[3] // pool)
+        return out.to(memory_format=torch.channels_last)
+
+    def like_x(x: Tensor) -> Tensor:
+        return torch.empty_like(x, memory_format=torch.channels_last)
+
+    def per_image(x: Tensor) -> Tensor:
+        return x.new_empty(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
+
+    @torch.library.register_fake("mim4dd::instance_norm")
+    def _(x, weight, bias, eps, relu, pool):  # type: ignore[no-untyped-def]
+        return like_out(x, pool), per_image(x), per_image(x)
+
+    @torch.library.register_fake("mim4dd::instance_norm_backward")
+    def _(grad, x, weight, bias, mean, rstd, relu, pool):  # type: ignore[no-untyped-def]
+        return like_x(x), per_image(x), per_image(x)
+
+    @torch.library.register_fake("mim4dd::instance_norm_backward_twice")
+    def _(of_x, of_weight, of_bias, grad, x, weight, bias, mean, rstd, relu, pool):  # type: ignore[no-untyped-def]
+        return like_out(x, pool), like_x(x), per_image(x)
+
+
+if extension.available():
+    _register()

@@ -1,0 +1,138 @@
+import pytest
+import torch
+from conftest import close
+
+from mim4dd import memory, networks, precision
+from mim4dd.data import load
+from mim4dd.errors import InputError
+from mim4dd.evaluate import Protocol, evaluate
+from mim4dd.objectives import METHODS
+from mim4dd.precision import resolve
+from mim4dd.run import main
+from mim4dd.seeding import generator
+from mim4dd.synthetic import initialise
+
+CPU = torch.device("cpu")
+HAS_BF16 = resolve("auto", CPU) == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx512_bf16": True}, "bf16"),
+        ({"amx_bf16": True}, "bf16"),
+        ({"avx512_f": True}, "fp32"),
+        ({}, "fp32"),
+    ],
+)
+def test_auto_is_what_the_processor_computes_natively(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert resolve("auto", CPU) == expected
+    assert resolve("fp32", CPU) == "fp32"
+    if expected == "fp32":
+        with pytest.raises(InputError, match=r"--precision bf16 would be emulated on this cpu"):
+            resolve("bf16", CPU)
+
+
+def test_what_cannot_be_is_refused_with_exit_code_2(capsys, tmp_path):
+    assert main(["--quick", "--precision", "tf32", "--device", "cpu", "--out", str(tmp_path / "a")]) == 2
+    assert "--precision tf32 needs an Ampere GPU or newer, not cpu" in capsys.readouterr().err
+    with pytest.raises(InputError, match="unknown precision 'bf17', did you mean bf16"):
+        resolve("bf17", CPU)
+    assert main(["--quick", "--memory-budget", "0.0"]) == 2
+    assert "--memory-budget is 0.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("architecture", networks.ARCHITECTURES)
+def test_maps_and_logits_are_float32_in_any_precision(architecture):
+    """bfloat16 is emulated where the processor lacks it, so this runs everywhere."""
+    results = []
+    for name in ("fp32", "bf16"):
+        network = networks.create(architecture, 3, 5, (16, 16), width=8, precision=name)
+        networks.initialise(network, generator(0, "test"))
+        x = torch.randn(4, 3, 16, 16, generator=generator(0, "x"))
+        assert all(m.dtype == torch.float32 for m in network.features(x))
+        results.append(network(x))
+    exact, rounded = results
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(exact, rounded)
+    close(rounded, exact, 0.05)
+
+
+def test_only_the_layers_asked_for_are_returned():
+    network = networks.create("convnet", 1, 3, (16, 16), width=8)
+    networks.initialise(network, generator(0, "test"))
+    x = torch.randn(2, 1, 16, 16, generator=generator(0, "x"))
+    every, some = network.features(x), network.features(x, {1})
+    assert [m.numel() > 0 for m in some] == [False, True, False]
+    assert torch.equal(some[1], every[1])
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="bfloat16 is emulated here")
+@pytest.mark.parametrize("method", ["dm", "dsa"])
+def test_accuracy_in_bf16_is_that_in_float32(method, tmp_path):
+    """Distilled and evaluated in either; the bound is twice the spread of the networks in float32."""
+    import json
+
+    scores = {}
+    for name in ("fp32", "bf16"):
+        out = tmp_path / f"{method}-{name}"
+        options = (
+            "--ipc 1 --iterations 30 --width 32 --real-batch 32 --num-eval 4 --eval-epochs 60 --baselines"
+        )
+        assert main([*options.split(), "--method", method, "--precision", name, "--out", str(out)]) == 0
+        result = json.loads((out / "result.json").read_text())
+        assert result["config"]["precision"] == name
+        scores[name] = result
+    spread = max(2 * scores["fp32"]["accuracy_std"], 0.03)
+    assert abs(scores["bf16"]["accuracy_mean"] - scores["fp32"]["accuracy_mean"]) < spread
+    assert scores["bf16"]["accuracies"] != scores["fp32"]["accuracies"]
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="bfloat16 is emulated here")
+def test_evaluation_in_bf16_repeats():
+    real, test = load("digits")
+    start = initialise(real, 2, "real", generator(0, "init"))
+    protocol = Protocol(5, "color_crop", width=16, precision="bf16")
+    first, second = (
+        evaluate(lambda _: (start.images, start.labels), test, protocol, num_networks=2, seed=0)
+        for _ in range(2)
+    )
+    assert first == second
+
+
+def test_memory_is_predicted_from_shapes():
+    """Of the ConvNet for 28x28: the first map, 128 x 32 x 32, is read and written at the normalisation."""
+    network = networks.create("convnet", 1, 10, (28, 28))
+    first = 128 * 32 * 32 * 4
+    assert memory.per_image(network, (1, 28, 28), gradients=False) == 2 * first
+    assert 3 * first < memory.per_image(network, (1, 28, 28), gradients=True) < 6 * first
+    half = networks.create("convnet", 1, 10, (28, 28), precision="bf16")
+    assert memory.per_image(half, (1, 28, 28), gradients=False) == first
+    assert memory.budget(None, CPU) is None
+    assert memory.budget(2, torch.device("cuda")) == 2 << 30
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_small_budget_changes_the_chunks_and_not_the_loss(method):
+    """On the CPU a budget is only ever set here, to see the chunks of a GPU."""
+    import dataclasses
+
+    from conftest import digits_problem
+
+    problem, start = digits_problem(ipc=3)
+    losses = []
+    for budget in (None, 1, 100_000):
+        bounded = dataclasses.replace(problem, memory=budget)
+        losses.append(
+            METHODS[method].objective(bounded)(start.images.clone().requires_grad_(), problem.labels).loss
+        )
+    assert dataclasses.replace(problem, memory=1).chunk == 1
+    assert 1 < dataclasses.replace(problem, memory=100_000).chunk < 32
+    close(losses[1], losses[0])
+    close(losses[2], losses[0])
+
+
+def test_autocast_of_the_caller_is_left_alone():
+    with torch.autocast("cpu", torch.bfloat16), precision.autocast("fp32", CPU):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
