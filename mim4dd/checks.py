@@ -51,6 +51,15 @@ def check_labels(
     return anchor_labels, key_labels
 
 
+def check_self(function: str, exclude_self: bool, anchors: Tensor, keys: Tensor) -> None:
+    """Leaving out the pairs (i, i) takes as many keys as anchors."""
+    if exclude_self and len(anchors) != len(keys):
+        raise ValueError(
+            f"mim4dd.{function}: exclude_self leaves out the pair of anchor i and key i, but anchors is "
+            f"{list(anchors.shape)} and keys is {list(keys.shape)}; expected as many keys as anchors"
+        )
+
+
 def check_positive(function: str, **values: float | Tensor | None) -> None:
     """A number must be positive and finite; a tensor must hold one number, which is not looked at.
 

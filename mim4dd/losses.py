@@ -15,9 +15,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .checks import check_features, check_labels, check_positive, resolve_backend
+from .checks import check_features, check_labels, check_positive, check_self, resolve_backend
 from .contrastive import contrastive_losses
-from .reference import Objective, unit_rows
+from .reference import CHUNK_PAIRS, Objective, unit_rows
 
 __all__ = ["calibrated_noise_ratio", "info_nce_loss", "nce_loss", "nce_losses"]
 
@@ -32,6 +32,7 @@ def nce_loss(
     noise_ratio: float | Tensor = 1.0,
     negatives: float | None = None,
     symmetric: bool = False,
+    exclude_self: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Noise-contrastive loss over all pairs of anchors and keys (MIM4DD, NeurIPS 2023).
@@ -53,6 +54,7 @@ def nce_loss(
         noise_ratio: positive; a 0-d tensor likewise.
         negatives: negatives drawn per positive; None: Q_i, the plain sum over the negatives.
         symmetric: add the same loss with the roles of anchors and keys exchanged.
+        exclude_self: leave out the pairs (i, i), where anchors and keys are the same rows.
         backend: "reference", "fused", or None for the best that runs here.
 
     Returns:
@@ -70,8 +72,7 @@ def nce_loss(
         key_labels,
         temperature,
         [noise_ratio],
-        negatives,
-        symmetric,
+        Objective("nce", negatives, symmetric, exclude_self),
         backend,
     )[0]
 
@@ -86,6 +87,7 @@ def nce_losses(
     noise_ratio: float | Tensor | Sequence[float | Tensor] = 1.0,
     negatives: float | None = None,
     symmetric: bool = False,
+    exclude_self: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """`nce_loss` of each of L layers: feature maps of the same images, so the labels are shared.
@@ -101,6 +103,7 @@ def nce_losses(
         noise_ratio: one for all layers or one for each, as in `nce_loss`.
         negatives: as in `nce_loss`.
         symmetric: as in `nce_loss`.
+        exclude_self: as in `nce_loss`.
         backend: as in `nce_loss`.
 
     Returns:
@@ -124,8 +127,7 @@ def nce_losses(
         key_labels,
         temperature,
         ratios,
-        negatives,
-        symmetric,
+        Objective("nce", negatives, symmetric, exclude_self),
         backend,
     )
 
@@ -138,6 +140,7 @@ def info_nce_loss(
     *,
     temperature: float | Tensor = 0.1,
     symmetric: bool = False,
+    exclude_self: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """InfoNCE; with labels, the supervised contrastive loss (SupCon, NeurIPS 2020).
@@ -152,6 +155,7 @@ def info_nce_loss(
         key_labels: int32 or int64 [N]; None exactly when `anchor_labels` is.
         temperature: positive; a 0-d tensor gets its gradient, as in `nce_loss`.
         symmetric: add the same loss with the roles of anchors and keys exchanged.
+        exclude_self: leave out the pairs (i, i), where anchors and keys are the same rows.
         backend: "reference", "fused", or None for the best that runs here.
 
     Returns:
@@ -172,9 +176,10 @@ def info_nce_loss(
             )
         anchor_labels = key_labels = torch.arange(len(anchors), device=anchors.device, dtype=torch.int32)
     anchor_labels, key_labels = check_labels(function, anchors, keys, anchor_labels, key_labels)
+    check_self(function, exclude_self, anchors, keys)
     anchors, keys = _one_dtype(anchors, keys)
     return contrastive_losses(
-        Objective("info_nce", symmetric=symmetric),
+        Objective("info_nce", symmetric=symmetric, exclude_self=exclude_self),
         resolve_backend(function, backend, anchors.dtype, anchors.device),
         _scales(anchors, temperature, [1.0]),
         anchor_labels,
@@ -192,6 +197,7 @@ def calibrated_noise_ratio(
     *,
     temperature: float | Tensor = 0.1,
     negatives: float | None = None,
+    exclude_self: bool = False,
 ) -> Tensor:
     """The noise ratio at which the critic starts at its prior 1 / (1 + negatives): a 0-d tensor, detached.
 
@@ -202,12 +208,23 @@ def calibrated_noise_ratio(
     anchor_labels, key_labels = check_labels(
         "calibrated_noise_ratio", anchors, keys, anchor_labels, key_labels
     )
+    check_self("calibrated_noise_ratio", exclude_self, anchors, keys)
+    m, n = len(anchors), len(keys)
     with torch.no_grad():
-        z = unit_rows(anchors) @ unit_rows(keys).T / temperature
-        if negatives is not None:
-            return z.exp().mean() * negatives
-        different = anchor_labels[:, None] != key_labels[None, :]
-        return z.exp().mean() * different.to(z).sum(1).mean().clamp_min(1)
+        units, other_units = unit_rows(anchors), unit_rows(keys)
+        total, num_negatives = units.new_zeros(()), units.new_zeros(())
+        step = max(1, CHUNK_PAIRS // max(1, n))
+        for start in range(0, m, step):
+            chunk = slice(start, start + step)
+            critic = (units[chunk] @ other_units.T / temperature).exp_()
+            negative = anchor_labels[chunk, None] != key_labels[None, :]
+            if exclude_self:
+                critic.diagonal(start).fill_(0)
+                negative.diagonal(start).fill_(False)
+            total += critic.sum()
+            num_negatives += negative.sum()
+        mean = total / (m * (n - exclude_self))
+        return mean * (num_negatives / m).clamp_min(1) if negatives is None else mean * negatives
 
 
 def _nce(
@@ -218,19 +235,19 @@ def _nce(
     key_labels: Tensor,
     temperature: float | Tensor,
     noise_ratios: Sequence[float | Tensor],
-    negatives: float | None,
-    symmetric: bool,
+    objective: Objective,
     backend: str | None,
 ) -> Tensor:
-    check_positive(function, temperature=temperature, negatives=negatives)
+    check_positive(function, temperature=temperature, negatives=objective.negatives)
     for ratio in noise_ratios:
         check_positive(function, noise_ratio=ratio)
     for a, k in zip(anchors, keys, strict=True):
         check_features(function, a, k)
         anchor_labels, key_labels = check_labels(function, a, k, anchor_labels, key_labels)
+        check_self(function, objective.exclude_self, a, k)
     features = _one_dtype(*anchors, *keys)
     return contrastive_losses(
-        Objective("nce", negatives, symmetric),
+        objective,
         resolve_backend(function, backend, features[0].dtype, features[0].device),
         _scales(features[0], temperature, noise_ratios),
         anchor_labels,

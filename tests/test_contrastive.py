@@ -1,5 +1,7 @@
 """What a drop-in needs, on every path that runs here: gradients of any order, compile, DDP, checkpointing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -28,9 +30,15 @@ def nce(a, k, la, lk, **options):
     return mim4dd.nce_loss(a, k, la, lk, temperature=0.3, noise_ratio=2.0, negatives=5.0, **options)
 
 
+@pytest.mark.parametrize("exclude_self", [False, True])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-@pytest.mark.parametrize(("m", "n", "d"), [(0, 5, 3), (5, 0, 3), (1, 1, 1), (33, 50, 7)])
-def test_chunks_change_nothing(monkeypatch, objective, m, n, d):
+@pytest.mark.parametrize(
+    ("m", "n", "d"), [(0, 5, 3), (5, 0, 3), (0, 0, 3), (1, 1, 1), (33, 50, 7), (50, 50, 7)]
+)
+def test_chunks_change_nothing(monkeypatch, objective, m, n, d, exclude_self):
+    if exclude_self and m != n:
+        pytest.skip("as many keys as anchors")
+    objective = replace(objective, exclude_self=exclude_self)
     monkeypatch.setattr(reference, "CHUNK_PAIRS", 7 * 50)
     a, k, la, lk = batch(m, n, d, dtype=torch.float64)
     scales = torch.tensor([0.3, 2.0], dtype=torch.float64, requires_grad=True)
@@ -118,7 +126,7 @@ def test_compiled_calls_name_bad_input():
 def op_arguments(backend, dtype=torch.float32):
     a, k, la, lk = batch(6, 9, 16, dtype=dtype)
     scales = torch.tensor([[0.3], [2.0]], requires_grad=True)
-    return scales, la, lk, [a, k], "nce", 3.0, True, backend, [True, True, True]
+    return scales, la, lk, [a, k], "nce", 3.0, True, False, backend, [True, True, True]
 
 
 def test_op_passes_opcheck():

@@ -1,0 +1,98 @@
+"""Many pairs of few features (D <= 128): each gradient in one pass, and nothing of M x N in memory.
+
+A program holds a tile of rows with their gradient and goes over the other side as flash attention does: it
+forms logits, loss and derivatives and adds the derivatives' product with the same other rows. For NCE the
+weight of a pair is known beforehand, so this is all: 4 MND operations a side. InfoNCE first needs its
+log-sum-exps, 2 MND more. The other side's gradient is the same pass with the roles exchanged, which forms the
+logits again (8 MND for both): the price of no workspace and no atomics. Where there are too few tiles of rows
+for the device, the other side is split, and the parts are added in their order.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from mim4dd.reference import Objective
+
+from . import sides
+from .launch import choose, device_limits, dot_precision, precision_of
+from .narrow_kernels import narrow_kernel
+
+WIDEST = 128
+
+
+def contrast(
+    objective: Objective,
+    scales: Tensor,
+    anchor_labels: Tensor,
+    key_labels: Tensor,
+    anchors: Tensor,
+    keys: Tensor,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """One layer's loss [1] and gradients by scales [2, 1], anchors and keys ([rows, 0] where not wanted).
+
+    Features are contiguous, aligned, of a width that is a multiple of 16 up to WIDEST; other arguments as in
+    `kernels.contrast`.
+    """
+    want_scales, *want_sides = wanted
+    both = sides.prepare(objective, scales, anchor_labels, key_labels, anchors, keys)
+    pair, largest = both[:2], both[2]
+    width, device = anchors.shape[1], anchors.device
+    precision = precision_of(anchors.dtype)
+    sums = torch.zeros(3, device=device)
+    by_sides = [torch.empty(len(side.features), 0, device=device) for side in pair]
+    # Who holds the tile of rows; the first pass also makes the loss and the gradients by the scales.
+    passes = [index for index in (0, 1) if want_sides[index]] or [0]
+    for index in passes:
+        own, others = pair[index], pair[1 - index]
+        num_own, num_others = len(own.features), len(others.features)
+        tile = choose(
+            table_name(objective, wanted, width),
+            precision,
+            anchors.element_size(),
+            device,
+            lambda t, own=num_own, others=num_others: triton.cdiv(own, t.m) * triton.cdiv(others, t.n),
+        )
+        tiles, steps = triton.cdiv(num_own, tile.m), triton.cdiv(num_others, tile.n)
+        steps = _steps(tiles, steps, 2 * device_limits(device)[1])
+        num_parts = triton.cdiv(num_others, steps * tile.n)
+        gain = sides.gain(anchors.dtype, largest * others.inverse.amax())
+        parts = torch.empty(num_parts, num_own, width if want_sides[index] else 0, device=device)
+        part_sums = torch.zeros(num_parts * tiles, 3, device=device)
+        narrow_kernel[(tiles, num_parts)](
+            own.features, others.features, own.inverse, others.inverse, own.labels, others.labels,
+            own.on_positive, own.on_other, own.lse2, others.on_positive, others.on_other, others.lse2,
+            scales, gain, parts, part_sums, num_own, num_others, steps * tile.n,
+            WIDTH=width, NCE=objective.name == "nce",
+            BY_OWN=objective.symmetric or index == 0, BY_OTHER=objective.symmetric or index == 1,
+            EXCLUDE_SELF=objective.exclude_self,
+            SUM=index == passes[0], BY_SCALES=index == passes[0] and want_scales, GRADIENT=want_sides[index],
+            PRECISION=dot_precision(precision), BLOCK_M=tile.m, BLOCK_N=tile.n,
+            BLOCK_D=triton.next_power_of_2(width), num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        if index == passes[0]:
+            sums = part_sums.sum(0)
+        if want_sides[index]:
+            by_sides[index] = sides.feature_gradient(parts, own, scales, gain)
+    return [sums[:1], sides.scale_gradient(sums, scales), *by_sides]
+
+
+def table_name(objective: Objective, wanted: Sequence[bool], width: int) -> str:
+    """The launch table of a call."""
+    if width <= 64:
+        return "NARROW_64"
+    return "LONG_NARROW_128" if objective.symmetric or wanted[0] else "NARROW_128"
+
+
+def _steps(tiles: int, steps: int, slots: int) -> int:
+    """How many tiles of the other side a program goes over, of `steps` in all.
+
+    Programs run in waves of `slots`; a program takes as long as its steps and about two more to begin and to
+    end. The least total wins, the fewest parts among equals.
+    """
+    most = min(steps, max(8, triton.cdiv(slots, tiles)))
+    lengths = (triton.cdiv(steps, parts) for parts in range(1, most + 1))
+    return min(lengths, key=lambda n: triton.cdiv(tiles * triton.cdiv(steps, n), slots) * (n + 2))
