@@ -66,7 +66,7 @@ def contrast(
         *(
             by_feature[:, : feature.shape[1]].contiguous()
             if wanted[1 + index // layers]
-            else by_feature.new_empty(0)
+            else feature.new_empty(0, dtype=saved_dtype(feature.dtype))
             for index, (feature, by_feature) in enumerate(zip(features, by_features, strict=True))
         ),
     ]

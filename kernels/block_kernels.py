@@ -65,8 +65,8 @@ def sums_kernel(
         # A cosine is at most 1, so this is above every logit, and no term below 2^-100 of it: one exponential
         # a pair serves rows and columns, without looking for their maxima.
         terms = tl.exp2(x2 - largest)
-        row_lse2 = largest + tl.log2(tl.maximum(tl.sum(terms, 1), 1e-38))
-        column_lse2 = largest + tl.log2(tl.maximum(tl.sum(terms, 0), 1e-38))
+        row_lse2 = largest + tl.log2(tl.maximum(tl.sum(terms, 1), 1e-37))
+        column_lse2 = largest + tl.log2(tl.maximum(tl.sum(terms, 0), 1e-37))
     else:
         row_lse2 = _log_sum_exp2(x2, 1)
         column_lse2 = _log_sum_exp2(x2, 0)

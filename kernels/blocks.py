@@ -30,7 +30,7 @@ def contrast(
     keys: Tensor,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    """One layer's loss [1] and gradients by scales [2, 1], anchors and keys ([rows, 0] where not wanted).
+    """One layer's loss [1] and gradients by scales [2, 1], anchors and keys (empty where not wanted).
 
     Features are contiguous, aligned, of a width that is a multiple of 16; other arguments as in
     `kernels.contrast`.

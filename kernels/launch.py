@@ -26,8 +26,8 @@ class Tile:
     stages: int
 
     def shared(self, itemsize: int) -> int:
-        """Bytes of shared memory the pipelined operands take."""
-        return self.stages * (self.m + self.n) * self.d * itemsize
+        """Bytes of shared memory the operands take at most: a stage each, or two layouts of one stage."""
+        return max(2, self.stages) * (self.m + self.n) * self.d * itemsize
 
 
 # Keyed by how products are formed: "half" (bfloat16, float16), "tf32", "ieee" (float32 without tensor cores).
@@ -66,11 +66,11 @@ SUMS: Table = BLOCKS
 # run on a multiprocessor, one computing exponentials while the other multiplies.
 NARROW_64: Table = {
     "half": (Tile(64, 32, 64, 4, 2),),
-    "tf32": (Tile(64, 32, 64, 4, 2), Tile(64, 32, 64, 4, 1)),
+    "tf32": (Tile(64, 32, 64, 4, 1),),
 }
 NARROW_128: Table = {
     "half": (Tile(64, 64, 128, 4, 2), Tile(64, 32, 128, 4, 2)),
-    "tf32": (Tile(32, 32, 128, 4, 2), Tile(32, 32, 128, 4, 1)),
+    "tf32": (Tile(32, 32, 128, 4, 2),),
 }
 LONG_NARROW_128: Table = {
     "half": (Tile(64, 32, 128, 4, 2),),

@@ -32,52 +32,54 @@ def contrast(
     keys: Tensor,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    """One layer's loss [1] and gradients by scales [2, 1], anchors and keys ([rows, 0] where not wanted).
+    """One layer's loss [1] and gradients by scales [2, 1], anchors and keys (empty where not wanted).
 
     Features are contiguous, aligned, of a width that is a multiple of 16 up to WIDEST; other arguments as in
     `kernels.contrast`.
     """
     want_scales, *want_sides = wanted
-    both = sides.prepare(objective, scales, anchor_labels, key_labels, anchors, keys)
-    pair, largest = both[:2], both[2]
+    a, k, largest = sides.prepare(objective, scales, anchor_labels, key_labels, anchors, keys)
+    pair = a, k
     width, device = anchors.shape[1], anchors.device
     precision = precision_of(anchors.dtype)
-    sums = torch.zeros(3, device=device)
-    by_sides = [torch.empty(len(side.features), 0, device=device) for side in pair]
-    # Who holds the tile of rows; the first pass also makes the loss and the gradients by the scales.
-    passes = [index for index in (0, 1) if want_sides[index]] or [0]
-    for index in passes:
-        own, others = pair[index], pair[1 - index]
+
+    def one_pass(index: int, summing: bool) -> tuple[Tensor, Tensor]:
+        """The sums, if `summing`, and the gradient of side `index`, if wanted."""
+        own, others, gradient = pair[index], pair[1 - index], want_sides[index]
         num_own, num_others = len(own.features), len(others.features)
         tile = choose(
             table_name(objective, wanted, width),
             precision,
             anchors.element_size(),
             device,
-            lambda t, own=num_own, others=num_others: triton.cdiv(own, t.m) * triton.cdiv(others, t.n),
+            lambda t: triton.cdiv(num_own, t.m) * triton.cdiv(num_others, t.n),
         )
-        tiles, steps = triton.cdiv(num_own, tile.m), triton.cdiv(num_others, tile.n)
-        steps = _steps(tiles, steps, 2 * device_limits(device)[1])
+        tiles = triton.cdiv(num_own, tile.m)
+        steps = _steps(tiles, triton.cdiv(num_others, tile.n), 2 * device_limits(device)[1])
         num_parts = triton.cdiv(num_others, steps * tile.n)
         gain = sides.gain(anchors.dtype, largest * others.inverse.amax())
-        parts = torch.empty(num_parts, num_own, width if want_sides[index] else 0, device=device)
-        part_sums = torch.zeros(num_parts * tiles, 3, device=device)
+        parts = torch.empty(num_parts, num_own, width if gradient else 0, device=device)
+        sums = torch.zeros(num_parts * tiles, 3, device=device)
         narrow_kernel[(tiles, num_parts)](
             own.features, others.features, own.inverse, others.inverse, own.labels, others.labels,
             own.on_positive, own.on_other, own.lse2, others.on_positive, others.on_other, others.lse2,
-            scales, gain, parts, part_sums, num_own, num_others, steps * tile.n,
+            scales, gain, parts, sums, num_own, num_others, steps * tile.n,
             WIDTH=width, NCE=objective.name == "nce",
             BY_OWN=objective.symmetric or index == 0, BY_OTHER=objective.symmetric or index == 1,
             EXCLUDE_SELF=objective.exclude_self,
-            SUM=index == passes[0], BY_SCALES=index == passes[0] and want_scales, GRADIENT=want_sides[index],
+            SUM=summing, BY_SCALES=summing and want_scales, GRADIENT=gradient,
             PRECISION=dot_precision(precision), BLOCK_M=tile.m, BLOCK_N=tile.n,
             BLOCK_D=triton.next_power_of_2(width), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        if index == passes[0]:
-            sums = part_sums.sum(0)
-        if want_sides[index]:
-            by_sides[index] = sides.feature_gradient(parts, own, scales, gain)
-    return [sums[:1], sides.scale_gradient(sums, scales), *by_sides]
+        return sums.sum(0), sides.feature_gradient(parts, own, scales, gain) if gradient else parts[0]
+
+    # The first pass also makes the loss and the gradients by the scales.
+    first, *more = [index for index in (0, 1) if want_sides[index]] or [0]
+    sums, by_first = one_pass(first, True)
+    by_side = {0: anchors.new_empty(0), 1: anchors.new_empty(0), first: by_first}
+    for index in more:
+        _, by_side[index] = one_pass(index, False)
+    return [sums[:1], sides.scale_gradient(sums, scales), by_side[0], by_side[1]]
 
 
 def table_name(objective: Objective, wanted: Sequence[bool], width: int) -> str:

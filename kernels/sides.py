@@ -48,7 +48,8 @@ def prepare(
     if objective.exclude_self:
         itself = (labels[0] == labels[1]).int()
         counts = counts[0] - itself, counts[1] - itself
-    features, sides = (anchors, keys), []
+    features = anchors, keys
+    sides: list[Side] = []
     # Of each side, 1 / the rows the loss is a mean over. Filled, not copied: a copy would wait.
     means = torch.empty(2, device=anchors.device)
     for index in (0, 1):
@@ -69,7 +70,7 @@ def prepare(
         sums = _log_sums2(objective, scales, *sides)
         sides = [side._replace(lse2=lse2) for side, lse2 in zip(sides, sums, strict=True)]
     largest = means.sum(0, keepdim=True) if objective.symmetric else means[:1]
-    return *sides, largest * max(1.0, negatives or 0.0)
+    return sides[0], sides[1], largest * max(1.0, negatives or 0.0)
 
 
 def gain(dtype: torch.dtype, largest: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import mim4dd
 from mim4dd import reference
@@ -93,7 +95,7 @@ def test_loss_and_gradients(path, objective, sizes):
     check(objective, *problem(m, n, [width]))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 65, 70])
+@pytest.mark.parametrize("rows", [1, 65])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_pairs_with_itself_left_out(path, objective, rows):
     check(replace(objective, exclude_self=True), *problem(rows, rows, [24]))
@@ -101,7 +103,7 @@ def test_pairs_with_itself_left_out(path, objective, rows):
 
 @pytest.mark.parametrize("path", ["narrow"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("width", [1, 16, 31, 64, 100, 128])
+@pytest.mark.parametrize("width", [3, 16, 31, 64, 100, 128])
 def test_every_width_of_the_narrow_path(path, dtype, width):
     for objective in OBJECTIVES[1:3]:
         check(objective, *problem(70, 45, [width], dtype))
@@ -165,9 +167,11 @@ def test_no_temperature_overflows(path, temperature):
 
 
 def test_float16_holds_gradients_of_few_positives_and_of_unlike_norms(path):
-    # One anchor of 100 has a positive, so InfoNCE weighs it 100 times; and norms differ by 100.
+    # One anchor of 100 has a positive, so InfoNCE weighs it 100 times; norms are large and differ by 100.
     scales, anchor_labels, key_labels, (a,), (k,) = problem(100, 20, [16], torch.float16)
     anchor_labels = torch.arange(100, device=DEVICE)
+    a *= 1000
+    k *= 1000
     k[::7] *= 0.01
     for objective in (*OBJECTIVES, Objective("nce", negatives=500.0)):
         check(objective, scales, anchor_labels, torch.zeros_like(key_labels), [a], [k])
@@ -202,7 +206,7 @@ def test_autotune_keeps_its_choice_on_disk(path, monkeypatch, tmp_path):
 def test_a_small_device_gets_a_small_tile():
     for table in launch.TABLES.values():
         for precision, tiles in table.items():
-            assert tiles[-1].shared(2 if precision == "half" else 4) <= 48 * 1024
+            assert tiles[-1].shared(2 if precision == "half" else 4) <= 64 * 1024
 
 
 # ----------------------------------------------------------------------------- through the public functions
@@ -264,6 +268,51 @@ def test_op_passes_opcheck_and_compiles(monkeypatch):
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     actual, expected = (torch.autograd.grad(f(a, k, la, lk), (a, k)) for f in (compiled, loss))
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [[True] * 3, [False, True, False], [False] * 3], ids=str)
+def test_fake_tensors_have_the_shapes_of_real_ones(path, dtype, wanted):
+    scales, la, lk, anchors, keys = problem(6, 20, [24], dtype)
+    call = (scales, la, lk, [*anchors, *keys], "nce", None, True, False, "fused", wanted)
+    real = torch.ops.mim4dd.contrastive(*call)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.ops.mim4dd.contrastive(*call)
+    assert [(f.shape, f.dtype) for f in fake] == [(r.shape, r.dtype) for r in real]
+
+
+def test_autocast_and_checkpointing(path):
+    a, k, la, lk = arguments()
+
+    def loss(a, k):
+        return mim4dd.nce_loss(a * 2, k, la, lk, symmetric=True, backend="fused")
+
+    expected = [loss(a, k), *torch.autograd.grad(loss(a, k), (a, k))]
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        value = loss(a, k)
+        actual = [value, *torch.autograd.grad(value, (a, k))]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    for reentrant in (False, True):
+        a.grad = k.grad = None
+        value = checkpoint(loss, a, k, use_reentrant=reentrant)
+        value.backward()
+        torch.testing.assert_close([value, a.grad, k.grad], expected, rtol=0, atol=0)
+
+
+def test_data_parallel(path, tmp_path):
+    # One process: what is tested is that the hooks of the reducer meet the kernels' gradients.
+    init = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=init, rank=0, world_size=1)
+    try:
+        a, k, la, lk = arguments()
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(24, 24).to(DEVICE))
+        mim4dd.nce_loss(model(a.detach()), k.detach(), la, lk, backend="fused").backward()
+        actual = model.module.weight.grad.clone()
+        model.module.zero_grad()
+        mim4dd.nce_loss(model.module(a.detach()), k.detach(), la, lk, backend="reference").backward()
+        torch.testing.assert_close(actual, model.module.weight.grad, rtol=1e-4, atol=1e-6)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_functional_gradient():
