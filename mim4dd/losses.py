@@ -8,14 +8,13 @@ the features are used in the dtype they come in, sums are float32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .checks import check_features, check_labels, check_positive, check_self, resolve_backend
+from .checks import assert_positive, check_features, check_labels, check_positive, check_self, resolve_backend
 from .contrastive import contrastive_losses
 from .reference import CHUNK_PAIRS, Objective, unit_rows
 
@@ -49,8 +48,7 @@ def nce_loss(
         keys: float [N, D].
         anchor_labels: int32 or int64 [M].
         key_labels: int32 or int64 [N].
-        temperature: positive; a 0-d tensor gets its gradient (and gives NaN if it is not positive: its
-            value is not read, which would wait for the device).
+        temperature: positive; a 0-d tensor gets its gradient.
         noise_ratio: positive; a 0-d tensor likewise.
         negatives: negatives drawn per positive; None: Q_i, the plain sum over the negatives.
         symmetric: add the same loss with the roles of anchors and keys exchanged.
@@ -62,7 +60,8 @@ def nce_loss(
 
     Raises:
         ValueError: shapes, dtypes, labels or hyper-parameters do not fit; the message names the argument.
-        RuntimeError: `backend="fused"` where the fused kernels cannot run.
+        RuntimeError: `backend="fused"` where the fused kernels cannot run; or, on a GPU or under
+            `torch.compile`, a tensor that is not positive (on a GPU by a device-side assertion, so later).
     """
     return _nce(
         "nce_loss",
@@ -163,7 +162,8 @@ def info_nce_loss(
 
     Raises:
         ValueError: shapes, dtypes, labels or hyper-parameters do not fit; the message names the argument.
-        RuntimeError: `backend="fused"` where the fused kernels cannot run.
+        RuntimeError: `backend="fused"` where the fused kernels cannot run; or, on a GPU or under
+            `torch.compile`, a tensor that is not positive (on a GPU by a device-side assertion, so later).
     """
     function = "info_nce_loss"
     check_features(function, anchors, keys)
@@ -181,7 +181,7 @@ def info_nce_loss(
     return contrastive_losses(
         Objective("info_nce", symmetric=symmetric, exclude_self=exclude_self),
         resolve_backend(function, backend, anchors.dtype, anchors.device),
-        _scales(anchors, temperature, [1.0]),
+        _scales(function, anchors, temperature, [1.0]),
         anchor_labels,
         key_labels,
         [anchors],
@@ -249,7 +249,7 @@ def _nce(
     return contrastive_losses(
         objective,
         resolve_backend(function, backend, features[0].dtype, features[0].device),
-        _scales(features[0], temperature, noise_ratios),
+        _scales(function, features[0], temperature, noise_ratios),
         anchor_labels,
         key_labels,
         features[: len(anchors)],
@@ -265,18 +265,25 @@ def _one_dtype(*features: Tensor) -> list[Tensor]:
     return [value.to(dtype) for value in features]
 
 
-def _scales(features: Tensor, temperature: float | Tensor, noise_ratios: Sequence[float | Tensor]) -> Tensor:
+def _scales(
+    function: str, features: Tensor, temperature: float | Tensor, noise_ratios: Sequence[float | Tensor]
+) -> Tensor:
     """[2, L]: the temperature and the noise ratio of each layer, on the device, at least float32."""
     dtype = torch.promote_types(features.dtype, torch.float32)
     values = (*[temperature] * len(noise_ratios), *noise_ratios)
     constants = tuple(value for value in values if not isinstance(value, Tensor))
-    if len(constants) < len(values):
-        tensors = [
-            torch.as_tensor(value, dtype=dtype, device=features.device).reshape(()) for value in values
-        ]
-        scales = torch.stack(tensors).reshape(2, -1)
-        return torch.where(scales > 0, scales, math.nan)
-    return _numbers(constants, dtype, features.device).reshape(2, -1)
+    numbers = _numbers(constants, dtype, features.device)
+    if len(constants) == len(values):
+        return numbers.reshape(2, -1)
+    rest = iter(numbers.unbind())
+    tensors = [
+        value.to(features.device, dtype).reshape(()) if isinstance(value, Tensor) else next(rest)
+        for value in values
+    ]
+    scales = torch.stack(tensors).reshape(2, -1)
+    ratio = next((value for value in noise_ratios if isinstance(value, Tensor)), 1.0)
+    assert_positive(function, scales, temperature=temperature, noise_ratio=ratio)
+    return scales
 
 
 def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

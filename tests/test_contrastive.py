@@ -188,10 +188,34 @@ def test_float16_gradients_do_not_underflow_before_the_loss_scale():
     close(actual, expected, 2e-3)
 
 
-def test_a_temperature_that_is_not_positive_gives_nan():
+@pytest.mark.parametrize("value", [0.0, -0.5, float("nan")])
+def test_tensors_that_are_not_positive_are_named(value):
     a, k, la, lk = batch(5, 6, 4)
+    wrong = torch.nn.Parameter(torch.tensor(value))
     for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss):
-        assert loss(a, k, la, lk, temperature=torch.tensor(-0.1)).isnan()
+        with pytest.raises(ValueError, match=f"temperature is {value}, expected a positive number"):
+            loss(a, k, la, lk, temperature=wrong)
+    with pytest.raises(ValueError, match=f"noise_ratio is {value}, expected a positive number"):
+        mim4dd.nce_loss(a, k, la, lk, noise_ratio=wrong)
+
+
+@pytest.mark.parametrize("engine", ["eager", "inductor"])
+def test_compiled_calls_name_a_tensor_that_is_not_positive(engine):
+    a, k, la, lk = batch(6, 9, 8)
+    right, wrong = torch.tensor(0.5), torch.tensor(-0.5)
+
+    def loss(temperature, noise_ratio):
+        return mim4dd.nce_loss(a, k, la, lk, temperature=temperature, noise_ratio=noise_ratio)
+
+    compiled = torch.compile(loss, fullgraph=True, backend=engine)
+    torch.testing.assert_close(compiled(right, right), loss(right, right))
+    with pytest.raises(RuntimeError, match="nce_loss: temperature or noise_ratio is not positive"):
+        compiled(wrong, right)
+    learned = torch.compile(
+        lambda t: mim4dd.info_nce_loss(a, k, la, lk, temperature=t), fullgraph=True, backend=engine
+    )
+    with pytest.raises(RuntimeError, match="info_nce_loss: temperature is not positive"):
+        learned(wrong)
 
 
 def _rank(rank: int, path: str, results) -> None:
