@@ -32,13 +32,19 @@ from mim4dd.reference import Objective
 DEVICES = {80: (166_912, 108), 90: (232_448, 132)}
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 # The objectives each table is compiled with, and whether the gradients by the scales are wanted.
+ALONE = [(Objective("nce"), False), (Objective("info_nce", exclude_self=True), False)]
+LONG = [(Objective("nce", symmetric=True), True), (Objective("info_nce", None, True, True), True)]
 CALLS = {
     "DOTS": [(Objective("nce"), True)],
     "PRODUCT": [(Objective("nce"), True), (Objective("info_nce", symmetric=True), True)],
-    "BLOCKS": [(Objective("nce"), False), (Objective("info_nce"), False)],
-    "LONG_BLOCKS": [(Objective("nce", symmetric=True), True), (Objective("info_nce", symmetric=True), True)],
+    "SUMS": [(Objective("info_nce", None, True, True), False)],
+    "BLOCKS": ALONE,
+    "LONG_BLOCKS": LONG,
+    "NARROW_64": LONG,
+    "NARROW_128": ALONE,
+    "LONG_NARROW_128": LONG,
 }
-PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 class CompileOnly:
@@ -76,19 +82,19 @@ def compiled(capability: int) -> Iterator[dict]:
         yield collected
 
 
-def resources(kernel, capability: int) -> dict:
-    """Registers, spilled bytes, shared memory and instruction counts of a compiled kernel."""
+def resources(kernel) -> dict:
+    """Registers, spilled bytes a thread, shared memory and instruction counts of a compiled kernel."""
     ptx = kernel.asm["ptx"]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
         file.flush()
-        name = "sm_90a" if capability == 90 else f"sm_{capability}"
-        command = [PTXAS, "-v", f"--gpu-name={name}", file.name, "-o", os.devnull]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log).groups()
+        command = [CUOBJDUMP, "-res-usage", file.name]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # The kernels have no arrays of their own: what is on the stack is spilled registers.
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", log).groups()
     return {
-        "registers": int(re.search(r"Used (\d+) registers", log).group(1)),
-        "spilled": int(stores) + int(loads),
+        "registers": int(registers),
+        "spilled": int(stack),
         "shared": kernel.metadata.shared,
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "mma": len(re.findall(r"mma\.sync", ptx)),
@@ -101,13 +107,13 @@ def rows(capability: int, precision: str) -> Iterator[dict]:
     dtype = DTYPES[precision]
     torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
     labels = torch.zeros(64, dtype=torch.int64)
-    features = torch.ones(64, 256, dtype=dtype)
     scales = torch.ones(2, 1)
     seen = set()
     for table_name, calls in CALLS.items():
-        table = getattr(launch, table_name)
-        for tile in table[precision]:
-            pairs = 0 if "BLOCKS" in table_name else 1 << 62
+        table = launch.TABLES[table_name]
+        pairs = 1 << 62 if table_name in ("DOTS", "PRODUCT") else 0
+        for tile in table.get(precision, ()):
+            features = torch.ones(64, tile.d if "NARROW" in table_name else 256, dtype=dtype)
             with (
                 mock.patch.dict(table, {precision: (tile,)}),
                 mock.patch.object(kernels, "SKINNY_PAIRS", pairs),
@@ -130,11 +136,13 @@ def rows(capability: int, precision: str) -> Iterator[dict]:
                         options.get("BLOCK_D"),
                     ],
                     "loss": {True: "nce", False: "info_nce"}.get(options.get("NCE")),
-                    "symmetric": options.get("SYMMETRIC"),
+                    "symmetric": options.get(
+                        "SYMMETRIC", options.get("BY_OWN", 0) + options.get("BY_OTHER", 0) > 1
+                    ),
                     "warps": kernel.metadata.num_warps,
                     "stages": kernel.metadata.num_stages,
                     "shared_estimate": tile.shared(features.element_size()),
-                    **resources(kernel, capability),
+                    **resources(kernel),
                 }
 
 

@@ -1,13 +1,14 @@
 """Triton kernels of the contrastive losses.
 
-They take tensors and know nothing of distillation. `contrast` is the door; `skinny` and `blocks` are the two
-ways through, chosen by the number of pairs.
+They take tensors and know nothing of distillation. `contrast` is the door; `skinny`, `narrow` and `blocks`
+are the ways through, chosen by the number of pairs and of features.
 """
 
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mim4dd.reference import Objective, saved_dtype
 
-from . import blocks, skinny
+from . import blocks, narrow, skinny
 from .autotune import tuned
 from .launch import precision_of
 
@@ -65,7 +66,7 @@ def contrast(
         *(
             by_feature[:, : feature.shape[1]].contiguous()
             if wanted[1 + index // layers]
-            else by_feature.new_empty(0)
+            else feature.new_empty(0, dtype=saved_dtype(feature.dtype))
             for index, (feature, by_feature) in enumerate(zip(features, by_features, strict=True))
         ),
     ]
@@ -85,11 +86,21 @@ def _contrast(
     if len(anchors[0]) * len(keys[0]) <= SKINNY_PAIRS:
         return skinny.contrast(objective, scales.contiguous(), *labels, anchors, keys, wanted)
     single = [
-        blocks.contrast(objective, scales[:, layer : layer + 1].contiguous(), *labels, a, k, wanted)
+        _way(a).contrast(objective, scales[:, layer : layer + 1].contiguous(), *labels, a, k, wanted)
         for layer, (a, k) in enumerate(zip(anchors, keys, strict=True))
     ]
     losses, by_scales, by_anchors, by_keys = ([*column] for column in zip(*single, strict=True))
     return [torch.cat(losses), torch.cat(by_scales, 1), *by_anchors, *by_keys]
+
+
+def _way(features: Tensor) -> ModuleType:
+    """How the many pairs of a layer are gone through.
+
+    Without tensor cores the library's products are several times faster than those of a kernel, so float32
+    that must stay float32 leaves as few as possible to the kernels.
+    """
+    few = features.shape[1] <= narrow.WIDEST and precision_of(features.dtype) != "ieee"
+    return narrow if few else blocks
 
 
 def _tuned(
@@ -103,9 +114,12 @@ def _tuned(
     """Search launch configurations if asked to; sizes within a power of two share theirs."""
     if os.environ.get("MIM4DD_AUTOTUNE") != "1":
         return nullcontext()
-    few = m * n <= SKINNY_PAIRS
-    tables = ["DOTS", "PRODUCT"] if few else [blocks.table_name(objective, wanted)]
     widths = {value.shape[1] for value in features}
+    if m * n <= SKINNY_PAIRS:
+        tables = ["DOTS", "PRODUCT"]
+    else:
+        names = {_way(value).table_name(objective, wanted, value.shape[1]) for value in features}
+        tables = [*([] if objective.name == "nce" else ["SUMS"]), *sorted(names)]
     sizes = [str((size - 1).bit_length()) for size in (m, n, *sorted(widths))]
     first = features[0]
     precision = precision_of(first.dtype)

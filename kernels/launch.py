@@ -26,8 +26,8 @@ class Tile:
     stages: int
 
     def shared(self, itemsize: int) -> int:
-        """Bytes of shared memory the pipelined operands take."""
-        return self.stages * (self.m + self.n) * self.d * itemsize
+        """Bytes of shared memory the operands take at most: a stage each, or two layouts of one stage."""
+        return max(2, self.stages) * (self.m + self.n) * self.d * itemsize
 
 
 # Keyed by how products are formed: "half" (bfloat16, float16), "tf32", "ieee" (float32 without tensor cores).
@@ -61,9 +61,32 @@ LONG_BLOCKS: Table = {
     "tf32": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 2)),
     "ieee": BLOCKS["ieee"],
 }
+SUMS: Table = BLOCKS
+# d is the largest width. A program also keeps its m x d gradient, so tiles are small: two or more programs
+# run on a multiprocessor, one computing exponentials while the other multiplies.
+NARROW_64: Table = {
+    "half": (Tile(64, 32, 64, 4, 2),),
+    "tf32": (Tile(64, 32, 64, 4, 1),),
+}
+NARROW_128: Table = {
+    "half": (Tile(64, 64, 128, 4, 2), Tile(64, 32, 128, 4, 2)),
+    "tf32": (Tile(32, 32, 128, 4, 2),),
+}
+LONG_NARROW_128: Table = {
+    "half": (Tile(64, 32, 128, 4, 2),),
+    "tf32": NARROW_128["tf32"],
+}
 
-
-TABLES = {"DOTS": DOTS, "PRODUCT": PRODUCT, "BLOCKS": BLOCKS, "LONG_BLOCKS": LONG_BLOCKS}
+TABLES = {
+    "DOTS": DOTS,
+    "PRODUCT": PRODUCT,
+    "SUMS": SUMS,
+    "BLOCKS": BLOCKS,
+    "LONG_BLOCKS": LONG_BLOCKS,
+    "NARROW_64": NARROW_64,
+    "NARROW_128": NARROW_128,
+    "LONG_NARROW_128": LONG_NARROW_128,
+}
 _forced: ContextVar[dict[str, Tile]] = ContextVar("forced", default={})  # noqa: B039 (never changed in place)
 
 

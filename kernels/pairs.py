@@ -13,6 +13,9 @@ from triton.language.extra import libdevice
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+# The logit of a pair that does not count. Finite, so that no sum or product over it is NaN.
+LEFT_OUT = tl.constexpr(-1e30)
+
 # The interpreter computes bfloat16 wrongly without a word and has no libdevice.
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -117,28 +120,42 @@ def info_nce_pair(x2, positive, on_positive, on_row, lse2):
 
 
 @triton.jit
+def _of_pairs(row, column, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr):
+    if BY_ROW and BY_COLUMN:
+        return row[:, None] + column[None, :]
+    elif BY_ROW:  # noqa: RET505 (one return after the other is no branch to Triton)
+        return row[:, None]
+    else:
+        return column[None, :]
+
+
+@triton.jit
 def pair_terms(
-    x2, positive, valid, row_positive, row_other, row_lse2, column_positive, column_other, column_lse2,
-    NCE: tl.constexpr, SYMMETRIC: tl.constexpr,
+    x2, positive, row_positive, row_other, row_lse2, column_positive, column_other, column_lse2,
+    NCE: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
 ):  # fmt: skip
-    """Loss (base 2) and derivative by x of the pairs of a tile, 0 where not `valid`."""
+    """Loss (base 2) and derivative by x of the pairs of a tile, of the losses of rows, columns, or both.
+
+    A pair that does not count has x2 = LEFT_OUT and is not positive: both its terms are 0.
+    """
     if NCE:
-        # Symmetric: both directions see the same x, so their weights add.
-        if SYMMETRIC:
-            on_positive = row_positive[:, None] + column_positive[None, :]
-            on_negative = row_other[:, None] + column_other[None, :]
-        else:
-            on_positive = row_positive[:, None]
-            on_negative = row_other[:, None]
+        # Both directions see the same x, so their weights add.
+        on_positive = _of_pairs(row_positive, column_positive, BY_ROW, BY_COLUMN)
+        on_negative = _of_pairs(row_other, column_other, BY_ROW, BY_COLUMN)
         loss, slope = nce_pair(x2, positive, on_positive, on_negative)
     else:
-        loss, slope = info_nce_pair(
-            x2, positive, row_positive[:, None], row_other[:, None], row_lse2[:, None]
-        )
-        if SYMMETRIC:
+        if BY_ROW:
+            loss, slope = info_nce_pair(
+                x2, positive, row_positive[:, None], row_other[:, None], row_lse2[:, None]
+            )
+        if BY_COLUMN:
             more_loss, more_slope = info_nce_pair(
                 x2, positive, column_positive[None, :], column_other[None, :], column_lse2[None, :]
             )
-            loss += more_loss
-            slope += more_slope
-    return tl.where(valid, loss, 0.0), tl.where(valid, slope, 0.0)
+            if BY_ROW:
+                loss += more_loss
+                slope += more_slope
+            else:
+                loss = more_loss
+                slope = more_slope
+    return loss, slope

@@ -76,8 +76,8 @@ def contrast(
     dots_kernel[(tiles(tile), slots + 1)](
         tuple(anchors), tuple(keys), widths, first_slot, anchor_labels, key_labels,
         products, a_squares, k_squares, a_counts, k_counts, m, n, split, slots,
-        L=layers, PRECISION=dot_precision(precision), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_D=tile.d,
-        num_warps=tile.warps, num_stages=tile.stages,
+        L=layers, EXCLUDE_SELF=objective.exclude_self, PRECISION=dot_precision(precision),
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_D=tile.d, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
     a_lse2, k_lse2, means = (
@@ -88,7 +88,7 @@ def contrast(
         programs = triton.cdiv(m, own) + (triton.cdiv(n, own) if objective.symmetric else 0)
         sums_kernel[(programs, layers)](
             products, a_squares, k_squares, a_counts, k_counts, scales, first_slot, num_slots,
-            a_lse2, k_lse2, means, m, n, L=layers, OWN=own, OTHER=other,
+            a_lse2, k_lse2, means, m, n, L=layers, EXCLUDE_SELF=objective.exclude_self, OWN=own, OTHER=other,
         )  # fmt: skip
 
     block_m, block_n = PAIRS_TILE
@@ -101,7 +101,7 @@ def contrast(
         anchor_labels, key_labels, first_slot, num_slots,
         slopes, a_along, k_along, a_inverse, k_inverse, sums, m, n, float(objective.negatives or 0),
         L=layers, NCE=nce, SYMMETRIC=objective.symmetric, ALL_NEGATIVES=objective.negatives is None,
-        BLOCK_M=block_m, BLOCK_N=block_n,
+        EXCLUDE_SELF=objective.exclude_self, BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
 
     _, want_anchors, want_keys = wanted

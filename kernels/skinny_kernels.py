@@ -4,7 +4,16 @@ import triton
 import triton.language as tl
 
 from .layers import at, pick
-from .pairs import LN2, LOG2E, count_equal, inverse_norm, pair_terms, row_products, weights
+from .pairs import LEFT_OUT, LN2, LOG2E, count_equal, inverse_norm, pair_terms, row_products, weights
+
+
+@triton.jit
+def _count_others(OWN, OTHERS, rows, in_rows, num_others, EXCLUDE_SELF: tl.constexpr):
+    labels = tl.load(OWN + rows, mask=in_rows, other=0)
+    counts = count_equal(labels, OTHERS, num_others, 32)
+    if EXCLUDE_SELF:
+        counts -= (labels == tl.load(OTHERS + rows, mask=in_rows, other=0)).to(tl.int32)
+    return counts
 
 
 @triton.jit(do_not_specialize=["M", "N"])
@@ -12,7 +21,7 @@ def dots_kernel(
     anchors, keys, widths, first_slot, ANCHOR_LABELS, KEY_LABELS,
     PRODUCTS, A_SQUARES, K_SQUARES, A_COUNTS, K_COUNTS,
     M, N, split, slots,
-    L: tl.constexpr, PRECISION: tl.constexpr,
+    L: tl.constexpr, EXCLUDE_SELF: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Slot s of a layer sums its features from s split to (s + 1) split: PRODUCTS [slots, M, N], *_SQUARES
@@ -27,11 +36,11 @@ def dots_kernel(
     in_columns = columns < N
     if slot == slots:
         if tile_n == 0:
-            labels = tl.load(ANCHOR_LABELS + rows, mask=in_rows, other=0)
-            tl.store(A_COUNTS + rows, count_equal(labels, KEY_LABELS, N, 32), mask=in_rows)
+            counts = _count_others(ANCHOR_LABELS, KEY_LABELS, rows, in_rows, N, EXCLUDE_SELF)
+            tl.store(A_COUNTS + rows, counts, mask=in_rows)
         if tile_m == 0:
-            labels = tl.load(KEY_LABELS + columns, mask=in_columns, other=0)
-            tl.store(K_COUNTS + columns, count_equal(labels, ANCHOR_LABELS, M, 32), mask=in_columns)
+            counts = _count_others(KEY_LABELS, ANCHOR_LABELS, columns, in_columns, M, EXCLUDE_SELF)
+            tl.store(K_COUNTS + columns, counts, mask=in_columns)
     else:
         width = pick(widths, first_slot, slot, L)
         low = (slot - pick(first_slot, first_slot, slot, L)) * split
@@ -59,10 +68,14 @@ def _inverse_norms(SQUARES, rows, in_rows, length, slot_low, slot_high, BLOCK: t
 
 @triton.jit
 def _logits2(
-    PRODUCTS, rows, columns, mask, a_inverse, k_inverse, M, N, slot_low, slot_high, SCALES, layer,
-    L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRODUCTS, rows, columns, in_rows, in_columns, a_inverse, k_inverse, M, N, slot_low, slot_high,
+    SCALES, layer,
+    L: tl.constexpr, EXCLUDE_SELF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Cosines and critic logits in base 2 of a tile, its slots summed in their order."""
+    """Which pairs of a tile count, their cosines and critic logits in base 2; slots are summed in order."""
+    mask = in_rows[:, None] & in_columns[None, :]
+    if EXCLUDE_SELF:
+        mask = mask & (rows[:, None] != columns[None, :])
     products = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
     for slot in range(slot_low, slot_high):
@@ -70,13 +83,15 @@ def _logits2(
     cosines = products * a_inverse[:, None] * k_inverse[None, :]
     temperature = tl.load(SCALES + layer)
     noise_ratio = tl.load(SCALES + L + layer)
-    return cosines, cosines * (LOG2E / temperature) - tl.log2(noise_ratio)
+    x2 = cosines * (LOG2E / temperature) - tl.log2(noise_ratio)
+    return mask, cosines, tl.where(mask, x2, LEFT_OUT)
 
 
 @triton.jit
 def _log_sum_exp2(
     PRODUCTS, A_SQUARES, K_SQUARES, SCALES, LSE2, tile, M, N, slot_low, slot_high, layer,
-    OF_KEYS: tl.constexpr, L: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
+    OF_KEYS: tl.constexpr, L: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
+    OWN: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of OWN anchors over all keys, or OF_KEYS the other way round, stored to LSE2 [L, *]."""
     num_own = N if OF_KEYS else M
@@ -86,24 +101,23 @@ def _log_sum_exp2(
     own = tile * OWN + tl.arange(0, OWN)
     in_own = own < num_own
     own_inverse = _inverse_norms(OWN_SQUARES, own, in_own, num_own, slot_low, slot_high, OWN)
-    largest = tl.full((OWN,), float("-inf"), dtype=tl.float32)
+    largest = tl.full((OWN,), LEFT_OUT, dtype=tl.float32)
     total = tl.zeros((OWN,), dtype=tl.float32)
     for start in range(0, num_others, OTHER):
         other = start + tl.arange(0, OTHER)
         in_other = other < num_others
         other_inverse = _inverse_norms(OTHER_SQUARES, other, in_other, num_others, slot_low, slot_high, OTHER)
         if OF_KEYS:
-            _, x2 = _logits2(
-                PRODUCTS, other, own, in_other[:, None] & in_own[None, :], other_inverse, own_inverse,
-                M, N, slot_low, slot_high, SCALES, layer, L, OTHER, OWN,
+            _, _, x2 = _logits2(
+                PRODUCTS, other, own, in_other, in_own, other_inverse, own_inverse,
+                M, N, slot_low, slot_high, SCALES, layer, L, EXCLUDE_SELF, OTHER, OWN,
             )  # fmt: skip
             x2 = tl.trans(x2)
         else:
-            _, x2 = _logits2(
-                PRODUCTS, own, other, in_own[:, None] & in_other[None, :], own_inverse, other_inverse,
-                M, N, slot_low, slot_high, SCALES, layer, L, OWN, OTHER,
+            _, _, x2 = _logits2(
+                PRODUCTS, own, other, in_own, in_other, own_inverse, other_inverse,
+                M, N, slot_low, slot_high, SCALES, layer, L, EXCLUDE_SELF, OWN, OTHER,
             )  # fmt: skip
-        x2 = tl.where(in_other[None, :], x2, float("-inf"))
         larger = tl.maximum(largest, tl.max(x2, 1))
         total = total * tl.exp2(largest - larger) + tl.sum(tl.exp2(x2 - larger[:, None]), 1)
         largest = larger
@@ -124,7 +138,7 @@ def _mean_over_positives(COUNTS, length):
 def sums_kernel(
     PRODUCTS, A_SQUARES, K_SQUARES, A_COUNTS, K_COUNTS, SCALES, first_slot, num_slots,
     A_LSE2, K_LSE2, MEANS, M, N,
-    L: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
+    L: tl.constexpr, EXCLUDE_SELF: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp (base 2) of each anchor over the keys: A_LSE2 [L, M]; with programs past those of the
     anchors also of each key over the anchors: K_LSE2 [L, N]. The first program finds MEANS [2]."""
@@ -138,12 +152,13 @@ def sums_kernel(
         tl.store(MEANS + 1, _mean_over_positives(K_COUNTS, N))
     if tile < tiles_m:
         _log_sum_exp2(
-            PRODUCTS, A_SQUARES, K_SQUARES, SCALES, A_LSE2, tile, M, N, low, high, layer, False, L, OWN, OTHER
-        )
+            PRODUCTS, A_SQUARES, K_SQUARES, SCALES, A_LSE2, tile, M, N, low, high, layer,
+            False, L, EXCLUDE_SELF, OWN, OTHER,
+        )  # fmt: skip
     else:
         _log_sum_exp2(
             PRODUCTS, A_SQUARES, K_SQUARES, SCALES, K_LSE2, tile - tiles_m, M, N, low, high, layer,
-            True, L, OWN, OTHER,
+            True, L, EXCLUDE_SELF, OWN, OTHER,
         )  # fmt: skip
 
 
@@ -153,7 +168,7 @@ def pairs_kernel(
     ANCHOR_LABELS, KEY_LABELS, first_slot, num_slots,
     SLOPES, A_ALONG, K_ALONG, A_INVERSE, K_INVERSE, SUMS, M, N, negatives,
     L: tl.constexpr, NCE: tl.constexpr, SYMMETRIC: tl.constexpr, ALL_NEGATIVES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """SLOPES [L, M, N] dL/dx; of each tile its sums by row A_ALONG [L, tiles, M] and column K_ALONG of slope
     times cosine, and SUMS [L, tiles, 3] of loss, slope times cosine, slope; the inverse norms."""
@@ -168,12 +183,11 @@ def pairs_kernel(
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = rows < M
     in_columns = columns < N
-    valid = in_rows[:, None] & in_columns[None, :]
     a_inverse = _inverse_norms(A_SQUARES, rows, in_rows, M, low, high, BLOCK_M)
     k_inverse = _inverse_norms(K_SQUARES, columns, in_columns, N, low, high, BLOCK_N)
-    cosines, x2 = _logits2(
-        PRODUCTS, rows, columns, valid, a_inverse, k_inverse, M, N, low, high, SCALES, layer,
-        L, BLOCK_M, BLOCK_N,
+    counting, cosines, x2 = _logits2(
+        PRODUCTS, rows, columns, in_rows, in_columns, a_inverse, k_inverse, M, N, low, high, SCALES, layer,
+        L, EXCLUDE_SELF, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     if NCE:
         a_mean = 1.0 / M
@@ -189,17 +203,20 @@ def pairs_kernel(
             k_lse2 = tl.load(K_LSE2 + layer * N + columns, mask=in_columns, other=0.0)
     a_counts = tl.load(A_COUNTS + rows, mask=in_rows, other=0)
     k_counts = tl.load(K_COUNTS + columns, mask=in_columns, other=0)
-    a_positive, a_other = weights(a_counts, N, a_mean, negatives, NCE, ALL_NEGATIVES)
-    k_positive, k_other = weights(k_counts, M, k_mean, negatives, NCE, ALL_NEGATIVES)
+    a_positive, a_other = weights(a_counts, N - EXCLUDE_SELF, a_mean, negatives, NCE, ALL_NEGATIVES)
+    k_positive, k_other = weights(k_counts, M - EXCLUDE_SELF, k_mean, negatives, NCE, ALL_NEGATIVES)
     a_labels = tl.load(ANCHOR_LABELS + rows, mask=in_rows, other=0)
     k_labels = tl.load(KEY_LABELS + columns, mask=in_columns, other=0)
     loss2, slopes = pair_terms(
-        x2, a_labels[:, None] == k_labels[None, :], valid,
-        a_positive, a_other, a_lse2, k_positive, k_other, k_lse2, NCE, SYMMETRIC,
+        x2, (a_labels[:, None] == k_labels[None, :]) & counting,
+        a_positive, a_other, a_lse2, k_positive, k_other, k_lse2, NCE, True, SYMMETRIC,
     )  # fmt: skip
     along = slopes * cosines
     base = layer.to(tl.int64) * M * N
-    tl.store(SLOPES + base + rows.to(tl.int64)[:, None] * N + columns[None, :], slopes, mask=valid)
+    tl.store(
+        SLOPES + base + rows.to(tl.int64)[:, None] * N + columns[None, :], slopes,
+        mask=in_rows[:, None] & in_columns[None, :],
+    )  # fmt: skip
     tl.store(A_ALONG + (layer * tiles_n + tile_n) * M + rows, tl.sum(along, 1), mask=in_rows)
     tl.store(K_ALONG + (layer * tiles_m + tile_m) * N + columns, tl.sum(along, 0), mask=in_columns)
     if tile_n == 0:

@@ -51,11 +51,20 @@ def check_labels(
     return anchor_labels, key_labels
 
 
-def check_positive(function: str, **values: float | Tensor | None) -> None:
-    """A number must be positive and finite; a tensor must hold one number, which is not looked at.
+def check_self(function: str, exclude_self: bool, anchors: Tensor, keys: Tensor) -> None:
+    """Leaving out the pairs (i, i) takes as many keys as anchors."""
+    if exclude_self and len(anchors) != len(keys):
+        raise ValueError(
+            f"mim4dd.{function}: exclude_self leaves out the pair of anchor i and key i, but anchors is "
+            f"{list(anchors.shape)} and keys is {list(keys.shape)}; expected as many keys as anchors"
+        )
 
-    Reading a tensor's value would wait for the device. A temperature or noise ratio that is not positive
-    there gives a loss that is not finite.
+
+def check_positive(function: str, **values: float | Tensor | None) -> None:
+    """A number must be positive and finite, and so must the one a tensor on the CPU holds.
+
+    Reading a tensor's value elsewhere would wait for the device, and cannot be traced: `assert_positive` sees
+    to those.
     """
     for name, value in values.items():
         if isinstance(value, Tensor):
@@ -65,8 +74,28 @@ def check_positive(function: str, **values: float | Tensor | None) -> None:
                 raise ValueError(
                     f"mim4dd.{function}: {name} has dtype {value.dtype}, expected a floating dtype"
                 )
-        elif value is not None and not (value > 0 and math.isfinite(value)):
+            if _readable(value):
+                value = value.item()
+        if isinstance(value, float | int) and not (value > 0 and math.isfinite(value)):
             raise ValueError(f"mim4dd.{function}: {name} is {value}, expected a positive number")
+
+
+def assert_positive(function: str, scales: Tensor, **values: float | Tensor) -> None:
+    """Stop, without waiting for it, a device whose `scales` are not all positive; `values` made them.
+
+    On a CPU it is a RuntimeError. On a GPU it is a device-side assertion, as for a label out of range in
+    `torch.nn.functional.cross_entropy`: the message is printed and the next synchronisation raises.
+    """
+    names = [name for name, value in values.items() if isinstance(value, Tensor) and not _readable(value)]
+    if names:
+        message = f"mim4dd.{function}: {' or '.join(names)} is not positive, expected a positive number"
+        torch._assert_async((scales > 0).all(), message)
+
+
+def _readable(value: Tensor) -> bool:
+    """Whether the value is here and now; a fake tensor, or one that is traced, has none."""
+    plain = type(value) in (Tensor, torch.nn.Parameter)
+    return plain and value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def fused_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:

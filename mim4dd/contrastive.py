@@ -9,6 +9,7 @@ op costs more than a small kernel.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def contrastive_losses(
     features = [*anchors, *keys]
     grad = torch.is_grad_enabled()
     wanted = [grad and any(value.requires_grad for value in group) for group in ([scales], anchors, keys)]
-    options = (objective.name, objective.negatives, objective.symmetric, backend, wanted)
+    options = (*astuple(objective), backend, wanted)
     if torch.compiler.is_compiling():
         return _op(scales, anchor_labels, key_labels, features, *options)[0]
     return _Node.apply(options, scales, anchor_labels, key_labels, *features)[0]
@@ -55,11 +56,12 @@ def _evaluate(
     name: str,
     negatives: float | None,
     symmetric: bool,
+    exclude_self: bool,
     backend: str,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """Return the losses [L], then the gradients by scales and by each feature, empty where not `wanted`."""
-    objective = Objective(name, negatives, symmetric)
+    objective = Objective(name, negatives, symmetric, exclude_self)
     half = len(features) // 2
     if backend == "fused":
         from .kernels import contrast
@@ -121,10 +123,10 @@ def _differentiable_gradients(
     options: tuple, tensors: Sequence[Tensor], by_losses: Tensor
 ) -> list[Tensor | None]:
     """The same through the plain formula: for a derivative of the gradients (`create_graph=True`)."""
-    name, negatives, symmetric, *_ = options
+    *objective_options, _, _ = options
     scales, anchor_labels, key_labels, *features = tensors
     half = len(features) // 2
-    objective = Objective(name, negatives, symmetric)
+    objective = Objective(*objective_options)
     with torch.autocast(scales.device.type, enabled=False):
         losses = [
             reference.plain(

@@ -8,16 +8,15 @@ the features are used in the dtype they come in, sums are float32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .checks import check_features, check_labels, check_positive, resolve_backend
+from .checks import assert_positive, check_features, check_labels, check_positive, check_self, resolve_backend
 from .contrastive import contrastive_losses
-from .reference import Objective, unit_rows
+from .reference import CHUNK_PAIRS, Objective, unit_rows
 
 __all__ = ["calibrated_noise_ratio", "info_nce_loss", "nce_loss", "nce_losses"]
 
@@ -32,6 +31,7 @@ def nce_loss(
     noise_ratio: float | Tensor = 1.0,
     negatives: float | None = None,
     symmetric: bool = False,
+    exclude_self: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Noise-contrastive loss over all pairs of anchors and keys (MIM4DD, NeurIPS 2023).
@@ -48,11 +48,11 @@ def nce_loss(
         keys: float [N, D].
         anchor_labels: int32 or int64 [M].
         key_labels: int32 or int64 [N].
-        temperature: positive; a 0-d tensor gets its gradient (and gives NaN if it is not positive: its
-            value is not read, which would wait for the device).
+        temperature: positive; a 0-d tensor gets its gradient.
         noise_ratio: positive; a 0-d tensor likewise.
         negatives: negatives drawn per positive; None: Q_i, the plain sum over the negatives.
         symmetric: add the same loss with the roles of anchors and keys exchanged.
+        exclude_self: leave out the pairs (i, i), where anchors and keys are the same rows.
         backend: "reference", "fused", or None for the best that runs here.
 
     Returns:
@@ -60,7 +60,8 @@ def nce_loss(
 
     Raises:
         ValueError: shapes, dtypes, labels or hyper-parameters do not fit; the message names the argument.
-        RuntimeError: `backend="fused"` where the fused kernels cannot run.
+        RuntimeError: `backend="fused"` where the fused kernels cannot run; or, on a GPU or under
+            `torch.compile`, a tensor that is not positive (on a GPU by a device-side assertion, so later).
     """
     return _nce(
         "nce_loss",
@@ -70,8 +71,7 @@ def nce_loss(
         key_labels,
         temperature,
         [noise_ratio],
-        negatives,
-        symmetric,
+        Objective("nce", negatives, symmetric, exclude_self),
         backend,
     )[0]
 
@@ -86,6 +86,7 @@ def nce_losses(
     noise_ratio: float | Tensor | Sequence[float | Tensor] = 1.0,
     negatives: float | None = None,
     symmetric: bool = False,
+    exclude_self: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """`nce_loss` of each of L layers: feature maps of the same images, so the labels are shared.
@@ -101,6 +102,7 @@ def nce_losses(
         noise_ratio: one for all layers or one for each, as in `nce_loss`.
         negatives: as in `nce_loss`.
         symmetric: as in `nce_loss`.
+        exclude_self: as in `nce_loss`.
         backend: as in `nce_loss`.
 
     Returns:
@@ -124,8 +126,7 @@ def nce_losses(
         key_labels,
         temperature,
         ratios,
-        negatives,
-        symmetric,
+        Objective("nce", negatives, symmetric, exclude_self),
         backend,
     )
 
@@ -138,6 +139,7 @@ def info_nce_loss(
     *,
     temperature: float | Tensor = 0.1,
     symmetric: bool = False,
+    exclude_self: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """InfoNCE; with labels, the supervised contrastive loss (SupCon, NeurIPS 2020).
@@ -152,6 +154,7 @@ def info_nce_loss(
         key_labels: int32 or int64 [N]; None exactly when `anchor_labels` is.
         temperature: positive; a 0-d tensor gets its gradient, as in `nce_loss`.
         symmetric: add the same loss with the roles of anchors and keys exchanged.
+        exclude_self: leave out the pairs (i, i), where anchors and keys are the same rows.
         backend: "reference", "fused", or None for the best that runs here.
 
     Returns:
@@ -159,7 +162,8 @@ def info_nce_loss(
 
     Raises:
         ValueError: shapes, dtypes, labels or hyper-parameters do not fit; the message names the argument.
-        RuntimeError: `backend="fused"` where the fused kernels cannot run.
+        RuntimeError: `backend="fused"` where the fused kernels cannot run; or, on a GPU or under
+            `torch.compile`, a tensor that is not positive (on a GPU by a device-side assertion, so later).
     """
     function = "info_nce_loss"
     check_features(function, anchors, keys)
@@ -172,11 +176,12 @@ def info_nce_loss(
             )
         anchor_labels = key_labels = torch.arange(len(anchors), device=anchors.device, dtype=torch.int32)
     anchor_labels, key_labels = check_labels(function, anchors, keys, anchor_labels, key_labels)
+    check_self(function, exclude_self, anchors, keys)
     anchors, keys = _one_dtype(anchors, keys)
     return contrastive_losses(
-        Objective("info_nce", symmetric=symmetric),
+        Objective("info_nce", symmetric=symmetric, exclude_self=exclude_self),
         resolve_backend(function, backend, anchors.dtype, anchors.device),
-        _scales(anchors, temperature, [1.0]),
+        _scales(function, anchors, temperature, [1.0]),
         anchor_labels,
         key_labels,
         [anchors],
@@ -192,6 +197,7 @@ def calibrated_noise_ratio(
     *,
     temperature: float | Tensor = 0.1,
     negatives: float | None = None,
+    exclude_self: bool = False,
 ) -> Tensor:
     """The noise ratio at which the critic starts at its prior 1 / (1 + negatives): a 0-d tensor, detached.
 
@@ -202,12 +208,23 @@ def calibrated_noise_ratio(
     anchor_labels, key_labels = check_labels(
         "calibrated_noise_ratio", anchors, keys, anchor_labels, key_labels
     )
+    check_self("calibrated_noise_ratio", exclude_self, anchors, keys)
+    m, n = len(anchors), len(keys)
     with torch.no_grad():
-        z = unit_rows(anchors) @ unit_rows(keys).T / temperature
-        if negatives is not None:
-            return z.exp().mean() * negatives
-        different = anchor_labels[:, None] != key_labels[None, :]
-        return z.exp().mean() * different.to(z).sum(1).mean().clamp_min(1)
+        units, other_units = unit_rows(anchors), unit_rows(keys)
+        total, num_negatives = units.new_zeros(()), units.new_zeros(())
+        step = max(1, CHUNK_PAIRS // max(1, n))
+        for start in range(0, m, step):
+            chunk = slice(start, start + step)
+            critic = (units[chunk] @ other_units.T / temperature).exp_()
+            negative = anchor_labels[chunk, None] != key_labels[None, :]
+            if exclude_self:
+                critic.diagonal(start).fill_(0)
+                negative.diagonal(start).fill_(False)
+            total += critic.sum()
+            num_negatives += negative.sum()
+        mean = total / (m * (n - exclude_self))
+        return mean * (num_negatives / m).clamp_min(1) if negatives is None else mean * negatives
 
 
 def _nce(
@@ -218,21 +235,21 @@ def _nce(
     key_labels: Tensor,
     temperature: float | Tensor,
     noise_ratios: Sequence[float | Tensor],
-    negatives: float | None,
-    symmetric: bool,
+    objective: Objective,
     backend: str | None,
 ) -> Tensor:
-    check_positive(function, temperature=temperature, negatives=negatives)
+    check_positive(function, temperature=temperature, negatives=objective.negatives)
     for ratio in noise_ratios:
         check_positive(function, noise_ratio=ratio)
     for a, k in zip(anchors, keys, strict=True):
         check_features(function, a, k)
         anchor_labels, key_labels = check_labels(function, a, k, anchor_labels, key_labels)
+        check_self(function, objective.exclude_self, a, k)
     features = _one_dtype(*anchors, *keys)
     return contrastive_losses(
-        Objective("nce", negatives, symmetric),
+        objective,
         resolve_backend(function, backend, features[0].dtype, features[0].device),
-        _scales(features[0], temperature, noise_ratios),
+        _scales(function, features[0], temperature, noise_ratios),
         anchor_labels,
         key_labels,
         features[: len(anchors)],
@@ -248,18 +265,25 @@ def _one_dtype(*features: Tensor) -> list[Tensor]:
     return [value.to(dtype) for value in features]
 
 
-def _scales(features: Tensor, temperature: float | Tensor, noise_ratios: Sequence[float | Tensor]) -> Tensor:
+def _scales(
+    function: str, features: Tensor, temperature: float | Tensor, noise_ratios: Sequence[float | Tensor]
+) -> Tensor:
     """[2, L]: the temperature and the noise ratio of each layer, on the device, at least float32."""
     dtype = torch.promote_types(features.dtype, torch.float32)
     values = (*[temperature] * len(noise_ratios), *noise_ratios)
     constants = tuple(value for value in values if not isinstance(value, Tensor))
-    if len(constants) < len(values):
-        tensors = [
-            torch.as_tensor(value, dtype=dtype, device=features.device).reshape(()) for value in values
-        ]
-        scales = torch.stack(tensors).reshape(2, -1)
-        return torch.where(scales > 0, scales, math.nan)
-    return _numbers(constants, dtype, features.device).reshape(2, -1)
+    numbers = _numbers(constants, dtype, features.device)
+    if len(constants) == len(values):
+        return numbers.reshape(2, -1)
+    rest = iter(numbers.unbind())
+    tensors = [
+        value.to(features.device, dtype).reshape(()) if isinstance(value, Tensor) else next(rest)
+        for value in values
+    ]
+    scales = torch.stack(tensors).reshape(2, -1)
+    ratio = next((value for value in noise_ratios if isinstance(value, Tensor)), 1.0)
+    assert_positive(function, scales, temperature=temperature, noise_ratio=ratio)
+    return scales
 
 
 def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

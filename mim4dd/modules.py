@@ -26,12 +26,14 @@ class NCELoss(nn.Module):
         noise_ratio: float | Tensor | Literal["calibrated"] = 1.0,
         negatives: float | None = None,
         symmetric: bool = False,
+        exclude_self: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         self.temperature = temperature
         self.negatives = negatives
         self.symmetric = symmetric
+        self.exclude_self = exclude_self
         self.backend = backend
         self.noise_ratio: float | Tensor
         self._uncalibrated = isinstance(noise_ratio, str)
@@ -55,6 +57,7 @@ class NCELoss(nn.Module):
                 key_labels,
                 temperature=self.temperature,
                 negatives=self.negatives,
+                exclude_self=self.exclude_self,
             )
             self._uncalibrated = False
         return nce_loss(
@@ -66,6 +69,7 @@ class NCELoss(nn.Module):
             noise_ratio=self.noise_ratio,
             negatives=self.negatives,
             symmetric=self.symmetric,
+            exclude_self=self.exclude_self,
             backend=self.backend,
         )
 
@@ -74,11 +78,17 @@ class InfoNCELoss(nn.Module):
     """`info_nce_loss` as a module; a temperature given as an `nn.Parameter` is learned."""
 
     def __init__(
-        self, *, temperature: float | Tensor = 0.1, symmetric: bool = False, backend: str | None = None
+        self,
+        *,
+        temperature: float | Tensor = 0.1,
+        symmetric: bool = False,
+        exclude_self: bool = False,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         self.temperature = temperature
         self.symmetric = symmetric
+        self.exclude_self = exclude_self
         self.backend = backend
 
     def forward(
@@ -96,6 +106,7 @@ class InfoNCELoss(nn.Module):
             key_labels,
             temperature=self.temperature,
             symmetric=self.symmetric,
+            exclude_self=self.exclude_self,
             backend=self.backend,
         )
 

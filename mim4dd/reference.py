@@ -20,11 +20,13 @@ CHUNK_PAIRS = 1 << 20
 
 @dataclass(frozen=True)
 class Objective:
-    """Which loss: `negatives` per positive (None: all; NCE only), `symmetric` adds the exchanged roles."""
+    """Which loss: `negatives` per positive (None: all; NCE only), `symmetric` adds the exchanged roles,
+    `exclude_self` leaves out the pairs (i, i)."""
 
     name: str
     negatives: float | None = None
     symmetric: bool = False
+    exclude_self: bool = False
 
 
 def saved_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -48,22 +50,28 @@ def unit_rows(features: Tensor) -> Tensor:
     return features * inverse_norms(features)
 
 
-def nce_rows(x: Tensor, positive: Tensor, negatives: float | None) -> Tensor:
-    """NCE loss of each row of critic logits x [rows, N]; positive: bool [rows, N]."""
-    on_positives, on_negatives = _nce_weights(x, positive, negatives)
+def nce_rows(objective: Objective, x: Tensor, positive: Tensor) -> Tensor:
+    """NCE loss of each row of critic logits x [rows, N], -inf for a pair left out.
+
+    positive: bool [rows, N].
+    """
+    on_positives, on_negatives = _nce_weights(objective, x, positive)
     weight = torch.where(positive, on_positives, on_negatives)
     return (F.softplus(torch.where(positive, -x, x)) * weight).sum(1)
 
 
-def nce_gradient(x: Tensor, positive: Tensor, negatives: float | None) -> Tensor:
+def nce_gradient(objective: Objective, x: Tensor, positive: Tensor) -> Tensor:
     """The derivative of the summed `nce_rows` by x [rows, N]."""
-    on_positives, on_negatives = _nce_weights(x, positive, negatives)
+    on_positives, on_negatives = _nce_weights(objective, x, positive)
     # Not sigmoid(x) - 1 on positives: that cancels where the critic is sure.
     return torch.where(positive, -x, x).sigmoid_().mul_(torch.where(positive, -on_positives, on_negatives))
 
 
 def info_nce_rows(z: Tensor, positive: Tensor) -> Tensor:
-    """InfoNCE loss of each row of logits z [rows, N], 0 without a positive; positive: bool [rows, N]."""
+    """InfoNCE loss of each row of logits z [rows, N], -inf for a pair left out, 0 without a positive.
+
+    positive: bool [rows, N].
+    """
     if not z.shape[1]:
         return z.sum(1)
     num_positives = positive.sum(1)
@@ -101,6 +109,9 @@ def plain(
     for row, column in _directions(objective):
         positive = labels[row][:, None] == labels[column][None, :]
         x = units[row] @ units[column].T / scales[0] - scales[1].log()
+        if objective.exclude_self:
+            positive.fill_diagonal_(False)
+            x = x.fill_diagonal_(-torch.inf)
         rows = _rows(objective, x, positive)
         loss = loss + rows.sum() / _num_rows(objective, labels[row], labels[column])
     return loss
@@ -135,10 +146,15 @@ def chunked(
             positive = labels[row][chunk, None] == labels[column][None, :]
             cosine = units[row][chunk] @ units[column].T
             x = cosine / temperature - noise_ratio.log()
+            if objective.exclude_self:
+                positive.diagonal(start).fill_(False)
+                x.diagonal(start).fill_(-torch.inf)
             loss += _rows(objective, x, positive).sum() / num_rows
             if not any(wanted):
                 continue
             by_x = _gradient(objective, x, positive).div_(num_rows)
+            if objective.exclude_self:  # NaN where there is no other key
+                by_x.diagonal(start).fill_(0)
             if want_scales:
                 by_scales[0] -= torch.vdot(by_x.view(-1), cosine.view(-1)) / temperature**2
                 by_scales[1] -= by_x.sum() / noise_ratio
@@ -161,29 +177,34 @@ def _directions(objective: Objective) -> list[tuple[int, int]]:
 
 def _rows(objective: Objective, x: Tensor, positive: Tensor) -> Tensor:
     if objective.name == "nce":
-        return nce_rows(x, positive, objective.negatives)
+        return nce_rows(objective, x, positive)
     return info_nce_rows(x, positive)
 
 
 def _gradient(objective: Objective, x: Tensor, positive: Tensor) -> Tensor:
     if objective.name == "nce":
-        return nce_gradient(x, positive, objective.negatives)
+        return nce_gradient(objective, x, positive)
     return info_nce_gradient(x, positive)
 
 
-def _nce_weights(x: Tensor, positive: Tensor, negatives: float | None) -> tuple[Tensor, Tensor]:
+def _nce_weights(objective: Objective, x: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     """What a positive and a negative pair of each row count, [rows, 1] each."""
     num_positives = positive.sum(1, keepdim=True).to(x)
-    if negatives is None:
+    if objective.negatives is None:
         return 1 / num_positives.clamp_min(1), torch.ones_like(num_positives)
-    return 1 / num_positives.clamp_min(1), negatives / (x.shape[1] - num_positives).clamp_min(1)
+    num_negatives = x.shape[1] - objective.exclude_self - num_positives
+    return 1 / num_positives.clamp_min(1), objective.negatives / num_negatives.clamp_min(1)
 
 
 def _num_rows(objective: Objective, row_labels: Tensor, column_labels: Tensor) -> Tensor:
     """How many rows the mean is over: all, or for InfoNCE those with a positive; at least 1."""
     if objective.name == "nce":
         return torch.tensor(max(1, len(row_labels)), device=row_labels.device)
-    return torch.isin(row_labels, column_labels).sum().clamp_min(1)
+    ordered = column_labels.sort().values
+    counts = torch.searchsorted(ordered, row_labels, right=True) - torch.searchsorted(ordered, row_labels)
+    if objective.exclude_self:
+        counts -= (row_labels == column_labels).long()
+    return (counts > 0).sum().clamp_min(1)
 
 
 def _through_unit_rows(side: Tensor, unit: Tensor, by_unit: Tensor) -> Tensor:

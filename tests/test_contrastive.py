@@ -1,5 +1,7 @@
 """What a drop-in needs, on every path that runs here: gradients of any order, compile, DDP, checkpointing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -28,9 +30,15 @@ def nce(a, k, la, lk, **options):
     return mim4dd.nce_loss(a, k, la, lk, temperature=0.3, noise_ratio=2.0, negatives=5.0, **options)
 
 
+@pytest.mark.parametrize("exclude_self", [False, True])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-@pytest.mark.parametrize(("m", "n", "d"), [(0, 5, 3), (5, 0, 3), (1, 1, 1), (33, 50, 7)])
-def test_chunks_change_nothing(monkeypatch, objective, m, n, d):
+@pytest.mark.parametrize(
+    ("m", "n", "d"), [(0, 5, 3), (5, 0, 3), (0, 0, 3), (1, 1, 1), (33, 50, 7), (50, 50, 7)]
+)
+def test_chunks_change_nothing(monkeypatch, objective, m, n, d, exclude_self):
+    if exclude_self and m != n:
+        pytest.skip("as many keys as anchors")
+    objective = replace(objective, exclude_self=exclude_self)
     monkeypatch.setattr(reference, "CHUNK_PAIRS", 7 * 50)
     a, k, la, lk = batch(m, n, d, dtype=torch.float64)
     scales = torch.tensor([0.3, 2.0], dtype=torch.float64, requires_grad=True)
@@ -118,7 +126,7 @@ def test_compiled_calls_name_bad_input():
 def op_arguments(backend, dtype=torch.float32):
     a, k, la, lk = batch(6, 9, 16, dtype=dtype)
     scales = torch.tensor([[0.3], [2.0]], requires_grad=True)
-    return scales, la, lk, [a, k], "nce", 3.0, True, backend, [True, True, True]
+    return scales, la, lk, [a, k], "nce", 3.0, True, False, backend, [True, True, True]
 
 
 def test_op_passes_opcheck():
@@ -180,10 +188,34 @@ def test_float16_gradients_do_not_underflow_before_the_loss_scale():
     close(actual, expected, 2e-3)
 
 
-def test_a_temperature_that_is_not_positive_gives_nan():
+@pytest.mark.parametrize("value", [0.0, -0.5, float("nan")])
+def test_tensors_that_are_not_positive_are_named(value):
     a, k, la, lk = batch(5, 6, 4)
+    wrong = torch.nn.Parameter(torch.tensor(value))
     for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss):
-        assert loss(a, k, la, lk, temperature=torch.tensor(-0.1)).isnan()
+        with pytest.raises(ValueError, match=f"temperature is {value}, expected a positive number"):
+            loss(a, k, la, lk, temperature=wrong)
+    with pytest.raises(ValueError, match=f"noise_ratio is {value}, expected a positive number"):
+        mim4dd.nce_loss(a, k, la, lk, noise_ratio=wrong)
+
+
+@pytest.mark.parametrize("engine", ["eager", "inductor"])
+def test_compiled_calls_name_a_tensor_that_is_not_positive(engine):
+    a, k, la, lk = batch(6, 9, 8)
+    right, wrong = torch.tensor(0.5), torch.tensor(-0.5)
+
+    def loss(temperature, noise_ratio):
+        return mim4dd.nce_loss(a, k, la, lk, temperature=temperature, noise_ratio=noise_ratio)
+
+    compiled = torch.compile(loss, fullgraph=True, backend=engine)
+    torch.testing.assert_close(compiled(right, right), loss(right, right))
+    with pytest.raises(RuntimeError, match="nce_loss: temperature or noise_ratio is not positive"):
+        compiled(wrong, right)
+    learned = torch.compile(
+        lambda t: mim4dd.info_nce_loss(a, k, la, lk, temperature=t), fullgraph=True, backend=engine
+    )
+    with pytest.raises(RuntimeError, match="info_nce_loss: temperature is not positive"):
+        learned(wrong)
 
 
 def _rank(rank: int, path: str, results) -> None:

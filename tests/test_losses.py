@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mim4dd
+from mim4dd import losses
 from mim4dd.losses import calibrated_noise_ratio
 
 
@@ -112,7 +113,13 @@ def test_gradcheck_of_features_temperature_and_noise_ratio(symmetric):
 
     assert torch.autograd.gradcheck(nce, inputs)
     assert torch.autograd.gradgradcheck(nce, inputs)
+
+    def without_itself(a, t):
+        return mim4dd.info_nce_loss(a, a, la, la, temperature=t, exclude_self=True, symmetric=symmetric)
+
     assert torch.autograd.gradcheck(info_nce, inputs[:3])
+    assert torch.autograd.gradcheck(without_itself, (a, t))
+    assert torch.autograd.gradgradcheck(without_itself, (a, t))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -124,6 +131,23 @@ def test_half_precision_features_give_a_float32_loss(dtype):
         assert value.dtype == torch.float32
         assert value.item() == pytest.approx(loss(a, k, la, lk).item(), rel=3e-2)
         assert torch.autograd.grad(value, leaf)[0].dtype == dtype
+
+
+def test_pairs_with_itself_left_out_are_as_if_they_were_not_there():
+    a, k, _, _ = batch(6, 6, 5, 2)
+    la = torch.arange(6) % 3
+    kept = ~torch.eye(6, dtype=torch.bool)
+    rows = [(a[i : i + 1], k[kept[i]], la[i : i + 1], la[kept[i]]) for i in range(6)]
+    for loss, options in (
+        (mim4dd.nce_loss, {}),
+        (mim4dd.nce_loss, {"negatives": 3.0}),
+        (mim4dd.info_nce_loss, {}),
+    ):
+        expected = torch.stack([loss(*row, **options) for row in rows]).mean()
+        torch.testing.assert_close(loss(a, k, la, la, exclude_self=True, **options), expected)
+        transposed = loss(k, a, la, la, exclude_self=True, **options)
+        both = loss(a, k, la, la, exclude_self=True, symmetric=True, **options)
+        torch.testing.assert_close(both, expected + transposed)
 
 
 def test_large_logits_do_not_overflow():
@@ -148,7 +172,7 @@ def test_zero_rows_have_neither_direction_nor_gradient():
         assert gradients[0][0].any()
 
 
-def test_calibrated_critic_starts_at_its_prior():
+def test_calibrated_critic_starts_at_its_prior(monkeypatch):
     a, k, _, _ = batch(6, 200, 16, 1)
     la, lk = torch.arange(6) % 3, torch.arange(200) % 3
     noise_ratio = calibrated_noise_ratio(a, k, la, lk, temperature=0.5, negatives=7.0)
@@ -157,6 +181,11 @@ def test_calibrated_critic_starts_at_its_prior():
     plain = calibrated_noise_ratio(a, k, la, lk, temperature=0.5)
     mean_negatives = torch.tensor([(lk != label).sum() for label in la]).double().mean()
     torch.testing.assert_close(plain, noise_ratio / 7 * mean_negatives)
+    monkeypatch.setattr(losses, "CHUNK_PAIRS", 450)  # two rows at a time
+    torch.testing.assert_close(calibrated_noise_ratio(a, k, la, lk, temperature=0.5), plain)
+    others = (F.normalize(a) @ F.normalize(a).T / 0.5).exp()[~torch.eye(6, dtype=torch.bool)].mean()
+    alone = calibrated_noise_ratio(a, a, la, la, temperature=0.5, negatives=7.0, exclude_self=True)
+    torch.testing.assert_close(alone, others * 7)
 
 
 def test_module_freezes_its_calibration_and_keeps_it_in_its_state():
@@ -208,3 +237,6 @@ def test_bad_input_is_named():
         mim4dd.info_nce_loss(a, k, la)
     with pytest.raises(ValueError, match="as many keys as anchors"):
         mim4dd.info_nce_loss(a, k)
+    for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss):
+        with pytest.raises(ValueError, match=r"exclude_self .* anchors is \[4, 3\] and keys is \[5, 3\]"):
+            loss(a, k, la, lk, exclude_self=True)

@@ -35,6 +35,31 @@ def test_supervised_contrastive_across_views(features):
     same(loss, sum(directions) / 2, *features)
 
 
+def test_supervised_contrastive_within_and_across_views(features):
+    # The same as their code computes it: all features are contrasted, but none with itself; their loss is
+    # scaled by the temperature over a base temperature, here equal.
+    views = torch.cat(features)
+    labels = LABELS.repeat(2)
+    others = 1 - torch.eye(24, dtype=torch.float64)
+    logits = F.normalize(views) @ F.normalize(views).T / 0.07
+    log_p = logits - (logits.exp() * others).sum(1, keepdim=True).log()
+    positive = (labels[:, None] == labels).double() * others
+    expected = -((positive * log_p).sum(1) / positive.sum(1)).mean()
+    loss = mim4dd.info_nce_loss(views, views, labels, labels, temperature=0.07, exclude_self=True)
+    same(loss, expected, *features)
+
+
+def test_simclr(features):
+    # Chen et al. 2020 (NT-Xent): the positive of a feature is the other view of its image.
+    views = torch.cat(features)
+    logits = F.normalize(views) @ F.normalize(views).T / 0.5
+    logits = logits.masked_fill(torch.eye(24, dtype=torch.bool), -torch.inf)
+    expected = F.cross_entropy(logits, (torch.arange(24) + 12) % 24)
+    image = torch.arange(12).repeat(2)
+    loss = mim4dd.info_nce_loss(views, views, image, image, temperature=0.5, exclude_self=True)
+    same(loss, expected, *features)
+
+
 def test_crd(features):
     # Tian et al. 2020: P / (P + m Pn) on positives, m Pn / (P + m Pn) on negatives, P = exp(cosine / T) / Z.
     student, teacher = features
