@@ -4,16 +4,14 @@
 // nine candidates a pixel instead.
 #pragma once
 
-#include <vector>
+#include "buffer.h"
 
-#include "augment.h"
-
-namespace mim4dd {
+namespace mim4dd::MIM4DD_ISA {
 
 // Four numbers in vector registers of whatever width the target has (GCC and Clang).
 template <typename Acc>
 struct QuadOf {
-  typedef Acc type __attribute__((vector_size(4 * sizeof(Acc))));
+  typedef Acc type __attribute__((vector_size(4 * sizeof(Acc)), aligned(16)));
 };
 
 template <typename Acc>
@@ -22,102 +20,117 @@ class Plane {
 
  public:
   Plane(int channels, int height, int width)
-      : groups_((channels + 3) / 4), height_(height), width_(width), taps_(width) {}
+      : channels_(channels),
+        height_(height),
+        width_(width),
+        quads_(size_t{4} * groups() * (height + 3) * stride()),
+        row_(size_t{4} * width),
+        spare_(width),
+        offset_(width),
+        fraction_y_(width),
+        fraction_x_(width) {}
 
-  // Rows go in and out as [padded_channels, width], `stride` apart.
-  int padded_channels() const { return 4 * groups_; }
+  void clear() { quads_.clear(); }
 
-  // Room for an image, all zeros.
-  void clear() { quads_.assign(size(), Quad{}); }
-
-  // Room for an image whose every row will be set; the border is zeros and is never set.
-  void make_room() { quads_.resize(size()); }
-
-  void set_row(int y, const Acc* rows, int64_t stride) {
-    for (int group = 0; group < groups_; ++group)
-      interleave(rows + 4 * group * stride, stride, reinterpret_cast<Acc*>(at(group, y + 1, 1)));
+  // Row y of the image, from and to rows of a channel each.
+  void set_row(int y, const View<Acc>& image) {
+    for (int group = 0; group < groups(); ++group) interleave(rows(image, y, group), at(group, y + 1, 1));
   }
 
-  void get_row(int y, Acc* rows, int64_t stride) {
-    for (int group = 0; group < groups_; ++group)
-      separate(reinterpret_cast<const Acc*>(at(group, y + 1, 1)), rows + 4 * group * stride, stride);
+  void get_row(int y, const View<Acc>& image) {
+    for (int group = 0; group < groups(); ++group) separate(at(group, y + 1, 1), rows(image, y, group));
   }
 
   // Row y of the transformed image.
-  void sample(const Transform<Acc>& t, int y, Acc* rows) {
+  void sample(const Transform<Acc>& t, int y, const View<Acc>& result) {
     find_taps(t, y);
-    for (int group = 0; group < groups_; ++group) {
-      const Quad* image = at(group, 0, 0);
-      for (int x = 0; x < width_; ++x) {
-        const Quad *upper = image + taps_.offset[x], *lower = upper + stride();
-        const Quad fx = splat(taps_.x[x]), fy = splat(taps_.y[x]);
-        const Quad above = upper[0] + fx * (upper[1] - upper[0]), below = lower[0] + fx * (lower[1] - lower[0]);
-        taps_.row[x] = above + fy * (below - above);
-      }
-      separate(reinterpret_cast<const Acc*>(taps_.row.data()), rows + size_t{4} * group * width_, width_);
+    for (int group = 0; group < groups(); ++group) {
+      sample_row(at(group, 0, 0), row());
+      separate(row(), rows(result, y, group));
     }
   }
 
   // The adjoint of `sample`: adds what row y of the gradient gives to the image.
-  void scatter(const Transform<Acc>& t, int y, const Acc* rows) {
+  void scatter(const Transform<Acc>& t, int y, const View<Acc>& gradient) {
     find_taps(t, y);
-    for (int group = 0; group < groups_; ++group) {
-      Quad* image = at(group, 0, 0);
-      interleave(rows + size_t{4} * group * width_, width_, reinterpret_cast<Acc*>(taps_.row.data()));
-      // Neighbours add into the same place, and would wait for one another.
-      for (int first = 0; first < kApart; ++first) {
-        for (int x = first; x < width_; x += kApart) {
-          Quad *upper = image + taps_.offset[x], *lower = upper + stride();
-          const Quad fx = splat(taps_.x[x]), fy = splat(taps_.y[x]);
-          const Quad below = fy * taps_.row[x], above = taps_.row[x] - below;
-          const Quad above_right = fx * above, below_right = fx * below;
-          upper[0] += above - above_right;
-          upper[1] += above_right;
-          lower[0] += below - below_right;
-          lower[1] += below_right;
-        }
-      }
+    for (int group = 0; group < groups(); ++group) {
+      interleave(rows(gradient, y, group), row());
+      scatter_row(row(), at(group, 0, 0));
     }
   }
 
  private:
-  static constexpr int kApart = 8;
+  const int channels_, height_, width_;
+  Buffer<Acc> quads_;  // [groups, height + 3, width + 3, 4]
+  Buffer<Acc> row_;    // [width, 4], one row of one group
+  Buffer<Acc> spare_;  // stands for the channels beyond the last: all zeros, and stays so
+  // The taps of one row, see `taps`: where the upper left one lies, the weights of the lower and the right ones.
+  Buffer<int32_t> offset_;
+  Buffer<Acc> fraction_y_, fraction_x_;
 
-  // One row of taps, see `taps`: where the upper left one lies, and the weights of the right and the lower ones.
-  struct Row {
-    explicit Row(int width) : offset(width), y(width), x(width), row(width) {}
-    std::vector<int32_t> offset;
-    std::vector<Acc> y, x;
-    std::vector<Quad> row;  // the samples of one group, or their gradient
-  };
-
-  const int groups_, height_, width_;
-  std::vector<Quad> quads_;  // [groups, height + 3, width + 3]
-  Row taps_;
-
-  static Quad splat(Acc value) { return Quad{value, value, value, value}; }
-
+  int groups() const { return (channels_ + 3) / 4; }
   int stride() const { return width_ + 3; }
-  size_t size() const { return static_cast<size_t>(groups_) * (height_ + 3) * stride(); }
+  Quad* row() { return reinterpret_cast<Quad*>(row_.data()); }
   Quad* at(int group, int y, int x) {
-    return quads_.data() + (static_cast<size_t>(group) * (height_ + 3) + y) * stride() + x;
+    return reinterpret_cast<Quad*>(quads_.data()) + (size_t{1} * group * (height_ + 3) + y) * stride() + x;
   }
 
   void find_taps(const Transform<Acc>& t, int y) {
-    int32_t* __restrict offset = taps_.offset.data();
-    Acc *__restrict fraction_y = taps_.y.data(), *__restrict fraction_x = taps_.x.data();
-    const int stride = this->stride(), height = height_, width = width_;
+    int32_t* __restrict offset = offset_.data();
+    Acc *__restrict fraction_y = fraction_y_.data(), *__restrict fraction_x = fraction_x_.data();
+    const int height = height_, width = width_;
     for (int x = 0; x < width; ++x) {
       const Point<Acc> source = t.source(y, x);
       const Taps<Acc> v = taps(source.y, height), h = taps(source.x, width);
-      offset[x] = v.low * stride + h.low;
+      offset[x] = v.low * (width + 3) + h.low;
       fraction_y[x] = v.fraction;
       fraction_x[x] = h.fraction;
     }
   }
 
-  void interleave(const Acc* from, int64_t stride, Acc* __restrict to) const {
-    const Acc *a = from, *b = a + stride, *c = b + stride, *d = c + stride;
+  void sample_row(const Quad* image, Quad* __restrict result) const {
+    const int32_t* offset = offset_.data();
+    const Acc *fraction_y = fraction_y_.data(), *fraction_x = fraction_x_.data();
+    const int64_t below = stride();
+    for (int x = 0; x < width_; ++x) {
+      const Quad *upper = image + offset[x], *lower = upper + below;
+      const Acc fy = fraction_y[x], fx = fraction_x[x];
+      const Quad top = upper[0] + fx * (upper[1] - upper[0]), bottom = lower[0] + fx * (lower[1] - lower[0]);
+      result[x] = top + fy * (bottom - top);
+    }
+  }
+
+  void scatter_row(const Quad* gradient, Quad* __restrict image) const {
+    constexpr int kApart = 8;  // neighbours add into the same place, and would wait for one another
+    const int32_t* offset = offset_.data();
+    const Acc *fraction_y = fraction_y_.data(), *fraction_x = fraction_x_.data();
+    const int64_t below = stride();
+    for (int first = 0; first < kApart; ++first) {
+      for (int x = first; x < width_; x += kApart) {
+        Quad *upper = image + offset[x], *lower = upper + below;
+        const Acc fy = fraction_y[x], fx = fraction_x[x];
+        const Quad bottom = fy * gradient[x], top = gradient[x] - bottom;
+        const Quad top_right = fx * top, bottom_right = fx * bottom;
+        upper[0] += top - top_right;
+        upper[1] += top_right;
+        lower[0] += bottom - bottom_right;
+        lower[1] += bottom_right;
+      }
+    }
+  }
+
+  struct Rows {
+    Acc *a, *b, *c, *d;
+  };
+
+  Rows rows(const View<Acc>& image, int y, int group) {
+    const auto row = [&](int c) { return c < channels_ ? image.row(c, y) : spare_.data(); };
+    return {row(4 * group), row(4 * group + 1), row(4 * group + 2), row(4 * group + 3)};
+  }
+
+  void interleave(const Rows& from, Quad* quads) const {
+    const Acc *a = from.a, *b = from.b, *c = from.c, *d = from.d;
+    Acc* __restrict to = reinterpret_cast<Acc*>(quads);
     for (int x = 0; x < width_; ++x) {
       to[4 * x] = a[x];
       to[4 * x + 1] = b[x];
@@ -126,8 +139,9 @@ class Plane {
     }
   }
 
-  void separate(const Acc* from, Acc* to, int64_t stride) const {
-    Acc *__restrict a = to, *__restrict b = a + stride, *__restrict c = b + stride, *__restrict d = c + stride;
+  void separate(const Quad* quads, const Rows& to) const {
+    const Acc* from = reinterpret_cast<const Acc*>(quads);
+    Acc *__restrict a = to.a, *__restrict b = to.b, *__restrict c = to.c, *__restrict d = to.d;
     for (int x = 0; x < width_; ++x) {
       a[x] = from[4 * x];
       b[x] = from[4 * x + 1];
