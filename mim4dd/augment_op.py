@@ -1,7 +1,7 @@
-"""The compiled augmentation as torch sees it: an autograd node in eager mode, a registered op under torch.compile.
+"""The compiled augmentation as torch sees it: an autograd node, and under torch.compile a registered op.
 
-In eager mode the node is called directly, since the boundary of a registered op with a gradient costs as much as
-augmenting a small batch.
+In eager mode the node is called directly, since the boundary of a registered op with a gradient costs as much
+as augmenting a small batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def augment(
     std: Tensor | None,
     align_corners: bool,
 ) -> Tensor:
-    """What `augment.apply` promises, on checked arguments; `fields` are those of AugmentParams in its order."""
+    """What `augment.apply` promises, on checked arguments; `fields` are AugmentParams' in its order."""
     call = torch.ops.mim4dd.augment if torch.compiler.is_compiling() else _Node.apply
     return call(images, fields, rows, mean, std, align_corners, False)
 
