@@ -10,7 +10,8 @@
 #ifdef __CUDACC__
 #define MIM4DD_HOST_DEVICE __host__ __device__
 #else
-#define MIM4DD_HOST_DEVICE
+// Never a function of its own, since sources are compiled for several instruction sets, see buffer.h.
+#define MIM4DD_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace mim4dd {

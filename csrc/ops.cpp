@@ -159,19 +159,29 @@ Tensor augment(const Tensor& images, const std::vector<Tensor>& params, const st
 
 #ifdef MIM4DD_CUDA
 
-STABLE_TORCH_LIBRARY_IMPL(mim4dd, CUDA, m) { m.impl("augment", TORCH_BOX(&augment)); }
+STABLE_TORCH_LIBRARY_IMPL(mim4dd, CUDA, m) {
+  m.impl("augment", TORCH_BOX(&augment));
+  m.impl("augment_no_grad", TORCH_BOX(&augment));
+}
 
 PYBIND11_MODULE(_C_cuda, m) { m.doc() = "CUDA kernels of torch.ops.mim4dd.*; importing it registers them"; }
 
 #else
 
+// Twice, as the package gives a gradient to the first; its autograd node calls the second.
 STABLE_TORCH_LIBRARY(mim4dd, m) {
   m.def(
       "augment(Tensor images, Tensor[] params, Tensor? rows, Tensor? mean, Tensor? std, bool align_corners, "
       "bool adjoint) -> Tensor");
+  m.def(
+      "augment_no_grad(Tensor images, Tensor[] params, Tensor? rows, Tensor? mean, Tensor? std, "
+      "bool align_corners, bool adjoint) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mim4dd, CPU, m) { m.impl("augment", TORCH_BOX(&augment)); }
+STABLE_TORCH_LIBRARY_IMPL(mim4dd, CPU, m) {
+  m.impl("augment", TORCH_BOX(&augment));
+  m.impl("augment_no_grad", TORCH_BOX(&augment));
+}
 
 PYBIND11_MODULE(_C, m) { m.doc() = "torch.ops.mim4dd.* and their CPU kernels; importing it registers them"; }
 

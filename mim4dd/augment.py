@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import extension
+from . import augment_op, extension
 from .augment_reference import check, reference
 
 DSA = "color_crop_cutout_flip_scale_rotate"
@@ -67,7 +67,7 @@ class AugmentParams:
             contrast=ones,
             shift_y=none,
             shift_x=none,
-            cutout=torch.tensor([0, -1, 0, -1], device=device).expand(batch, 4),
+            cutout=torch.arange(0, -2, -1, device=device).repeat(batch, 2),
             flip=none.bool(),
             scale_x=ones,
             scale_y=ones,
@@ -117,10 +117,17 @@ def sample(
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     rows = 1 if siamese else batch
     fields = AugmentParams.identity(rows, device=generator.device).fields()
-    chosen = torch.randint(max(len(parts), 1), (), generator=generator, device=generator.device)
-    for k, part in enumerate(parts):
-        for name, value in _DRAW[part](rows, size, generator).items():
-            fields[name] = value if mode == "all" else torch.where(chosen == k, value, fields[name])
+    if mode == "all" or not parts:
+        for part in parts:
+            fields |= _DRAW[part](rows, size, generator)
+    else:
+        chosen = torch.randint(len(parts), (), generator=generator, device=generator.device)
+        if generator.device.type == "cpu":
+            fields |= _DRAW[parts[int(chosen)]](rows, size, generator)
+        else:  # looking at the choice would wait for the device
+            for k, part in enumerate(parts):
+                for name, value in _DRAW[part](rows, size, generator).items():
+                    fields[name] = torch.where(chosen == k, value, fields[name])
     params = AugmentParams(**fields)
     if siamese:
         params = params._map(lambda field: field.expand(batch, *field.shape[1:]))
@@ -192,16 +199,15 @@ def apply(
     """
     check(images, params, rows, mean, std)
     if extension.resolve("augment.apply", backend, images.device) == "fused":
-        fields = list(params.fields().values())
-        return torch.ops.mim4dd.augment(images, fields, rows, mean, std, align_corners, False)
+        return augment_op.augment(images, list(params.fields().values()), rows, mean, std, align_corners)
     return reference(images, params, rows, mean, std, align_corners)
 
 
 # ------------------------------------------------------------------------------------------------- drawing
 
 
-def _uniform(rows: int, generator: torch.Generator) -> Tensor:
-    return torch.rand(rows, generator=generator, device=generator.device)
+def _uniform(low: float, high: float, rows: int, generator: torch.Generator) -> Tensor:
+    return torch.empty(rows, device=generator.device).uniform_(low, high, generator=generator)
 
 
 def _integers(low: int, high: int, rows: int, generator: torch.Generator) -> Tensor:
@@ -210,9 +216,9 @@ def _integers(low: int, high: int, rows: int, generator: torch.Generator) -> Ten
 
 def _draw_color(rows: int, _: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
     return {
-        "brightness": (_uniform(rows, generator) - 0.5) * BRIGHTNESS,
-        "saturation": _uniform(rows, generator) * SATURATION,
-        "contrast": _uniform(rows, generator) + CONTRAST,
+        "brightness": _uniform(-BRIGHTNESS / 2, BRIGHTNESS / 2, rows, generator),
+        "saturation": _uniform(0, SATURATION, rows, generator),
+        "contrast": _uniform(CONTRAST, CONTRAST + 1, rows, generator),
     }
 
 
@@ -231,22 +237,21 @@ def _draw_cutout(rows: int, size: tuple[int, int], generator: torch.Generator) -
     edges = []
     for side in size:
         box = int(side * CUTOUT + 0.5)
-        start = _integers(0, side + 1 - box % 2, rows, generator) - box // 2
-        edges += [start.clamp_min(0), (start + box - 1).clamp_max(side - 1)]
+        start = _integers(-(box // 2), side + 1 - box % 2 - box // 2, rows, generator)
+        edges += [start.clamp_min(0), (start + (box - 1)).clamp_max_(side - 1)]
     return {"cutout": torch.stack(edges, 1)}
 
 
 def _draw_flip(rows: int, _: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
-    return {"flip": _uniform(rows, generator) < 0.5}
+    return {"flip": _integers(0, 2, rows, generator).bool()}
 
 
 def _draw_scale(rows: int, _: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
-    low, high = 1 / SCALE, SCALE
-    return {name: _uniform(rows, generator) * (high - low) + low for name in ("scale_x", "scale_y")}
+    return {name: _uniform(1 / SCALE, SCALE, rows, generator) for name in ("scale_x", "scale_y")}
 
 
 def _draw_rotate(rows: int, _: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
-    return {"degrees": (_uniform(rows, generator) * 2 - 1) * ROTATE}
+    return {"degrees": _uniform(-ROTATE, ROTATE, rows, generator)}
 
 
 _DRAW: dict[str, Callable[[int, tuple[int, int], torch.Generator], dict[str, Tensor]]] = {

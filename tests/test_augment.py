@@ -1,5 +1,7 @@
 import dataclasses
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,14 +173,17 @@ def test_compiled_op_is_well_registered(generator, adjoint):
         torch.library.opcheck(torch.ops.mim4dd.augment, (x, chosen, rows, m, s, True, adjoint))
 
 
-def test_compiles_without_a_graph_break(generator):
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_without_a_graph_break(generator, compiler):
+    if compiler == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler")
     x = torch.randn(3, 3, 8, 8, generator=generator, requires_grad=True)
     params, rows = random_params(2, (8, 8)), torch.tensor([0, 1, 1])
 
     def function(x):
         return augment.apply(x * 2, params, rows=rows).relu()
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
     upstream = torch.randn(x.shape, generator=generator)
     torch.testing.assert_close(compiled(x), function(x))
     (actual,), (expected,) = (torch.autograd.grad(f(x), x, upstream) for f in (compiled, function))
@@ -416,3 +421,11 @@ def test_fused_says_why_it_cannot_run(monkeypatch):
     with pytest.raises(RuntimeError, match="not built"):
         augment.apply(torch.zeros(1, 1, 8, 8), AugmentParams.identity(1), backend="fused")
     augment.apply(torch.zeros(1, 1, 8, 8), AugmentParams.identity(1))
+
+
+def test_documented_example_runs():
+    text = (Path(__file__).parent.parent / "docs/augmentation.md").read_text()
+    names: dict = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    assert names["y"].requires_grad
+    assert names["real"].dtype == torch.float32

@@ -1,5 +1,6 @@
 """How the extension is built and found, and what happens where it is not."""
 
+import platform
 import re
 import shutil
 import subprocess
@@ -44,6 +45,21 @@ print(*(w.message for w in caught if "mim4dd" in str(w.message)), sep="\\n")
     assert len(warnings) == 1
     assert cause in warnings[0]
     assert "reference runs instead" in warnings[0]
+
+
+def test_avx2_code_shares_no_function_with_the_baseline(tmp_path):
+    """The linker keeps one copy of a weak function: an older machine must not be left with that of AVX2."""
+    compiler = shutil.which("c++")
+    if compiler is None or shutil.which("nm") is None or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("no c++ or nm on PATH, or no AVX2")
+    options = ["-std=c++20", "-O1", "-mavx2", "-mfma", "-DMIM4DD_ISA=avx2"]
+    subprocess.run(
+        [compiler, *options, "-c", ROOT / "csrc/cpu_images.cpp", "-o", tmp_path / "avx2.o"], check=True
+    )
+    listed = subprocess.run(["nm", "-C", tmp_path / "avx2.o"], capture_output=True, text=True, check=True)
+    weak = re.findall(r"^[0-9a-f]+ [uW] (.+)$", listed.stdout, re.MULTILINE)
+    assert weak
+    assert [name for name in weak if "mim4dd::avx2::" not in name] == []
 
 
 def test_cuda_kernels_compile_without_spills(tmp_path, record_property):

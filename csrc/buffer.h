@@ -1,0 +1,50 @@
+// Memory of the CPU kernel. Everything here and in the headers above it lies in a namespace of the instruction set
+// it is compiled for, and no function of the standard library is used: of an inline function that several sources
+// share, the linker keeps one copy, which might be one that an older machine cannot run.
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#include "augment.h"
+
+namespace mim4dd::MIM4DD_ISA {
+
+// Some plain numbers, zeros at first.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(size_t size) : size_(size), data_(static_cast<T*>(calloc(size, sizeof(T)))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { free(data_); }
+
+  T* data() const { return data_; }
+  T& operator[](size_t i) const { return data_[i]; }
+  void clear() {
+    for (size_t i = 0; i < size_; ++i) data_[i] = T{};
+  }
+
+ private:
+  const size_t size_;
+  T* const data_;
+};
+
+// One image, or the buffer of one: pointer and strides.
+template <typename T>
+struct View {
+  T* data;
+  int64_t channel, y, x;
+
+  T* row(int c, int at_y) const { return data + c * channel + at_y * y; }
+};
+
+// Numbers begin..end-1, of the rows or of the columns.
+struct Range {
+  int begin, end;
+
+  Range within(int size) const { return {clamp(begin, 0, size), clamp(end, 0, size)}; }
+};
+
+}  // namespace mim4dd

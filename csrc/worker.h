@@ -1,0 +1,224 @@
+// One thread's work on the CPU: images one after another, each in buffers that stay in the thread's cache.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "plane.h"
+
+namespace mim4dd::MIM4DD_ISA {
+
+template <typename In, typename Out, typename Acc>
+class Worker {
+ public:
+  explicit Worker(const Call& call)
+      : call_(call),
+        channels_(call.channels),
+        height_(call.height),
+        width_(call.width),
+        plane_(call.channels, call.height, call.width),
+        image_(static_cast<size_t>(call.channels * pixels())),
+        rows_(size_t{1} * call.channels * call.width),
+        buffer_{image_.data(), pixels(), width_, 1},
+        row_{rows_.data(), width_, 0, 1} {}
+
+  void run(int64_t image) {
+    Acc fields[kFields];
+    for (int field = 0; field < kFields; ++field) fields[field] = call_.fields[field].template at<Acc>(call_.row(image));
+    const Transform<Acc> t(call_, fields);
+    const Strides &in = call_.in_strides, &out = call_.out_strides;
+    in_ = {static_cast<const In*>(call_.in) + image * in.batch, in.channel, in.y, in.x};
+    out_ = {static_cast<Out*>(call_.out) + image * out.batch, out.channel, out.y, out.x};
+    if (std::is_same_v<In, Out> && !call_.mean && t.keeps_colour() && t.moves_whole_pixels())
+      move(t, in_, out_);
+    else
+      call_.adjoint ? backward(t) : forward(t);
+  }
+
+ private:
+  const Call& call_;
+  const int channels_, height_, width_;
+  Plane<Acc> plane_;
+  Buffer<Acc> image_, rows_;
+  const View<Acc> buffer_;  // all of the image, in image_
+  const View<Acc> row_;     // any one row of it, in rows_
+  View<const In> in_{};
+  View<Out> out_{};
+
+  int64_t pixels() const { return int64_t{1} * height_ * width_; }
+
+  void forward(const Transform<Acc>& t) {
+    load({0, height_}, buffer_);
+    colour(t);
+    if (t.moves_whole_pixels()) return move(t, buffer_, out_);
+    for (int y = 0; y < height_; ++y) plane_.set_row(y, buffer_);
+    for (int y = 0; y < height_; ++y) {
+      plane_.sample(t, y, row_);
+      store(row_, {y, y + 1});
+    }
+    blank(out_, {t.top, t.bottom + 1}, {t.left, t.right + 1});
+  }
+
+  void backward(const Transform<Acc>& t) {
+    if (t.moves_whole_pixels()) {
+      move(t, in_, buffer_);
+    } else {
+      plane_.clear();
+      for (int y = 0; y < height_; ++y) {
+        load({y, y + 1}, row_);
+        if (y >= t.top && y <= t.bottom) blank(row_, {0, 1}, {t.left, t.right + 1});
+        plane_.scatter(t, y, row_);
+      }
+      for (int y = 0; y < height_; ++y) plane_.get_row(y, buffer_);
+    }
+    colour(t);
+    store(buffer_, {0, height_});
+  }
+
+  // ------------------------------------------------------------------------------------------------ whole steps
+
+  // Whole steps, a mirror and the hole, or the inverse of these.
+  template <typename From, typename To>
+  void move(const Transform<Acc>& t, const View<From>& from, const View<To>& to) {
+    const bool mirrored = t.xx < 0;
+    int shift_y = static_cast<int>(clamp<Acc>(t.shift_y, -height_, height_));
+    int shift_x = static_cast<int>(clamp<Acc>(t.shift_x, -width_, width_));
+    Range hole_y{t.top, t.bottom + 1}, hole_x{t.left, t.right + 1};
+    if (call_.adjoint) {  // the hole lies in `from`
+      const int mirror = width_ - 1 + shift_x;
+      hole_y = {hole_y.begin + shift_y, hole_y.end + shift_y};
+      hole_x = mirrored ? Range{mirror - t.right, mirror - t.left + 1}
+                        : Range{hole_x.begin + shift_x, hole_x.end + shift_x};
+      shift_y = -shift_y;
+      if (!mirrored) shift_x = -shift_x;  // a mirror is its own inverse
+    }
+    const Range rows = Range{-shift_y, height_ - shift_y}.within(height_);
+    const Range columns = (mirrored ? Range{shift_x, width_ + shift_x} : Range{-shift_x, width_ - shift_x}).within(width_);
+    const bool dense = from.x == 1 && to.x == 1 && from.y == width_ && to.y == width_;
+    for (int c = 0; c < channels_ && columns.begin < columns.end; ++c) {
+      if (dense && !mirrored) {  // as one long row; what runs over at its ends is blanked below
+        const int64_t shift = int64_t{1} * shift_y * width_ + shift_x;
+        const int64_t begin = clamp<int64_t>(-shift, int64_t{1} * rows.begin * width_, pixels());
+        const int64_t end = clamp<int64_t>(pixels() - shift, 0, int64_t{1} * rows.end * width_);
+        if (begin < end) copy(from.row(c, 0) + begin + shift, 1, to.row(c, 0) + begin, 1, end - begin);
+        continue;
+      }
+      const int first = mirrored ? width_ - 1 + shift_x - columns.begin : columns.begin + shift_x;
+      for (int y = rows.begin; y < rows.end; ++y)
+        copy(from.row(c, y + shift_y) + first * from.x, mirrored ? -from.x : from.x,
+             to.row(c, y) + columns.begin * to.x, to.x, columns.end - columns.begin);
+    }
+    blank(to, {0, rows.begin}, {0, width_});
+    blank(to, {rows.end, height_}, {0, width_});
+    blank(to, rows, {0, columns.begin});
+    blank(to, rows, {columns.end, width_});
+    blank(to, hole_y, hole_x);
+  }
+
+  template <typename From, typename To>
+  static void copy(const From* from, int64_t from_step, To* __restrict to, int64_t to_step, int64_t count) {
+    if (from_step == 1 && to_step == 1) {
+      if constexpr (std::is_same_v<const From, const To>)
+        memcpy(to, from, count * sizeof(To));
+      else
+        for (int64_t x = 0; x < count; ++x) to[x] = static_cast<To>(from[x]);
+    } else if (from_step == -1 && to_step == 1) {
+      for (int64_t x = 0; x < count; ++x) to[x] = static_cast<To>(from[-x]);
+    } else {
+      for (int64_t x = 0; x < count; ++x) to[x * to_step] = static_cast<To>(from[x * from_step]);
+    }
+  }
+
+  template <typename To>
+  void blank(const View<To>& to, const Range& rows, const Range& columns) {
+    const Range ys = rows.within(height_), xs = columns.within(width_);
+    if (xs.begin >= xs.end) return;
+    for (int c = 0; c < channels_; ++c) {
+      for (int y = ys.begin; y < ys.end; ++y) {
+        To* row = to.row(c, y);
+        if (to.x == 1)
+          for (int x = xs.begin; x < xs.end; ++x) row[x] = 0;
+        else
+          for (int x = xs.begin; x < xs.end; ++x) row[x * to.x] = 0;
+      }
+    }
+  }
+
+  // ------------------------------------------------------------------------------- in and out of the buffers
+
+  // Some rows of the input, normalised.
+  void load(const Range& rows, const View<Acc>& to) {
+    for (int c = 0; c < channels_; ++c) {
+      const Affine<Acc> n = normalisation<Acc>(call_, c, std::is_same_v<In, uint8_t>);
+      convert(in_, to, rows, c, [n](In value) { return static_cast<Acc>(value) * n.scale + n.shift; });
+    }
+  }
+
+  void store(const View<Acc>& from, const Range& rows) {
+    for (int c = 0; c < channels_; ++c)
+      convert(from, out_, rows, c, [](Acc value) { return static_cast<Out>(value); });
+  }
+
+  // Channel c of some rows, as one long row where they lie so.
+  template <typename From, typename To, typename Function>
+  void convert(const View<From>& from, const View<To>& to, const Range& rows, int c, const Function& function) {
+    const bool dense = from.x == 1 && to.x == 1, joined = dense && from.y == width_ && to.y == width_;
+    const int64_t width = joined ? int64_t{1} * width_ * (rows.end - rows.begin) : width_;
+    const int end = joined ? rows.begin + 1 : rows.end;
+    for (int y = rows.begin; y < end; ++y) {
+      const From* source = from.row(c, y);
+      To* __restrict target = to.row(c, y);
+      if (dense)
+        for (int64_t x = 0; x < width; ++x) target[x] = function(source[x]);
+      else
+        for (int64_t x = 0; x < width; ++x) target[x * to.x] = function(source[x * from.x]);
+    }
+  }
+
+  // ------------------------------------------------------------------------------------- colour, in the buffer
+
+  void colour(const Transform<Acc>& t) {
+    if (t.keeps_colour()) return;
+    constexpr int kChunk = 1024;
+    const Acc constant = t.colour(0, 0, mean(t), 1), grey = t.grey / static_cast<Acc>(channels_);
+    Acc mixed[kChunk];
+    for (int64_t first = 0; first < pixels(); first += kChunk) {
+      const int count = static_cast<int>(pixels() - first < kChunk ? pixels() - first : kChunk);
+      for (int x = 0; x < count; ++x) mixed[x] = constant;
+      for (int c = 0; c < channels_ && grey != 0; ++c) {
+        const Acc* values = buffer_.row(c, 0) + first;
+        for (int x = 0; x < count; ++x) mixed[x] += grey * values[x];
+      }
+      for (int c = 0; c < channels_; ++c) {
+        Acc* __restrict values = buffer_.row(c, 0) + first;
+        for (int x = 0; x < count; ++x) values[x] = t.gain * values[x] + mixed[x];
+      }
+    }
+  }
+
+  // Of the buffer, where contrast mixes it in.
+  Acc mean(const Transform<Acc>& t) const {
+    if (t.level == 0) return 0;
+    constexpr int64_t kChunk = 4096;
+    const int64_t values = pixels() * channels_;
+    double total = 0;  // a float would lose digits over a large image
+    for (int64_t first = 0; first < values; first += kChunk)
+      total += static_cast<double>(sum(image_.data() + first, values - first < kChunk ? values - first : kChunk));
+    return static_cast<Acc>(total / static_cast<double>(values));
+  }
+
+  // Sixteen sums side by side, which the compiler keeps in vectors; the order never depends on threads.
+  static Acc sum(const Acc* values, int64_t count) {
+    constexpr int kLanes = 16;
+    Acc partial[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+      for (int k = 0; k < kLanes; ++k) partial[k] += values[i + k];
+    for (int k = 0; i < count; ++i, ++k) partial[k] += values[i];
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int k = 0; k < half; ++k) partial[k] += partial[k + half];
+    return partial[0];
+  }
+};
+
+}  // namespace mim4dd
