@@ -16,7 +16,7 @@ from .console import complain, with_accuracy
 from .data import load
 from .distill import DivergenceError
 from .errors import InputError
-from .experiment import Experiment
+from .experiment import Experiment, resolved
 from .files import atomic
 from .run import device_name, run, score_facts
 from .synthetic import SyntheticSet
@@ -76,7 +76,7 @@ class Cell:
         return run(Experiment.prepare(self.config, _load), self.folder)
 
     def _write(self, name: str, outcome: dict[str, Any]) -> dict[str, Any]:
-        outcome = {**outcome, "version": __version__, "config": to_json(self.config)}
+        outcome = {**outcome, "version": __version__, "config": to_json(resolved(self.config))}
         with atomic(self.folder / name) as temporary:
             temporary.write_text(json.dumps(outcome, indent=2))
         return outcome
@@ -139,7 +139,7 @@ def refuse_others(folder: Path, settings: dict[str, Any], config: Config) -> Non
     Raises:
         InputError: they are not; it names the first few that differ.
     """
-    there, here = _flat(settings), _flat(to_json(config))
+    there, here = _flat(settings), _flat(to_json(resolved(config)))
     default = _flat(to_json(Config()))  # for settings that came later than the file
     names = [name for name in {**here, **there} if there.get(name, default.get(name)) != here.get(name)]
     if names:

@@ -56,7 +56,7 @@ class Experiment:
             InputError: whatever is wrong with the data, the device, or the settings for these data.
         """
         device = pick_device(config.device)
-        config = dataclasses.replace(config, precision=precision.resolve(config.precision, device))
+        config = resolved(config)
         precision.allow_tf32(config.precision)
         train, test = load(config.data.dataset, config.data.data_dir, config.data.image_size)
         if config.data.validation:
@@ -289,6 +289,16 @@ def _layers(problem: Problem, config: Config) -> list[int]:
         return layer_indices(layers(config.mim), len(problem.network().feature_sizes))
     except ValueError as error:
         raise InputError(f"--mim-layers is {config.mim.mim_layers}; {error}") from error
+
+
+def resolved(config: Config) -> Config:
+    """Return the configuration with a precision in place of "auto".
+
+    Raises:
+        InputError: no such device here, or a precision that it lacks.
+    """
+    device = pick_device(config.device)
+    return dataclasses.replace(config, precision=precision.resolve(config.precision, device))
 
 
 def pick_device(name: str) -> torch.device:

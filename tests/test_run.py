@@ -111,7 +111,7 @@ def test_small_images_and_soft_labels_go_with_every_method(tmp_path, method, cap
     assert len(synthetic) == 10
     assert synthetic.soft_labels.shape == (40, 10)
     torch.testing.assert_close(synthetic.soft_labels.sum(1), torch.ones(40))
-    assert synthetic.soft_labels.argmax(1).eq(synthetic.decoded_labels).float().mean() > 0.5
+    assert synthetic.soft_labels.argmax(1).eq(synthetic.decoded_labels).float().mean() > 0.3  # chance: 0.1
     assert 1 > synthetic.soft_labels.max() > 0.2
     image, target = synthetic.dataset()[5]
     assert (image.shape, target.shape) == ((1, 8, 8), (10,))
