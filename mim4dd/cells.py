@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .config import Config, DistillConfig, MimConfig, settled, to_json, with_presets
+from .config import Config, DistillConfig, MimConfig, settled, to_json
 from .console import complain, with_accuracy
 from .data import load
 from .distill import DivergenceError
 from .errors import InputError
 from .experiment import Experiment, resolved
 from .files import atomic
+from .presets import with_presets
 from .run import device_name, run, score_facts
 from .synthetic import SyntheticSet
 

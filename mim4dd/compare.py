@@ -14,13 +14,14 @@ from typing import Any, Literal
 from . import comparison_report
 from .cells import BaselineCell, Cell, rehearse
 from .comparison import COLUMNS, REAL, Arm, rows
-from .config import Config, DistillConfig, EvalConfig, MimConfig, check, settled, to_json, with_presets
+from .config import Config, DistillConfig, EvalConfig, MimConfig, check, settled, to_json
 from .console import about, complain, console, guarded, print_table
 from .errors import InputError, unknown
 from .experiment import pick_device
 from .files import make_folder
 from .objectives import METHODS
 from .options import Hidden, plain, read
+from .presets import with_presets
 
 Key = tuple[Arm, int]  # an arm and a seed
 

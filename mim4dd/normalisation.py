@@ -36,7 +36,15 @@ def instance_norm(
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool, pool: int) -> Tensor:
     """What `instance_norm` promises, in torch's operators."""
-    out = F.group_norm(x, x.shape[1], weight, bias, eps)
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        # torch's own walks one channel at a time where channels come last: 10.3 ms against 0.6 ms for
+        # 32x64x16x16 on one core.
+        centred = x - x.mean((2, 3), keepdim=True)
+        variance = centred.square().mean((2, 3), keepdim=True)
+        scale = (variance + eps).rsqrt() * weight[:, None, None]
+        out = torch.addcmul(bias[:, None, None], centred, scale)
+    else:
+        out = F.group_norm(x, x.shape[1], weight, bias, eps)
     if relu:
         out = out.relu()
     return F.avg_pool2d(out, 2) if pool == 2 else out

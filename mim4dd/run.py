@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import __version__, report
-from .config import Config, check, settled, to_json, with_presets
+from .config import Config, check, settled, to_json
 from .console import (
     complain,
     console,
@@ -32,6 +32,7 @@ from .experiment import Experiment
 from .files import make_folder
 from .memory import GIB
 from .options import read
+from .presets import with_presets
 from .synthetic import SyntheticSet
 
 SAVE_EVERY = 60  # seconds between saves of a set in the making

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from .cells import Cell, rehearse
-from .config import Config, DataConfig, EvalConfig, MimConfig, check, to_json, with_presets
+from .config import Config, DataConfig, EvalConfig, MimConfig, check, to_json
 from .console import about, complain, console, guarded
 from .distill import DivergenceError
 from .errors import InputError
 from .experiment import pick_device
 from .files import make_folder
 from .options import Hidden, plain, read, recast
+from .presets import with_presets
 from .seeding import generator
 from .tune_report import Trial, describe, show, write
 

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from mim4dd import config
+from mim4dd import config, presets
 from mim4dd.augment import DSA
 from mim4dd.config import Config, DataConfig, DistillConfig, EvalConfig, MimConfig
 from mim4dd.errors import InputError
 
 
 def settings(**parts) -> Config:
-    return config.with_presets(Config(**parts))
+    return presets.with_presets(Config(**parts))
 
 
 def unsettled(value: Config) -> list[str]:
@@ -33,7 +33,7 @@ def test_given_settings_go_before_the_preset():
     given = settings(distill=DistillConfig(iterations=7), mim=MimConfig(mim_weight=0.0), quick=True)
     assert given.distill.iterations == 7
     assert given.mim.mim_weight == 0.0
-    assert given.distill.width == config.QUICK.width
+    assert given.distill.width == presets.QUICK.width
     paper = settings(preset="paper")
     assert (paper.distill.iterations, paper.distill.real_batch, paper.distill.width) == (20_000, 256, 128)
     assert paper.eval.eval_epochs == 1000
@@ -114,3 +114,15 @@ def test_bad_files_are_named(tmp_path, content, message):
 def test_impossible_settings_are_refused(parts, message):
     with pytest.raises(InputError, match=message):
         config.check(Config(**parts))
+
+
+def test_the_published_protocol_counts_updates_by_method():
+    """1,000 networks of gradient matching are as many times its outer steps in updates of the images."""
+
+    def iterations(method, ipc):
+        distill = config.DistillConfig(method=method, ipc=ipc)
+        return presets.with_presets(Config(distill=distill, preset="paper")).distill.iterations
+
+    assert [iterations("dm", ipc) for ipc in (1, 10)] == [20_000, 20_000]
+    assert [iterations("dsa", ipc) for ipc in (1, 10, 50)] == [1000, 10_000, 50_000]
+    assert iterations("mtt", 10) == 5000

@@ -9,7 +9,7 @@ from .base import Matched, Objective, Problem
 from .characteristic import CharacteristicMatching, characteristic_distance
 from .distribution import DistributionMatching, distribution_distance
 from .estimate import mutual_information_estimate
-from .gradient import GradientMatching, gradient_distance
+from .gradient import GradientMatching, gradient_distance, loops
 from .mutual_information import MutualInformation
 from .trajectory import TrajectoryConfig, TrajectoryMatching, train_experts, trajectory_distance
 
@@ -42,6 +42,7 @@ class Method:
         image_lr: learning rate of the images.
         augmented: whether it augments them.
         learns_targets: whether its loss depends on the images' targets, so that soft labels can be learned.
+        iterations: updates of the images at an IPC, in the published protocol.
         mim_weights: default weight of the mutual-information term from each IPC on.
         prepare: does what takes long before the first match, if anything does and it is not done already;
             yields (steps done, steps in all).
@@ -51,6 +52,7 @@ class Method:
     image_lr: float
     augmented: bool
     learns_targets: bool
+    iterations: Callable[[int], int]
     mim_weights: Mapping[int, float]
     prepare: Callable[[Problem], Iterator[tuple[int, int]]] = lambda _: iter(())
 
@@ -59,17 +61,44 @@ class Method:
 # pulls the images of a class together. For the others none has been tried enough yet.
 METHODS = {
     "dm": Method(
-        DistributionMatching, 1.0, augmented=True, learns_targets=False, mim_weights={1: 100.0, 10: 1.0}
+        DistributionMatching,
+        image_lr=1.0,
+        augmented=True,
+        learns_targets=False,
+        iterations=lambda _: 20_000,
+        mim_weights={1: 100.0, 10: 1.0},
     ),
-    "dc": Method(GradientMatching, 0.1, augmented=False, learns_targets=True, mim_weights={1: 0.0}),
-    "mtt": Method(
-        TrajectoryMatching,
-        100.0,
+    "dc": Method(
+        GradientMatching,
+        image_lr=0.1,
+        augmented=False,
+        learns_targets=True,
+        iterations=lambda ipc: 1000 * loops(ipc)[0],  # 1,000 networks
+        mim_weights={1: 0.0},
+    ),
+    "dsa": Method(
+        GradientMatching,
+        image_lr=0.1,
         augmented=True,
         learns_targets=True,
+        iterations=lambda ipc: 1000 * loops(ipc)[0],
+        mim_weights={1: 0.0},
+    ),
+    "mtt": Method(
+        TrajectoryMatching,
+        image_lr=100.0,
+        augmented=True,
+        learns_targets=True,
+        iterations=lambda _: 5000,
         mim_weights={1: 0.0},
         prepare=train_experts,
     ),
-    "dsa": Method(GradientMatching, 0.1, augmented=True, learns_targets=True, mim_weights={1: 0.0}),
-    "ncfm": Method(CharacteristicMatching, 0.1, augmented=True, learns_targets=False, mim_weights={1: 0.0}),
+    "ncfm": Method(
+        CharacteristicMatching,
+        image_lr=0.1,
+        augmented=True,
+        learns_targets=False,
+        iterations=lambda _: 20_000,
+        mim_weights={1: 0.0},
+    ),
 }
