@@ -9,7 +9,7 @@ from torch import Tensor
 from ..reference import unit_rows
 from ..seeding import generator
 from .base import Problem
-from .distribution import DistributionMatching
+from .distribution import DistributionMatching, check_labels
 
 NUM_FREQUENCIES = 1024  # published: 4096, on CPU a third slower and in short runs no more accurate
 SCALE = 300.0  # of the loss, as published
@@ -57,12 +57,7 @@ def characteristic_distance(
             f"mim4dd.characteristic_distance: real_features have width {widths[0]}, synthetic_features "
             f"{widths[1]} and frequencies is {list(frequencies.shape)}; expected one width for all three"
         )
-    for name, rows, labels in (("real", real, real_labels), ("synthetic", synthetic, synthetic_labels)):
-        if labels.shape != rows.shape[:1]:
-            raise ValueError(
-                f"mim4dd.characteristic_distance: {name}_labels is {list(labels.shape)}, expected "
-                f"[{len(rows)}]"
-            )
+    check_labels("characteristic_distance", real, synthetic, real_labels, synthetic_labels)
     if not len(real) or not len(synthetic):
         return synthetic.sum() * 0
     if num_classes is None:

@@ -40,11 +40,7 @@ def distribution_distance(
             f"mim4dd.distribution_distance: real_features have width {real.shape[1]} and synthetic_features "
             f"{synthetic.shape[1]}; take both from the same layer"
         )
-    for name, rows, labels in (("real", real, real_labels), ("synthetic", synthetic, synthetic_labels)):
-        if labels.shape != rows.shape[:1]:
-            raise ValueError(
-                f"mim4dd.distribution_distance: {name}_labels is {list(labels.shape)}, expected [{len(rows)}]"
-            )
+    check_labels("distribution_distance", real, synthetic, real_labels, synthetic_labels)
     if not len(real) or not len(synthetic):
         return synthetic.sum() * 0
     # One-hot products rather than scattered sums: deterministic on every device.
@@ -59,6 +55,21 @@ def distribution_distance(
         difference = difference + sign * (membership.T @ rows) / counts.clamp_min(1)[:, None]
     assert isinstance(difference, Tensor)
     return torch.where(present, difference.square().sum(1), 0).sum()
+
+
+def check_labels(
+    function: str, real: Tensor, synthetic: Tensor, real_labels: Tensor, synthetic_labels: Tensor
+) -> None:
+    """Check that there is one label per row of features.
+
+    Raises:
+        ValueError: there is not; it names the public function and the argument.
+    """
+    for name, rows, labels in (("real", real, real_labels), ("synthetic", synthetic, synthetic_labels)):
+        if labels.shape != rows.shape[:1]:
+            raise ValueError(
+                f"mim4dd.{function}: {name}_labels is {list(labels.shape)}, expected [{len(rows)}]"
+            )
 
 
 class DistributionMatching(Objective):
