@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,19 @@ class Recipe:
         """Batches between two snapshots."""
         return self.config.expert_batches or math.ceil(len(self.real) / BATCH)
 
+    @cached_property
+    def data(self) -> str:
+        """A fingerprint of the real images."""
+        return _fingerprint(self.real)
+
     def facts(self) -> dict[str, Any]:
         """What must agree for experts to be the same; JSON-able."""
         return {
             "format": FORMAT,
-            "data": _fingerprint(self.real),
+            "data": self.data,
             "architecture": self.architecture,
             "width": self.width,
+            "precision": self.network.precision,
             "weights": self.shapes,
             "augmentation": self.augmentation,
             "num_experts": self.config.num_experts,

@@ -64,9 +64,11 @@ def problem(m, n, widths, dtype=torch.float32, label_dtype=torch.int64, classes=
 
 
 def agree(actual, expected, tolerance):
-    # Beside the largest value 0.1: with one feature, or one pair, the true gradient is 0.
+    # Where the true gradient is 0, as with one feature or one pair, what is left is the rounding of terms
+    # that cancel, which are as large as 1 / (temperature * norm).
     assert actual.shape == expected.shape
-    error = (actual.double() - expected).abs().max() / (expected.abs().max() + 0.1)
+    largest = expected.abs().max()
+    error = (actual.double() - expected).abs().max() / (largest + (0.01 if largest > 1e-9 else 0.1))
     assert error <= tolerance, f"relative error {error:.2e}"
 
 
@@ -204,9 +206,11 @@ def test_autotune_keeps_its_choice_on_disk(path, monkeypatch, tmp_path):
 
 
 def test_a_small_device_gets_a_small_tile():
-    for table in launch.TABLES.values():
+    for name, table in launch.TABLES.items():
         for precision, tiles in table.items():
-            assert tiles[-1].shared(2 if precision == "half" else 4) <= 64 * 1024
+            # The narrow path keeps whole rows of 128 numbers, of four bytes each in TF32.
+            room = 64 if "NARROW_128" in name and precision == "tf32" else 48
+            assert tiles[-1].shared(2 if precision == "half" else 4) <= room * 1024
 
 
 # ----------------------------------------------------------------------------- through the public functions

@@ -111,7 +111,9 @@ def test_small_images_and_soft_labels_go_with_every_method(tmp_path, method, cap
     assert len(synthetic) == 10
     assert synthetic.soft_labels.shape == (40, 10)
     torch.testing.assert_close(synthetic.soft_labels.sum(1), torch.ones(40))
-    assert synthetic.soft_labels.argmax(1).eq(synthetic.decoded_labels).float().mean() > 0.3  # chance: 0.1
+    # Those of the start are of real images; a teacher that sees the end sees three steps of noise.
+    least = 0.7 if METHODS[method].learns_targets else 0.3
+    assert synthetic.soft_labels.argmax(1).eq(synthetic.decoded_labels).float().mean() > least
     assert 1 > synthetic.soft_labels.max() > 0.2
     image, target = synthetic.dataset()[5]
     assert (image.shape, target.shape) == ((1, 8, 8), (10,))

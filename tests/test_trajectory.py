@@ -88,6 +88,8 @@ def test_experts_are_found_again_and_training_goes_on_where_it_was_cut_off(probl
     assert list(train_experts(other_seed)) == [], "runs of every seed share them"
     other_width = dataclasses.replace(problem, width=4)
     assert list(train_experts(other_width)), "another network has its own"
+    rounded = dataclasses.replace(problem, precision="bf16")
+    assert recipe(rounded).path() != recipe(problem).path(), "and so has another precision"
 
 
 def test_an_experts_file_that_does_not_fit_is_refused(problem, tmp_path):
