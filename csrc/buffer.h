@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 #include "augment.h"
@@ -22,9 +23,7 @@ class Buffer {
 
   T* data() const { return data_; }
   T& operator[](size_t i) const { return data_[i]; }
-  void clear() {
-    for (size_t i = 0; i < size_; ++i) data_[i] = T{};
-  }
+  void clear() { memset(data_, 0, size_ * sizeof(T)); }
 
  private:
   const size_t size_;
@@ -38,13 +37,16 @@ struct View {
   int64_t channel, y, x;
 
   T* row(int c, int at_y) const { return data + c * channel + at_y * y; }
+  View from(int first) const { return {row(0, first), channel, y, x}; }  // without the rows before
 };
 
 // Numbers begin..end-1, of the rows or of the columns.
 struct Range {
   int begin, end;
 
-  Range within(int size) const { return {clamp(begin, 0, size), clamp(end, 0, size)}; }
+  Range within(const Range& r) const { return {clamp(begin, r.begin, r.end), clamp(end, r.begin, r.end)}; }
+  Range within(int size) const { return within(Range{0, size}); }
+  int size() const { return end - begin; }
 };
 
 }  // namespace mim4dd

@@ -86,8 +86,10 @@ void set_normalisation(Call& call, const Tensor& images, const std::optional<Ten
 void check_values(const Call& call) {
   size_t name = 0;
   for (int field = 0; field < mim4dd::kFields; ++field) {
-    for (int64_t row = 0; row < call.num_rows; ++row)
-      require(std::isfinite(call.fields[field].at<float>(row)), "params.", kNames[name], " is not finite in row ", row);
+    const Column& column = call.fields[field];
+    const bool floating = column.kind == Kind::kFloat || column.kind == Kind::kDouble;
+    for (int64_t row = 0; floating && row < call.num_rows; ++row)
+      require(std::isfinite(column.at<float>(row)), "params.", kNames[name], " is not finite in row ", row);
     name += field < mim4dd::kTop || field >= mim4dd::kRight;
   }
   for (int64_t image = 0; image < call.batch; ++image)

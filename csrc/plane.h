@@ -1,153 +1,240 @@
-// Bilinear sampling on the CPU, and its adjoint: an image as planes of four channels side by side with a border of
-// zeros. A sample is then four short vector loads with no test for the edges, and the adjoint adds into the same
-// four places. That needs no atomics, since an image belongs to one thread; an adjoint that gathers would visit
-// nine candidates a pixel instead.
+// Bilinear sampling on the CPU, and its adjoint, of an image as planes of four channels side by side with a border
+// of zeros, so that a tap is one short vector and needs no test for the edges. A strip of rows is worked on at a
+// time: long enough for the loops to run at speed, short enough for the cache.
 #pragma once
+
+#include <cstring>
+#include <type_traits>
 
 #include "buffer.h"
 
 namespace mim4dd::MIM4DD_ISA {
 
-// Four numbers in vector registers of whatever width the target has (GCC and Clang).
+// The compiler must see that a count is four, to keep such in registers.
+#define MIM4DD_ALWAYS __attribute__((always_inline))
+#define MIM4DD_INLINE inline MIM4DD_ALWAYS
+
+// Before version 12, GCC shuffles by another name, and only between vectors of one length.
+#if defined(__clang__) || __GNUC__ >= 12
+#define MIM4DD_SHUFFLES 1
+#else
+#define MIM4DD_SHUFFLES 0
+#endif
+
+// Four numbers, and eight, in vector registers of whatever width the target has (GCC and Clang).
 template <typename Acc>
-struct QuadOf {
-  typedef Acc type __attribute__((vector_size(4 * sizeof(Acc)), aligned(16)));
+struct Vectors {
+  typedef Acc Quad __attribute__((vector_size(4 * sizeof(Acc)), aligned(sizeof(Acc)), may_alias));
+  typedef Acc Pair __attribute__((vector_size(8 * sizeof(Acc)), aligned(sizeof(Acc)), may_alias));
+  typedef std::conditional_t<sizeof(Acc) == 4, int32_t, int64_t> Indices __attribute__((vector_size(4 * sizeof(Acc))));
 };
+
+// Four by four numbers: the four channels of four pixels, or its transpose, four pixels of each of four channels.
+template <typename Acc>
+struct Block {
+  using Quad = typename Vectors<Acc>::Quad;
+  using Pair = typename Vectors<Acc>::Pair;
+  Quad row[4];
+
+  MIM4DD_INLINE Block transposed() const {
+    Quad a = low(row[0], row[2]), b = low(row[1], row[3]), c = high(row[0], row[2]), d = high(row[1], row[3]);
+    return {{low(a, b), high(a, b), low(c, d), high(c, d)}};
+  }
+
+  MIM4DD_INLINE static Pair twice(const Quad& q) {
+#if MIM4DD_SHUFFLES
+    return __builtin_shufflevector(q, q, 0, 1, 2, 3, 0, 1, 2, 3);
+#else
+    return Pair{q[0], q[1], q[2], q[3], q[0], q[1], q[2], q[3]};
+#endif
+  }
+
+ private:
+  // The lower, the upper halves of two vectors in turns.
+#if MIM4DD_SHUFFLES
+  MIM4DD_INLINE static Quad low(const Quad& p, const Quad& q) { return __builtin_shufflevector(p, q, 0, 4, 1, 5); }
+  MIM4DD_INLINE static Quad high(const Quad& p, const Quad& q) { return __builtin_shufflevector(p, q, 2, 6, 3, 7); }
+#else
+  using Indices = typename Vectors<Acc>::Indices;
+  MIM4DD_INLINE static Quad low(const Quad& p, const Quad& q) { return __builtin_shuffle(p, q, Indices{0, 4, 1, 5}); }
+  MIM4DD_INLINE static Quad high(const Quad& p, const Quad& q) { return __builtin_shuffle(p, q, Indices{2, 6, 3, 7}); }
+#endif
+};
+
+// step(i, 4) for every four of `count`, and step(i, few) for those that are left.
+template <typename Step>
+MIM4DD_INLINE void by_fours(int count, const Step& step) {
+  int i = 0;
+  for (; i + 4 <= count; i += 4) step(i, 4);
+  if (i < count) step(i, count - i);
+}
 
 template <typename Acc>
 class Plane {
-  using Quad = typename QuadOf<Acc>::type;
+  using Quad = typename Vectors<Acc>::Quad;
+  using Pair = typename Vectors<Acc>::Pair;
+
+  // Rows of four channels that lie apart.
+  template <typename T>
+  struct Rows {
+    T* channel[4];
+
+    // Up to four pixels of each.
+    MIM4DD_INLINE Block<Acc> load(int x, int count) const {
+      Block<Acc> block;
+      for (int c = 0; c < 4; ++c) {
+        if (count == 4)
+          block.row[c] = *reinterpret_cast<const Quad*>(channel[c] + x);
+        else
+          memcpy(&block.row[c], channel[c] + x, count * sizeof(Acc));
+      }
+      return block;
+    }
+
+    MIM4DD_INLINE void store(const Block<Acc>& block, int x, int count) const {
+      for (int c = 0; c < 4; ++c) {
+        if (count == 4)
+          *reinterpret_cast<Quad*>(channel[c] + x) = block.row[c];
+        else
+          memcpy(channel[c] + x, &block.row[c], count * sizeof(Acc));
+      }
+    }
+  };
 
  public:
-  Plane(int channels, int height, int width)
+  // Rows of a strip.
+  static int strip(int height, int width) { return clamp(1024 / width, 1, height); }
+
+  Plane(int channels, int height, int width, bool adjoint)
       : channels_(channels),
         height_(height),
         width_(width),
-        quads_(size_t{4} * groups() * (height + 3) * stride()),
-        row_(size_t{4} * width),
-        spare_(width),
-        offset_(width),
-        fraction_y_(width),
-        fraction_x_(width) {}
+        place_(adjoint ? 8 : 4),
+        places_(size_t{1} * place_ * groups() * (height + 3) * stride()),
+        spare_(size_t{1} * strip(height, width) * width),
+        offset_(size_t{1} * strip(height, width) * width),
+        fraction_y_(size_t{1} * strip(height, width) * width),
+        fraction_x_(size_t{1} * strip(height, width) * width) {}
 
-  void clear() { quads_.clear(); }
-
-  // Row y of the image, from and to rows of a channel each.
-  void set_row(int y, const View<Acc>& image) {
-    for (int group = 0; group < groups(); ++group) interleave(rows(image, y, group), at(group, y + 1, 1));
-  }
-
-  void get_row(int y, const View<Acc>& image) {
-    for (int group = 0; group < groups(); ++group) separate(at(group, y + 1, 1), rows(image, y, group));
-  }
-
-  // Row y of the transformed image.
-  void sample(const Transform<Acc>& t, int y, const View<Acc>& result) {
-    find_taps(t, y);
+  // The image to sample. The rows of a channel follow one another in memory, in all images here.
+  void set(const View<const Acc>& image) {
     for (int group = 0; group < groups(); ++group) {
-      sample_row(at(group, 0, 0), row());
-      separate(row(), rows(result, y, group));
+      for (int y = 0; y < height_; ++y) {
+        const Rows<const Acc> from = rows(image, y, group);
+        Quad* to = reinterpret_cast<Quad*>(at(group, y + 1, 1));
+        by_fours(width_, [=](int x, int count) MIM4DD_ALWAYS {
+          const Block<Acc> pixels = from.load(x, count).transposed();
+          for (int k = 0; k < count; ++k) to[x + k] = pixels.row[k];
+        });
+      }
     }
   }
 
-  // The adjoint of `sample`: adds what row y of the gradient gives to the image.
-  void scatter(const Transform<Acc>& t, int y, const View<Acc>& gradient) {
-    find_taps(t, y);
+  // Some rows of the transformed image.
+  void sample(const Transform<Acc>& t, const Range& strip, const View<Acc>& result) {
+    find_taps(t, strip);
+    for (int group = 0; group < groups(); ++group) sample(at(group, 0, 0), strip.size() * width_, rows(result, 0, group));
+  }
+
+  void clear() { places_.clear(); }
+
+  // The adjoint of `sample`: adds what some rows of the gradient give to the image.
+  void scatter(const Transform<Acc>& t, const Range& strip, const View<const Acc>& gradient) {
+    find_taps(t, strip);
+    for (int group = 0; group < groups(); ++group)
+      scatter(at(group, 0, 0), strip.size() * width_, rows(gradient, 0, group));
+  }
+
+  // What was added.
+  void get(const View<Acc>& image) {
     for (int group = 0; group < groups(); ++group) {
-      interleave(rows(gradient, y, group), row());
-      scatter_row(row(), at(group, 0, 0));
+      for (int y = 0; y < height_; ++y) {
+        const Quad* left = reinterpret_cast<const Quad*>(at(group, y + 1, 1));
+        const Quad* right = reinterpret_cast<const Quad*>(at(group, y + 1, 0)) + 1;
+        const Rows<Acc> to = rows(image, y, group);
+        by_fours(width_, [=](int x, int count) MIM4DD_ALWAYS {
+          Block<Acc> pixels;
+          for (int k = 0; k < count; ++k) pixels.row[k] = left[2 * (x + k)] + right[2 * (x + k)];
+          to.store(pixels.transposed(), x, count);
+        });
+      }
     }
   }
 
  private:
-  const int channels_, height_, width_;
-  Buffer<Acc> quads_;  // [groups, height + 3, width + 3, 4]
-  Buffer<Acc> row_;    // [width, 4], one row of one group
-  Buffer<Acc> spare_;  // stands for the channels beyond the last: all zeros, and stays so
-  // The taps of one row, see `taps`: where the upper left one lies, the weights of the lower and the right ones.
+  const int channels_, height_, width_, place_;
+  // [groups, height + 3, width + 3, place]: a place holds the four channels of a pixel. In the adjoint it holds two
+  // such: what was added to the left taps that lie here, and to the right taps beside them. So neighbours, which
+  // share a tap, never wait for one another's addition to the same memory.
+  Buffer<Acc> places_;
+  Buffer<Acc> spare_;  // stands for the channels beyond the last: all zeros where it is read
+  // The taps of a strip, see `taps`: where the upper left one lies, the weights of the lower and the right ones.
   Buffer<int32_t> offset_;
   Buffer<Acc> fraction_y_, fraction_x_;
 
   int groups() const { return (channels_ + 3) / 4; }
   int stride() const { return width_ + 3; }
-  Quad* row() { return reinterpret_cast<Quad*>(row_.data()); }
-  Quad* at(int group, int y, int x) {
-    return reinterpret_cast<Quad*>(quads_.data()) + (size_t{1} * group * (height_ + 3) + y) * stride() + x;
+  Acc* at(int group, int y, int x) const {
+    return places_.data() + place_ * ((size_t{1} * group * (height_ + 3) + y) * stride() + x);
   }
 
-  void find_taps(const Transform<Acc>& t, int y) {
-    int32_t* __restrict offset = offset_.data();
-    Acc *__restrict fraction_y = fraction_y_.data(), *__restrict fraction_x = fraction_x_.data();
-    const int height = height_, width = width_;
-    for (int x = 0; x < width; ++x) {
-      const Point<Acc> source = t.source(y, x);
-      const Taps<Acc> v = taps(source.y, height), h = taps(source.x, width);
-      offset[x] = v.low * (width + 3) + h.low;
-      fraction_y[x] = v.fraction;
-      fraction_x[x] = h.fraction;
-    }
-  }
-
-  void sample_row(const Quad* image, Quad* __restrict result) const {
-    const int32_t* offset = offset_.data();
-    const Acc *fraction_y = fraction_y_.data(), *fraction_x = fraction_x_.data();
-    const int64_t below = stride();
-    for (int x = 0; x < width_; ++x) {
-      const Quad *upper = image + offset[x], *lower = upper + below;
-      const Acc fy = fraction_y[x], fx = fraction_x[x];
-      const Quad top = upper[0] + fx * (upper[1] - upper[0]), bottom = lower[0] + fx * (lower[1] - lower[0]);
-      result[x] = top + fy * (bottom - top);
-    }
-  }
-
-  void scatter_row(const Quad* gradient, Quad* __restrict image) const {
-    constexpr int kApart = 8;  // neighbours add into the same place, and would wait for one another
-    const int32_t* offset = offset_.data();
-    const Acc *fraction_y = fraction_y_.data(), *fraction_x = fraction_x_.data();
-    const int64_t below = stride();
-    for (int first = 0; first < kApart; ++first) {
-      for (int x = first; x < width_; x += kApart) {
-        Quad *upper = image + offset[x], *lower = upper + below;
-        const Acc fy = fraction_y[x], fx = fraction_x[x];
-        const Quad bottom = fy * gradient[x], top = gradient[x] - bottom;
-        const Quad top_right = fx * top, bottom_right = fx * bottom;
-        upper[0] += top - top_right;
-        upper[1] += top_right;
-        lower[0] += bottom - bottom_right;
-        lower[1] += bottom_right;
-      }
-    }
-  }
-
-  struct Rows {
-    Acc *a, *b, *c, *d;
-  };
-
-  Rows rows(const View<Acc>& image, int y, int group) {
+  template <typename T>
+  Rows<T> rows(const View<T>& image, int y, int group) const {
     const auto row = [&](int c) { return c < channels_ ? image.row(c, y) : spare_.data(); };
-    return {row(4 * group), row(4 * group + 1), row(4 * group + 2), row(4 * group + 3)};
+    return {{row(4 * group), row(4 * group + 1), row(4 * group + 2), row(4 * group + 3)}};
   }
 
-  void interleave(const Rows& from, Quad* quads) const {
-    const Acc *a = from.a, *b = from.b, *c = from.c, *d = from.d;
-    Acc* __restrict to = reinterpret_cast<Acc*>(quads);
-    for (int x = 0; x < width_; ++x) {
-      to[4 * x] = a[x];
-      to[4 * x + 1] = b[x];
-      to[4 * x + 2] = c[x];
-      to[4 * x + 3] = d[x];
+  // Those of the hole lie in the border, where there are zeros to read, and nobody looks at what is added.
+  void find_taps(const Transform<Acc>& t, const Range& strip) {
+    const int height = height_, width = width_;
+    for (int y = strip.begin; y < strip.end; ++y) {
+      const int first = (y - strip.begin) * width;
+      int32_t* __restrict offset = offset_.data() + first;
+      Acc *__restrict fraction_y = fraction_y_.data() + first, *__restrict fraction_x = fraction_x_.data() + first;
+      for (int x = 0; x < width; ++x) {
+        const Point<Acc> source = t.source(y, x);
+        const Taps<Acc> v = taps(source.y, height), h = taps(source.x, width);
+        offset[x] = v.low * (width + 3) + h.low;
+        fraction_y[x] = v.fraction;
+        fraction_x[x] = h.fraction;
+      }
+      if (y >= t.top && y <= t.bottom)
+        for (int x = t.left; x <= t.right; ++x) offset[x] = (height + 1) * (width + 3);
     }
   }
 
-  void separate(const Quad* quads, const Rows& to) const {
-    const Acc* from = reinterpret_cast<const Acc*>(quads);
-    Acc *__restrict a = to.a, *__restrict b = to.b, *__restrict c = to.c, *__restrict d = to.d;
-    for (int x = 0; x < width_; ++x) {
-      a[x] = from[4 * x];
-      b[x] = from[4 * x + 1];
-      c[x] = from[4 * x + 2];
-      d[x] = from[4 * x + 3];
-    }
+  void sample(const Acc* image, int count, const Rows<Acc>& result) const {
+    const int32_t* offset = offset_.data();
+    const Acc *fraction_y = fraction_y_.data(), *fraction_x = fraction_x_.data();
+    const int64_t below = 4 * stride();
+    by_fours(count, [=](int i, int few) MIM4DD_ALWAYS {
+      Block<Acc> pixels;
+      for (int k = 0; k < few; ++k) {
+        const Acc* tap = image + int64_t{4} * offset[i + k];
+        const Pair upper = *reinterpret_cast<const Pair*>(tap), lower = *reinterpret_cast<const Pair*>(tap + below);
+        const Pair mixed = upper + fraction_y[i + k] * (lower - upper);
+        const Quad left{mixed[0], mixed[1], mixed[2], mixed[3]}, right{mixed[4], mixed[5], mixed[6], mixed[7]};
+        pixels.row[k] = left + fraction_x[i + k] * (right - left);
+      }
+      result.store(pixels.transposed(), i, few);
+    });
+  }
+
+  void scatter(Acc* image, int count, const Rows<const Acc>& gradient) const {
+    const int32_t* offset = offset_.data();
+    const Acc *fraction_y = fraction_y_.data(), *fraction_x = fraction_x_.data();
+    const int64_t below = 8 * stride();
+    const Pair left{1, 1, 1, 1}, to_the_right{-1, -1, -1, -1, 1, 1, 1, 1};
+    by_fours(count, [=](int i, int few) MIM4DD_ALWAYS {
+      const Block<Acc> pixels = gradient.load(i, few).transposed();
+      for (int k = 0; k < few; ++k) {
+        Acc* tap = image + int64_t{8} * offset[i + k];
+        const Pair mixed = Block<Acc>::twice(pixels.row[k]) * (left + fraction_x[i + k] * to_the_right);
+        const Pair lower = fraction_y[i + k] * mixed;
+        *reinterpret_cast<Pair*>(tap) += mixed - lower;
+        *reinterpret_cast<Pair*>(tap + below) += lower;
+      }
+    });
   }
 };
 

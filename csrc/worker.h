@@ -16,11 +16,12 @@ class Worker {
         channels_(call.channels),
         height_(call.height),
         width_(call.width),
-        plane_(call.channels, call.height, call.width),
+        strip_(Plane<Acc>::strip(call.height, call.width)),
+        plane_(call.channels, call.height, call.width, call.adjoint),
         image_(static_cast<size_t>(call.channels * pixels())),
-        rows_(size_t{1} * call.channels * call.width),
+        rows_(size_t{1} * call.channels * strip_ * call.width),
         buffer_{image_.data(), pixels(), width_, 1},
-        row_{rows_.data(), width_, 0, 1} {}
+        some_rows_{rows_.data(), int64_t{1} * strip_ * width_, width_, 1} {}
 
   void run(int64_t image) {
     Acc fields[kFields];
@@ -37,42 +38,64 @@ class Worker {
 
  private:
   const Call& call_;
-  const int channels_, height_, width_;
+  const int channels_, height_, width_, strip_;
   Plane<Acc> plane_;
   Buffer<Acc> image_, rows_;
-  const View<Acc> buffer_;  // all of the image, in image_
-  const View<Acc> row_;     // any one row of it, in rows_
+  const View<Acc> buffer_;     // all of the image, in image_
+  const View<Acc> some_rows_;  // a strip of it, in rows_
   View<const In> in_{};
   View<Out> out_{};
 
   int64_t pixels() const { return int64_t{1} * height_ * width_; }
 
   void forward(const Transform<Acc>& t) {
-    load({0, height_}, buffer_);
-    colour(t);
-    if (t.moves_whole_pixels()) return move(t, buffer_, out_);
-    for (int y = 0; y < height_; ++y) plane_.set_row(y, buffer_);
-    for (int y = 0; y < height_; ++y) {
-      plane_.sample(t, y, row_);
-      store(row_, {y, y + 1});
+    const bool as_it_is = !call_.mean && t.keeps_colour();
+    const View<const Acc> image = as_it_is ? in_place(in_, buffer_) : constant(buffer_);
+    if (image.data == buffer_.data) {
+      load(in_, height_, buffer_);
+      colour(t);
+      if (t.moves_whole_pixels()) return move(t, buffer_, out_);
     }
-    blank(out_, {t.top, t.bottom + 1}, {t.left, t.right + 1});
+    plane_.set(image);
+    for (int y = 0; y < height_; y += strip_) {
+      const Range rows = Range{y, y + strip_}.within(height_);
+      const View<Out> target = out_.from(y);
+      const View<Acc> result = in_place(target, some_rows_);
+      plane_.sample(t, rows, result);
+      if (result.data == some_rows_.data) store(some_rows_, rows.size(), target);
+    }
   }
 
   void backward(const Transform<Acc>& t) {
+    const View<Acc> image = t.keeps_colour() ? in_place(out_, buffer_) : buffer_;
     if (t.moves_whole_pixels()) {
-      move(t, in_, buffer_);
+      move(t, in_, image);
     } else {
       plane_.clear();
-      for (int y = 0; y < height_; ++y) {
-        load({y, y + 1}, row_);
-        if (y >= t.top && y <= t.bottom) blank(row_, {0, 1}, {t.left, t.right + 1});
-        plane_.scatter(t, y, row_);
+      for (int y = 0; y < height_; y += strip_) {
+        const Range rows = Range{y, y + strip_}.within(height_);
+        const View<const In> source = in_.from(y);
+        const View<const Acc> gradient = in_place(source, some_rows_);
+        if (gradient.data == some_rows_.data) load(source, rows.size(), some_rows_);
+        plane_.scatter(t, rows, gradient);
       }
-      for (int y = 0; y < height_; ++y) plane_.get_row(y, buffer_);
+      plane_.get(image);
     }
+    if (image.data != buffer_.data) return;
     colour(t);
-    store(buffer_, {0, height_});
+    store(buffer_, height_, out_);
+  }
+
+  // The given rows, where they can be worked on where they lie, else the buffer for them.
+  static View<const Acc> constant(const View<Acc>& view) { return {view.data, view.channel, view.y, view.x}; }
+
+  template <typename T>
+  auto in_place(const View<T>& view, const View<Acc>& buffer) const {
+    using Value = std::conditional_t<std::is_const_v<T>, const Acc, Acc>;
+    View<Value> result{buffer.data, buffer.channel, buffer.y, buffer.x};
+    if constexpr (std::is_same_v<T, Value>)
+      if (view.x == 1 && view.y == width_) result = view;
+    return result;
   }
 
   // ------------------------------------------------------------------------------------------------ whole steps
@@ -146,26 +169,25 @@ class Worker {
 
   // ------------------------------------------------------------------------------- in and out of the buffers
 
-  // Some rows of the input, normalised.
-  void load(const Range& rows, const View<Acc>& to) {
+  // The first rows of some input, normalised.
+  void load(const View<const In>& from, int rows, const View<Acc>& to) {
     for (int c = 0; c < channels_; ++c) {
       const Affine<Acc> n = normalisation<Acc>(call_, c, std::is_same_v<In, uint8_t>);
-      convert(in_, to, rows, c, [n](In value) { return static_cast<Acc>(value) * n.scale + n.shift; });
+      convert(from, to, rows, c, [n](In value) { return static_cast<Acc>(value) * n.scale + n.shift; });
     }
   }
 
-  void store(const View<Acc>& from, const Range& rows) {
+  void store(const View<Acc>& from, int rows, const View<Out>& to) {
     for (int c = 0; c < channels_; ++c)
-      convert(from, out_, rows, c, [](Acc value) { return static_cast<Out>(value); });
+      convert(from, to, rows, c, [](Acc value) { return static_cast<Out>(value); });
   }
 
-  // Channel c of some rows, as one long row where they lie so.
+  // Channel c, as one long row where it lies so.
   template <typename From, typename To, typename Function>
-  void convert(const View<From>& from, const View<To>& to, const Range& rows, int c, const Function& function) {
+  void convert(const View<From>& from, const View<To>& to, int rows, int c, const Function& function) {
     const bool dense = from.x == 1 && to.x == 1, joined = dense && from.y == width_ && to.y == width_;
-    const int64_t width = joined ? int64_t{1} * width_ * (rows.end - rows.begin) : width_;
-    const int end = joined ? rows.begin + 1 : rows.end;
-    for (int y = rows.begin; y < end; ++y) {
+    const int64_t width = joined ? int64_t{1} * width_ * rows : width_;
+    for (int y = 0; y < (joined ? 1 : rows); ++y) {
       const From* source = from.row(c, y);
       To* __restrict target = to.row(c, y);
       if (dense)

@@ -36,7 +36,9 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, gradient, _Node.apply), *[None] * 6
+        twice = torch.is_grad_enabled()  # create_graph: the gradient has a gradient
+        call = _Node.apply if twice else torch.ops.mim4dd.augment_no_grad
+        return _gradient(ctx, gradient, call), *[None] * 6
 
 
 def _save(ctx: Any, inputs: Sequence[Any]) -> None:
