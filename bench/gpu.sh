@@ -13,9 +13,15 @@ export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PWD/build/inductor}
 unset TRITON_INTERPRET
 mkdir -p build
 
-"$PYTHON" -c 'import pytest, pytest_benchmark, sys, torch, triton
-sys.exit(None if torch.cuda.is_available() else "bench/gpu.sh: torch sees no CUDA device; run it where there is one")' \
-    || exit 2
+"$PYTHON" - <<'END' || exit 2
+import sys
+try:
+    import pytest, pytest_benchmark, torch, triton
+except ImportError as error:
+    sys.exit(f"bench/gpu.sh: {sys.executable}: {error}; set PYTHON to one with torch, triton, pytest, pytest-benchmark")
+if not torch.cuda.is_available():
+    sys.exit("bench/gpu.sh: torch sees no CUDA device; run it on a machine with one, with a torch built for CUDA")
+END
 
 # Runs a command for at most so many seconds, and not beyond 520 from the start.
 within() {

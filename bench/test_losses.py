@@ -78,7 +78,7 @@ if torch.cuda.is_available():
 
 
 def floor(case: Case, matrix_rate: float, copy_rate: float) -> float:
-    """Seconds to form logits once and each gradient as one product, and to move features and gradients once."""
+    """Seconds to form logits once and each gradient as one product, moving all of them once."""
     products = 1 + {"none": 0, "anchors": 1, "both": 2}[case.gradients]
     operations = 2 * products * case.m * case.n * sum(case.widths)
     rows = case.m + case.n + {"none": 0, "anchors": case.m, "both": case.m + case.n}[case.gradients]
