@@ -25,7 +25,7 @@ from bench import measure
 from mim4dd import reference
 from mim4dd.reference import Objective
 
-SECONDS = 4.0  # for the rounds of a case, at least three of them
+SECONDS = 4.0  # for the rounds of a case, at least five of them
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def test_losses(benchmark, case, ceilings):
         measure.synchronise(case.device)
 
     one_round = sum(measure.seconds(call, case.device) for call in calls.values())
-    benchmark.pedantic(timed, setup=time_the_others, rounds=min(20, max(3, int(SECONDS / one_round))))
+    benchmark.pedantic(timed, setup=time_the_others, rounds=min(20, max(5, int(SECONDS / one_round))))
     times[ours] = benchmark.stats.stats.data
     medians = {name: statistics.median(measured) for name, measured in times.items()}
     benchmark.extra_info |= {

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import profile, report
+from bench import measure, profile, report, test_losses
 from bench.test_loop import (
     float32_convolutions,
     small,
@@ -115,6 +115,14 @@ def test_what_a_variant_lacks_is_named_in_the_table():
     page = [*report._losses({"case": case})]
     assert "| nce | 9 | 9 | 4 + 2 | bfloat16 | both | fused | 1.500 | 50% | 3 | 4 |  |" in page
     assert "| nce | 9 | 9 | 4 + 2 | bfloat16 | both | eager | does not fit in memory |  |  |  |  |" in page
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize("loss", ["nce", "info_nce"])
+def test_chunks_need_less_than_a_tenth_of_the_memory_of_the_formula(loss):
+    calls = test_losses.steps(test_losses.Case("cpu", 8192, 8192, (128,), "float32", "both", loss))
+    peaks = {name: measure.extra_peak(call, "cpu") for name, call in calls.items()}
+    assert peaks["chunked"] < peaks["eager"] / 10
 
 
 def loop_report(**seconds):
