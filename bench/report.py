@@ -76,7 +76,24 @@ def results(reports: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, An
         for benchmark in report["benchmarks"]:
             bench, device, case = _parts(benchmark["fullname"])
             kept[bench, device]["without_time"].pop(case, None)
+    for (bench, _), result in kept.items():
+        if bench == "losses":
+            _add_floors(result)
     return kept
+
+
+def _add_floors(result: dict[str, Any]) -> None:
+    """The ceilings by dtype, the highest that were measured, and what share of each time the floor is."""
+    rates = ("matrix_rate", "copy_rate")
+    ceilings: dict[str, dict[str, float]] = result.setdefault("ceilings", {})
+    for case in result["cases"].values():
+        highest = ceilings.setdefault(case["dtype"], dict.fromkeys(rates, 0.0))
+        highest |= {rate: max(highest[rate], case.pop(rate)) for rate in rates}
+    for case in result["cases"].values():
+        matrix_rate, copy_rate = ceilings[case["dtype"]].values()
+        floor = max(case["operations"] / matrix_rate, case["bytes"] / copy_rate)
+        for measured in case["variants"].values():
+            measured["of_floor"] = _short(1e3 * floor / measured["milliseconds"])
 
 
 def _parts(name: str) -> tuple[str, str, str]:
@@ -100,7 +117,7 @@ def markdown(bench: str, result: dict[str, Any]) -> Iterator[str]:
     yield f"{result['date']}, {', '.join(versions)}. {ABOUT[bench]}"
     yield ""
     if bench == "losses":
-        yield from _losses(result["cases"])
+        yield from _losses(result["cases"], result["ceilings"])
     else:
         yield from _versions(result["cases"], 1e3 if bench == "augment" else 1)
     by_reason: dict[str, list[str]] = {}
@@ -109,6 +126,10 @@ def markdown(bench: str, result: dict[str, Any]) -> Iterator[str]:
     for reason, cases in by_reason.items():
         yield ""
         yield f"Not measured ({reason}): {', '.join(cases)}."
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> Iterator[str]:
@@ -126,23 +147,23 @@ def _versions(cases: dict[str, dict[str, float]], unit: float) -> Iterator[str]:
         if name not in times:
             return ""
         ratio = f" ({times['textbook'] / times[name]:.1f}x)" if "textbook" in times else ""
-        return f"{unit * times[name]:.3f}" + (ratio if name != "textbook" else "")
+        return _number(unit * times[name]) + (ratio if name != "textbook" else "")
 
     rows = [[case, *(cell(times, name) for name in names)] for case, times in cases.items()]
     yield from _table(["case", *names], rows)
 
 
-def _losses(cases: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _losses(cases: dict[str, dict[str, Any]], ceilings: dict[str, dict[str, float]]) -> Iterator[str]:
     """A row a case and variant; on a CPU without the columns of a GPU."""
     columns = {
-        "ms": lambda measured: f"{measured['milliseconds']:.3f}",
+        "ms": lambda measured: _number(measured["milliseconds"]),
         "of floor": lambda measured: f"{measured['of_floor']:.0%}",
         "extra peak MiB": lambda measured: f"{measured['extra_peak_mib']:.0f}",
     }
     if any(case["device"] == "cuda" for case in cases.values()):
         columns["launches"] = lambda measured: str(measured["launches"] or "")
         columns["as a CUDA graph, ms"] = lambda measured: (
-            f"{measured['replayed_milliseconds']:.3f}" if measured["replayed_milliseconds"] else ""
+            _number(measured["replayed_milliseconds"]) if measured["replayed_milliseconds"] else ""
         )
     rows = []
     for case in cases.values():
@@ -153,9 +174,8 @@ def _losses(cases: dict[str, dict[str, Any]]) -> Iterator[str]:
         for name, reason in case["left_out"].items():
             rows.append([*about, name, reason, *[""] * (len(columns) - 1)])
     yield from _table(["loss", "M", "N", "D", "dtype", "gradients", "variant", *columns], rows)
-    rates = {case["dtype"]: case for case in cases.values()}
-    for dtype, case in rates.items():
-        matrix, copy = case["matrix_rate"] / 1e12, case["copy_rate"] / 1e9
+    for dtype, ceiling in ceilings.items():
+        matrix, copy = ceiling["matrix_rate"] / 1e12, ceiling["copy_rate"] / 1e9
         yield ""
         yield f"Measured in the same run: {dtype} products at {matrix:.3g} TFLOP/s, copy at {copy:.0f} GB/s."
 
