@@ -1,25 +1,53 @@
 #!/usr/bin/env bash
-# On a CUDA machine with torch, Triton and pytest: build from source, run the GPU tests and the benches, leave
-# bench/results/<device>.{json,md}. Downloads nothing; stops within 9 minutes. A failed test fails the script,
-# after the benches.
+# On a CUDA machine with torch, Triton, pytest and pytest-benchmark: build from source, run the GPU tests, then
+# the benches of the losses, the augmentation and the loop; leave bench/results/<bench>-<device>.{json,md}.
+# Downloads nothing and ends within 9 minutes: a part that is cut off leaves what it has measured, and its table
+# names the rest. A failure fails the script, after everything else has run.
 #
 #   PYTHON=python3 bench/gpu.sh
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PWD/build/inductor}
 unset TRITON_INTERPRET
+mkdir -p build
 
-"$PYTHON" -c 'import sys, torch, triton
-sys.exit(None if torch.cuda.is_available() else "bench/gpu.sh: torch sees no CUDA device")' || exit 2
+"$PYTHON" - <<'END' || exit 2
+import sys
+try:
+    import pytest, pytest_benchmark, torch, triton
+except ImportError as error:
+    sys.exit(f"bench/gpu.sh: {sys.executable}: {error}; set PYTHON to one with torch, triton, pytest, pytest-benchmark")
+if not torch.cuda.is_available():
+    sys.exit("bench/gpu.sh: torch sees no CUDA device; run it on a machine with one, with a torch built for CUDA")
+END
+
+# Runs a command for at most so many seconds, and not beyond 520 from the start.
+within() {
+    local limit=$1 left=$((520 - SECONDS))
+    shift
+    timeout -k 10 $((left < 1 ? 1 : left < limit ? left : limit)) "$@"
+}
 
 # Without cmake, ninja or pybind11 the extension stays out; the losses need none of it.
-if ! timeout 100 "$PYTHON" -m pip install --quiet --no-index --no-build-isolation --no-deps -e . ; then
-    MIM4DD_NO_EXT=1 "$PYTHON" -m pip install --quiet --no-index --no-build-isolation --no-deps -e . || exit 2
-fi
+install=("$PYTHON" -m pip install --quiet --no-index --no-build-isolation --no-deps -e .)
+within 100 "${install[@]}" || MIM4DD_NO_EXT=1 within 30 "${install[@]}" || exit 2
 
 failed=0
-# Without the settings and fixtures of the whole suite, which need more packages.
-timeout 170 "$PYTHON" -m pytest --noconftest -o addopts= -q tests/test_kernels.py || failed=1
-timeout 260 "$PYTHON" -m bench.losses --seconds 180 || failed=1
+# Without the fixtures of the whole suite, which need more packages.
+within 150 "$PYTHON" -m pytest --noconftest tests/test_kernels.py || failed=1
+
+bench() {
+    local json=build/bench-$1.json status
+    rm -f "$json"
+    within "$2" "$PYTHON" -m pytest "bench/test_$1.py" --benchmark-enable --benchmark-json="$json" -k cuda
+    status=$?
+    # 124: the time was up, which the table tells.
+    [ $status -eq 0 ] || [ $status -eq 124 ] || failed=1
+    "$PYTHON" -m bench.report "$json" || failed=1
+}
+bench losses 170
+bench augment 60
+bench loop 90
 exit $failed

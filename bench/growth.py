@@ -17,7 +17,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from bench.losses import extra_peak, seconds
+from bench.measure import extra_peak, seconds
 from mim4dd import distill, precision
 from mim4dd.data import ImageSet
 from mim4dd.objectives import METHODS, Problem
@@ -67,8 +67,8 @@ def measure(method: str, width: int, sizes: dict[str, int]) -> tuple[float, floa
     def iterate() -> None:
         distill.distill(objective, start, iterations=1, lr=0.1, momentum=0.5)
 
-    peak = extra_peak(iterate)
-    return min(seconds(iterate) for _ in range(2)), peak / 2**20
+    peak = extra_peak(iterate, device)
+    return min(seconds(iterate, device) for _ in range(2)), peak / 2**20
 
 
 def main() -> None:

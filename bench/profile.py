@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.measure import matrix_rate, seconds
 from mim4dd import augment, distill, precision
 from mim4dd.data import ImageSet
 from mim4dd.objectives import METHODS, Problem, TrajectoryConfig
@@ -79,22 +79,6 @@ def random_images(per_class: int, device: torch.device) -> ImageSet:
     return ImageSet(pixels, labels, names, torch.tensor([0.5]), torch.tensor([0.25])).to(device)
 
 
-def matrix_rate(device: torch.device, name: str) -> float:
-    """Operations a second of a square product in this precision."""
-    size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if name == "bf16" else torch.float32)
-    return 2 * size**3 / min(seconds(lambda: a @ a, device) for _ in range(8))
-
-
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronise()
-    start = time.perf_counter()
-    call()
-    synchronise()
-    return time.perf_counter() - start
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -140,7 +124,7 @@ def main() -> None:
     with FlopCounterMode(display=False) as counter:
         iterate()
     wall = seconds(iterate, device)
-    rate = matrix_rate(device, computing)
+    rate = matrix_rate(device, torch.bfloat16 if computing == "bf16" else torch.float32)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with annotated(), torch.profiler.profile(activities=activities) as profiler:
         profiled = seconds(iterate, device)

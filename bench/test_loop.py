@@ -1,6 +1,7 @@
 """The loop, step against step: each of its parts beside the textbook version (baselines.py), in one run.
 
-    python -m pytest bench/test_loop.py --benchmark-enable
+    python -m pytest bench/test_loop.py --benchmark-enable --benchmark-json=loop.json
+    python -m bench.report loop.json
 
 IPC 10, 256 real images a class, images of Fashion-MNIST's shape with random pixels, width 128, 10 classes. A
 group is one step: `textbook`, then ours in float32 and, where the hardware has it, in bfloat16. First, in
@@ -118,7 +119,7 @@ def inner_step(of: Problem, images: Tensor) -> Callable[[], object]:
     objective = GradientMatching(of)
     networks.initialise(objective.network, objective.weights)
     objective.inner = 1
-    return lambda: objective._train(images)
+    return lambda: objective._train(images, of.labels)
 
 
 def textbook_inner_step(of: Problem, images: Tensor) -> Callable[[], object]:

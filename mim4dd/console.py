@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,9 +29,18 @@ console = Console(highlight=False)
 
 
 def guarded(command: Callable[[], int | None]) -> int:
-    """Run a command line; return its exit code: 1 diverged, 2 the user's mistake, 130 interrupted."""
+    """Run a command line; return its exit code.
+
+    1: diverged; 2: the user's mistake; 130: interrupted; 141: nobody reads the output any more.
+    """
     try:
-        return command() or 0
+        try:
+            return command() or 0
+        finally:
+            sys.stdout.flush()  # now, not when Python ends and can only complain
+    except BrokenPipeError:  # as after `| head`: what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except InputError as error:
         complain(str(error))
         return 2

@@ -199,7 +199,7 @@ def _nce_weights(objective: Objective, x: Tensor, positive: Tensor) -> tuple[Ten
 def _num_rows(objective: Objective, row_labels: Tensor, column_labels: Tensor) -> Tensor:
     """How many rows the mean is over: all, or for InfoNCE those with a positive; at least 1."""
     if objective.name == "nce":
-        return torch.tensor(max(1, len(row_labels)), device=row_labels.device)
+        return torch.full((), max(1, len(row_labels)), device=row_labels.device)  # no copy to wait for
     ordered = column_labels.sort().values
     counts = torch.searchsorted(ordered, row_labels, right=True) - torch.searchsorted(ordered, row_labels)
     if objective.exclude_self:

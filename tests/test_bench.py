@@ -1,9 +1,16 @@
 """The benches: what they compare is equal, and what they print adds up. Nothing is timed here."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
-from bench import loop_table, profile
+import pytest
+import torch
+
+from bench import measure, profile, report, test_loop, test_losses
 from bench.test_loop import (
     float32_convolutions,
     small,
@@ -19,6 +26,16 @@ __all__ = [
     "test_the_trained_network_is_that_of_the_textbook",
     "test_trajectory_matching_is_that_of_the_textbook",
 ]
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("step", test_loop.OURS)
+def test_every_step_of_the_loop_runs(step, small, monkeypatch):
+    for name, value in {"TEST": 50, "NETWORKS": 1, "EPOCHS": 1, "STEPS": 2}.items():
+        monkeypatch.setattr(test_loop, name, value)
+    for versions in (test_loop.OURS, test_loop.TEXTBOOK):
+        versions[step](*small("cpu"))()
 
 
 def test_the_profile_names_the_parts(monkeypatch, capsys, tmp_path):
@@ -37,24 +54,158 @@ def test_the_profile_names_the_parts(monkeypatch, capsys, tmp_path):
     assert profile.augment.apply.__name__ == "apply", "the names are taken off again"
 
 
-def test_the_table_gives_ratios_to_the_textbook(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(loop_table, "RESULTS", tmp_path)
-    benchmarks = [
-        {
-            "params": {"device": "cpu", "step": "dm", "name": name},
-            "stats": {"median": median},
-            "extra_info": {"device": "cpu", "threads": 2, "torch": "2"},
-        }
-        for name, median in (("textbook", 3.0), ("fp32", 1.5))
-    ]
-    report = {
-        "benchmarks": benchmarks,
+def bench_run(folder, *arguments):
+    """Run pytest with the settings of the benches; returns what it wrote."""
+    path = folder / "measured.json"
+    command = [sys.executable, "-m", "pytest", *arguments, "--benchmark-enable", f"--benchmark-json={path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert path.stat().st_size, done.stdout + done.stderr
+    return path, done
+
+
+def reported(monkeypatch, folder, *paths):
+    """The page and the JSON that bench.report makes of what pytest-benchmark wrote."""
+    monkeypatch.setattr(report, "RESULTS", folder / "results")
+    monkeypatch.setattr("sys.argv", ["report", *map(str, paths)])
+    report.main()
+    (page,) = (folder / "results").glob("*.md")
+    return page.read_text(), json.loads(page.with_suffix(".json").read_text()), page.name
+
+
+def test_a_case_of_the_losses_from_measuring_to_the_table(monkeypatch, tmp_path):
+    path, done = bench_run(tmp_path, "bench/test_losses.py", "-k", "cpu and 10x640")
+    assert done.returncode == 0, done.stdout
+    page, result, name = reported(monkeypatch, tmp_path, path)
+    assert re.fullmatch(r"losses-.+-cpu-\d+-threads.md", name)
+    number = r"[\d.]+"
+    for variant in ("chunked", "eager"):
+        about = rf"nce \| 10 \| 640 \| 512 \| float32 \| anchors \| {variant}"
+        assert re.search(rf"\| {about} \| {number} \| {number}% \| {number} \|", page)
+    assert re.search(rf"float32 products at {number} TFLOP/s, copy at {number} GB/s", page)
+    (case,), ceiling = result["cases"].values(), result["ceilings"]["float32"]
+    least = max(2 * 2 * 10 * 640 * 512 / ceiling["matrix_rate"], 4 * 660 * 512 / ceiling["copy_rate"])
+    measured = case["variants"]["chunked"]
+    assert measured["of_floor"] == pytest.approx(1e3 * least / measured["milliseconds"], rel=1e-2)
+
+
+def test_a_run_that_is_cut_off_keeps_what_it_measured(monkeypatch, tmp_path):
+    (tmp_path / "conftest.py").write_text((ROOT / "bench" / "conftest.py").read_text())
+    (tmp_path / "test_loop.py").write_text("""
+import os, signal, pytest
+
+@pytest.mark.parametrize(
+    ("device", "step", "name"), [("cpu", step, "fp32") for step in ("first", "absent", "cut", "last")]
+)
+def test_loop(benchmark, device, step, name):
+    if step == "absent":
+        pytest.skip("there is no such thing")
+    rounds = []
+    def call():
+        rounds.append(1)
+        if step == "cut" and len(rounds) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+    benchmark.pedantic(call, rounds=5)
+""")
+    path, done = bench_run(tmp_path, f"--rootdir={tmp_path}", str(tmp_path / "test_loop.py"))
+    assert done.returncode == 2, done.stdout
+    page, result, _ = reported(monkeypatch, tmp_path, path)
+    assert [*result["cases"]] == ["first"]
+    assert "Not measured (there is no such thing): cpu-absent-fp32." in page
+    assert "Not measured (the time was up): cpu-cut-fp32, cpu-last-fp32." in page
+
+
+def test_what_a_variant_lacks_is_named_in_the_table():
+    measured = {"milliseconds": 1.5, "of_floor": 0.5, "extra_peak_mib": 3.0}
+    on_gpu = {"launches": 4, "replayed_milliseconds": None}
+    case = {"device": "cuda", "loss": "nce", "m": 9, "n": 9, "widths": [4, 2], "dtype": "bfloat16"}
+    case |= {"gradients": "both"}
+    case |= {"left_out": {"eager": "does not fit in memory"}, "variants": {"fused": measured | on_gpu}}
+    page = [*report._losses({"case": case}, {})]
+    assert "| nce | 9 | 9 | 4 + 2 | bfloat16 | both | fused | 1.500 | 50% | 3 | 4 |  |" in page
+    assert "| nce | 9 | 9 | 4 + 2 | bfloat16 | both | eager | does not fit in memory |  |  |  |  |" in page
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_chunks_need_less_than_a_tenth_of_the_memory_of_the_formula():
+    calls = test_losses.steps(test_losses.Case("cpu", 8192, 8192, (128,), "float32", "both"))
+    peaks = {name: measure.extra_peak(call, "cpu") for name, call in calls.items()}
+    assert peaks["chunked"] < peaks["eager"] / 10
+
+
+def loop_report(**seconds):
+    """What a run of the loop's bench writes, of one step."""
+    return {
+        "benchmarks": [
+            {
+                "fullname": f"bench/test_loop.py::test_loop[cpu-dm-{name}]",
+                "params": {"device": "cpu", "step": "dm", "name": name},
+                "stats": {"median": median},
+            }
+            for name, median in seconds.items()
+        ],
+        "without_time": {
+            f"bench/test_loop.py::test_loop[cpu-dm-{name}]": "the time was up"
+            for name in {"textbook", "fp32"} - {*seconds}
+        },
         "datetime": "2026-01-02T03",
-        "machine_info": {"cpu": {"brand_raw": "X"}},
+        "machine_info": {
+            "versions": {"torch": "2", "triton": None, "mim4dd": "1"},
+            "devices": {"cpu": {"device": "X, 2 threads", "file": "x-cpu-2-threads"}},
+        },
     }
-    path = tmp_path / "in.json"
-    path.write_text(json.dumps(report))
-    monkeypatch.setattr("sys.argv", ["loop_table", str(path)])
-    loop_table.main()
-    assert "| dm | 3.000 | 1.500 (2.0x) |" in capsys.readouterr().out
-    assert len([*tmp_path.glob("loop-*-cpu-2-threads.*")]) == 2
+
+
+def test_the_table_of_the_loop_gives_ratios_to_the_textbook(monkeypatch, tmp_path):
+    paths = [tmp_path / "first.json", tmp_path / "second.json"]
+    for path, seconds in zip(paths, ({"textbook": 3.0}, {"fp32": 1.5}), strict=True):
+        path.write_text(json.dumps(loop_report(**seconds)))
+    page, result, name = reported(monkeypatch, tmp_path, *paths)
+    assert name == "loop-x-cpu-2-threads.md"
+    assert "| dm | 3.000 | 1.500 (2.0x) |" in page
+    assert result["without_time"] == {}
+
+
+def test_the_reporter_says_what_it_expects(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "empty.json"
+    path.touch()
+    monkeypatch.setattr("sys.argv", ["report", str(path)])
+    with pytest.raises(SystemExit) as stopped:
+        report.main()
+    assert stopped.value.code == 2
+    assert f"{path}: expected what --benchmark-json of a bench here writes" in capsys.readouterr().err
+
+
+STUB = """#!/usr/bin/env bash
+echo "$*" >> "$LOG"
+case "$*" in *"$FAILING"*) exit "$STATUS" ;; esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("failing", "status", "expected"),
+    [
+        ("nothing", 0, 0),
+        ("tests/test_kernels.py", 1, 1),
+        ("bench/test_losses.py", 1, 1),
+        ("bench/test_losses.py", 124, 0),  # as `timeout` ends when the time was up
+    ],
+)
+def test_gpu_script_runs_every_part_whatever_fails(tmp_path, failing, status, expected):
+    stub, log = tmp_path / "python", tmp_path / "log"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(stub), "LOG": str(log), "FAILING": failing}
+    done = subprocess.run([ROOT / "bench/gpu.sh"], env={**environment, "STATUS": str(status)})
+    assert done.returncode == expected
+    parts = re.findall(r"pip install|(?:tests|bench)/test_\w+|bench\.report", log.read_text())
+    benches = ("losses", "augment", "loop")
+    after = [part for name in benches for part in (f"bench/test_{name}", "bench.report")]
+    assert parts == ["pip install", "tests/test_kernels", *after]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_gpu_script_needs_a_gpu():
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run([ROOT / "bench/gpu.sh"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "torch sees no CUDA device" in done.stderr

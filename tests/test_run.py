@@ -318,6 +318,15 @@ def test_interruption_keeps_the_last_good_set(tmp_path):
     assert len(SyntheticSet.load(tmp_path / "out" / "synthetic.safetensors")) == 10
 
 
+def test_output_that_nobody_reads_ends_quietly():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mim4dd.run", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()  # what `| head` does when it has seen enough
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 141
+
+
 def test_evaluate_scores_a_saved_set(finished, capsys):
     folder, _ = finished
     path = str(folder / "synthetic.safetensors")
