@@ -21,7 +21,8 @@ ABOUT = {
     "losses": "M anchors, N keys, width D (a sum: layers in one call); gradients to neither side, to the "
     "anchors or to both. Times are medians. Of floor: the time for the operations at the matrix rate, or for "
     "the bytes at the copy rate if that is longer, over the time taken. Memory: the peak above the inputs.",
-    "augment": "Milliseconds (median), and how many times as fast as the textbook.",
+    "augment": "Milliseconds (median), and how many times as fast as the textbook. Copy: the time to copy as "
+    "many bytes, and its share of the time of the fused.",
     "loop": "IPC 10, 256 real images a class, ten classes of 1x28x28, width 128. Seconds of a step (median), "
     "and how many times as fast as the textbook.",
 }
@@ -67,6 +68,8 @@ def results(reports: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, An
                 result["without_time"][case] = report["without_time"][name]
             elif bench == "losses":
                 result["cases"][case] = _short(measured[name]["extra_info"])
+            elif bench == "augment":
+                result["cases"][case] = _short(measured[name]["extra_info"]["seconds"])
             else:
                 params = {**measured[name]["params"]}
                 version, _ = params.pop("name"), params.pop("device")
@@ -147,6 +150,8 @@ def _versions(cases: dict[str, dict[str, float]], unit: float) -> Iterator[str]:
         if name not in times:
             return ""
         ratio = f" ({times['textbook'] / times[name]:.1f}x)" if "textbook" in times else ""
+        if name == "copy":
+            ratio = f" ({times['copy'] / times['fused']:.0%})"
         return _number(unit * times[name]) + (ratio if name != "textbook" else "")
 
     rows = [[case, *(cell(times, name) for name in names)] for case, times in cases.items()]

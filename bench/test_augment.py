@@ -1,17 +1,17 @@
 """Augmentation: the compiled op beside the reference, the textbook version of each op, and kornia.
 
-    python -m pytest bench/test_augment.py --benchmark-enable
+    python -m pytest bench/test_augment.py --benchmark-enable --benchmark-json=augment.json
+    python -m bench.report augment.json
 
 A case is one op at one size, forward or forward and backward, its versions measured in turn on the same
-images. `copy` is the time in which the same bytes are copied: forward reads and writes the images once,
-backward reads and writes the gradient once. On a GPU a call is timed with a synchronisation.
+images, ten calls at a time, drawing of the parameters included. `copy` is the time to copy as many bytes:
+forward reads and writes the images once, backward reads and writes the gradient once.
 """
 
 import functools
 import importlib.util
 import math
 import statistics
-import time
 from collections.abc import Callable
 
 import pytest
@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import measure
 from mim4dd import augment
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SHAPES = [(256, 3, 32, 32), (64, 3, 128, 128)]
 OPS = [*augment.DSA.split("_"), "all"]
-ROUNDS, WARMUP = 30, 3
+ROUNDS, CALLS = 20, 10
 
 
 def uniform(x: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ def kornia_version(op: str, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor
 
 
 def versions(op: str, shape: tuple[int, ...], device: str) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What is timed, drawing of the parameters included."""
+    """What is timed, by name: images to augmented images."""
     strategy = augment.DSA if op == "all" else op
     generator = torch.Generator(device).manual_seed(0)
 
@@ -136,17 +137,15 @@ def versions(op: str, shape: tuple[int, ...], device: str) -> dict[str, Callable
 @pytest.mark.parametrize("passes", ["forward", "both"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_augment(benchmark, device, passes, shape, op):
-    """A round times every version once, so that whatever else the machine does slows all of them.
-
-    Each has just been called: what is timed is its own work, not what the one before left in the caches.
-    """
+    if benchmark.disabled:
+        pytest.skip("nothing is timed; tests/ has the equality")
     x = torch.randn(shape, device=device, requires_grad=passes == "both")
     upstream, copied = torch.randn(shape, device=device), torch.empty(shape, device=device)
     # One large block freed, as in any training: glibc then keeps memory instead of returning it each time.
     torch.empty(31 << 18)
-    synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
 
-    def gradient(y: Tensor) -> None:
+    def step(function: Callable[[Tensor], Tensor]) -> None:
+        y = function(x)
         if passes == "both":
             torch.autograd.grad(y, x, upstream)
 
@@ -155,26 +154,27 @@ def test_augment(benchmark, device, passes, shape, op):
         if passes == "both":
             copied.copy_(upstream)
 
-    calls: dict[str, Callable[[], object]] = {
-        name: lambda function=function: gradient(function(x))
-        for name, function in versions(op, shape, device).items()
+    calls: dict[str, Callable[[], None]] = {
+        name: functools.partial(step, function) for name, function in versions(op, shape, device).items()
     }
     calls["copy"] = copy
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    ours, *others = calls
+    times: dict[str, list[float]] = {name: [] for name in calls}
 
-    def measure() -> None:
-        for name, call in calls.items():
-            call()
-            synchronise()
-            began = time.perf_counter()
-            call()
-            synchronise()
-            seconds[name].append(time.perf_counter() - began)
+    def several(name: str) -> None:
+        for _ in range(CALLS):
+            calls[name]()
+        measure.synchronise(device)
 
-    benchmark.pedantic(measure, rounds=ROUNDS, warmup_rounds=WARMUP)
-    benchmark.extra_info |= {
-        "seconds": {name: statistics.median(times[-ROUNDS:]) for name, times in seconds.items()},
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-    }
+    # Before each round of ours, so that a machine that slows down slows all of them. The first call of each
+    # is not timed: it finds in the caches what the one before it left there.
+    def time_the_others() -> None:
+        for name in others:
+            calls[name]()
+            times[name].append(measure.seconds(functools.partial(several, name), device))
+        calls[ours]()
+        measure.synchronise(device)
+
+    benchmark.pedantic(several, args=(ours,), setup=time_the_others, rounds=ROUNDS)
+    times[ours] = benchmark.stats.stats.data
+    benchmark.extra_info["seconds"] = {name: statistics.median(times[name]) / CALLS for name in calls}

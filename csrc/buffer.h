@@ -11,23 +11,23 @@
 
 namespace mim4dd::MIM4DD_ISA {
 
-// Some plain numbers, zeros at first.
+// Some plain numbers, zeros at first; memory is taken when it is first asked for.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(size_t size) : size_(size), data_(static_cast<T*>(calloc(size, sizeof(T)))) {
-    if (!data_) throw std::bad_alloc();
-  }
+  explicit Buffer(size_t size) : size_(size) {}
   Buffer(const Buffer&) = delete;
   ~Buffer() { free(data_); }
 
-  T* data() const { return data_; }
-  T& operator[](size_t i) const { return data_[i]; }
-  void clear() { memset(data_, 0, size_ * sizeof(T)); }
+  T* data() const {
+    if (!data_) data_ = static_cast<T*>(calloc(size_, sizeof(T)));
+    if (!data_) throw std::bad_alloc();
+    return data_;
+  }
 
  private:
   const size_t size_;
-  T* const data_;
+  mutable T* data_ = nullptr;
 };
 
 // One image, or the buffer of one: pointer and strides.

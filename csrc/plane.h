@@ -136,8 +136,6 @@ class Plane {
     for (int group = 0; group < groups(); ++group) sample(at(group, 0, 0), strip.size() * width_, rows(result, 0, group));
   }
 
-  void clear() { places_.clear(); }
-
   // The adjoint of `sample`: adds what some rows of the gradient give to the image.
   void scatter(const Transform<Acc>& t, const Range& strip, const View<const Acc>& gradient) {
     find_taps(t, strip);
@@ -145,16 +143,19 @@ class Plane {
       scatter(at(group, 0, 0), strip.size() * width_, rows(gradient, 0, group));
   }
 
-  // What was added.
-  void get(const View<Acc>& image) {
+  // What was added since the last call; the border keeps what it got, as nobody looks there.
+  void take(const View<Acc>& image) {
     for (int group = 0; group < groups(); ++group) {
       for (int y = 0; y < height_; ++y) {
-        const Quad* left = reinterpret_cast<const Quad*>(at(group, y + 1, 1));
-        const Quad* right = reinterpret_cast<const Quad*>(at(group, y + 1, 0)) + 1;
+        Quad* left = reinterpret_cast<Quad*>(at(group, y + 1, 1));
+        Quad* right = reinterpret_cast<Quad*>(at(group, y + 1, 0)) + 1;
         const Rows<Acc> to = rows(image, y, group);
         by_fours(width_, [=](int x, int count) MIM4DD_ALWAYS {
           Block<Acc> pixels;
-          for (int k = 0; k < count; ++k) pixels.row[k] = left[2 * (x + k)] + right[2 * (x + k)];
+          for (int k = 0; k < count; ++k) {
+            pixels.row[k] = left[2 * (x + k)] + right[2 * (x + k)];
+            left[2 * (x + k)] = right[2 * (x + k)] = Quad{};
+          }
           to.store(pixels.transposed(), x, count);
         });
       }

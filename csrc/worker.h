@@ -19,9 +19,7 @@ class Worker {
         strip_(Plane<Acc>::strip(call.height, call.width)),
         plane_(call.channels, call.height, call.width, call.adjoint),
         image_(static_cast<size_t>(call.channels * pixels())),
-        rows_(size_t{1} * call.channels * strip_ * call.width),
-        buffer_{image_.data(), pixels(), width_, 1},
-        some_rows_{rows_.data(), int64_t{1} * strip_ * width_, width_, 1} {}
+        rows_(size_t{1} * call.channels * strip_ * call.width) {}
 
   void run(int64_t image) {
     Acc fields[kFields];
@@ -40,62 +38,66 @@ class Worker {
   const Call& call_;
   const int channels_, height_, width_, strip_;
   Plane<Acc> plane_;
-  Buffer<Acc> image_, rows_;
-  const View<Acc> buffer_;     // all of the image, in image_
-  const View<Acc> some_rows_;  // a strip of it, in rows_
+  Buffer<Acc> image_, rows_;  // all of an image, and a strip of it
   View<const In> in_{};
   View<Out> out_{};
 
   int64_t pixels() const { return int64_t{1} * height_ * width_; }
 
+  View<Acc> buffer() const { return {image_.data(), pixels(), width_, 1}; }
+  View<Acc> some_rows() const { return {rows_.data(), int64_t{1} * strip_ * width_, width_, 1}; }
+
   void forward(const Transform<Acc>& t) {
-    const bool as_it_is = !call_.mean && t.keeps_colour();
-    const View<const Acc> image = as_it_is ? in_place(in_, buffer_) : constant(buffer_);
-    if (image.data == buffer_.data) {
-      load(in_, height_, buffer_);
+    View<const Acc> image{};
+    if (call_.mean || !t.keeps_colour() || !in_place(in_, &image)) {
+      load(in_, height_, buffer());
       colour(t);
-      if (t.moves_whole_pixels()) return move(t, buffer_, out_);
+      if (t.moves_whole_pixels()) return move(t, buffer(), out_);
+      image = constant(buffer());
     }
     plane_.set(image);
     for (int y = 0; y < height_; y += strip_) {
       const Range rows = Range{y, y + strip_}.within(height_);
       const View<Out> target = out_.from(y);
-      const View<Acc> result = in_place(target, some_rows_);
+      View<Acc> result{};
+      const bool directly = in_place(target, &result);
+      if (!directly) result = some_rows();
       plane_.sample(t, rows, result);
-      if (result.data == some_rows_.data) store(some_rows_, rows.size(), target);
+      if (!directly) store(result, rows.size(), target);
     }
   }
 
   void backward(const Transform<Acc>& t) {
-    const View<Acc> image = t.keeps_colour() ? in_place(out_, buffer_) : buffer_;
+    View<Acc> image{};
+    const bool directly = t.keeps_colour() && in_place(out_, &image);
+    if (!directly) image = buffer();
     if (t.moves_whole_pixels()) {
       move(t, in_, image);
     } else {
-      plane_.clear();
       for (int y = 0; y < height_; y += strip_) {
         const Range rows = Range{y, y + strip_}.within(height_);
         const View<const In> source = in_.from(y);
-        const View<const Acc> gradient = in_place(source, some_rows_);
-        if (gradient.data == some_rows_.data) load(source, rows.size(), some_rows_);
+        View<const Acc> gradient{};
+        if (!in_place(source, &gradient)) {
+          load(source, rows.size(), some_rows());
+          gradient = constant(some_rows());
+        }
         plane_.scatter(t, rows, gradient);
       }
-      plane_.get(image);
+      plane_.take(image);
     }
-    if (image.data != buffer_.data) return;
+    if (directly) return;
     colour(t);
-    store(buffer_, height_, out_);
+    store(image, height_, out_);
   }
 
-  // The given rows, where they can be worked on where they lie, else the buffer for them.
   static View<const Acc> constant(const View<Acc>& view) { return {view.data, view.channel, view.y, view.x}; }
 
-  template <typename T>
-  auto in_place(const View<T>& view, const View<Acc>& buffer) const {
-    using Value = std::conditional_t<std::is_const_v<T>, const Acc, Acc>;
-    View<Value> result{buffer.data, buffer.channel, buffer.y, buffer.x};
-    if constexpr (std::is_same_v<T, Value>)
-      if (view.x == 1 && view.y == width_) result = view;
-    return result;
+  // Whether rows can be worked on where they lie.
+  template <typename T, typename Value>
+  bool in_place(const View<T>& view, View<Value>* result) const {
+    if constexpr (std::is_same_v<T, Value>) *result = view;
+    return std::is_same_v<T, Value> && view.x == 1 && view.y == width_;
   }
 
   // ------------------------------------------------------------------------------------------------ whole steps
@@ -117,25 +119,27 @@ class Worker {
     }
     const Range rows = Range{-shift_y, height_ - shift_y}.within(height_);
     const Range columns = (mirrored ? Range{shift_x, width_ + shift_x} : Range{-shift_x, width_ - shift_x}).within(width_);
-    const bool dense = from.x == 1 && to.x == 1 && from.y == width_ && to.y == width_;
-    for (int c = 0; c < channels_ && columns.begin < columns.end; ++c) {
-      if (dense && !mirrored) {  // as one long row; what runs over at its ends is blanked below
-        const int64_t shift = int64_t{1} * shift_y * width_ + shift_x;
-        const int64_t begin = clamp<int64_t>(-shift, int64_t{1} * rows.begin * width_, pixels());
-        const int64_t end = clamp<int64_t>(pixels() - shift, 0, int64_t{1} * rows.end * width_);
-        if (begin < end) copy(from.row(c, 0) + begin + shift, 1, to.row(c, 0) + begin, 1, end - begin);
-        continue;
-      }
+    if (!mirrored && dense(from) && dense(to)) {  // as one long row; what runs over at its ends is blanked below
+      const int64_t shift = int64_t{1} * shift_y * width_ + shift_x, values = pixels() * channels_;
+      const int64_t begin = clamp<int64_t>(-shift, 0, values), end = clamp<int64_t>(values - shift, 0, values);
+      if (begin < end) copy(from.data + begin + shift, 1, to.data + begin, 1, end - begin);
+    } else if (columns.begin < columns.end) {
       const int first = mirrored ? width_ - 1 + shift_x - columns.begin : columns.begin + shift_x;
-      for (int y = rows.begin; y < rows.end; ++y)
-        copy(from.row(c, y + shift_y) + first * from.x, mirrored ? -from.x : from.x,
-             to.row(c, y) + columns.begin * to.x, to.x, columns.end - columns.begin);
+      for (int c = 0; c < channels_; ++c)
+        for (int y = rows.begin; y < rows.end; ++y)
+          copy(from.row(c, y + shift_y) + first * from.x, mirrored ? -from.x : from.x,
+               to.row(c, y) + columns.begin * to.x, to.x, columns.end - columns.begin);
     }
     blank(to, {0, rows.begin}, {0, width_});
     blank(to, {rows.end, height_}, {0, width_});
     blank(to, rows, {0, columns.begin});
     blank(to, rows, {columns.end, width_});
     blank(to, hole_y, hole_x);
+  }
+
+  template <typename T>
+  bool dense(const View<T>& view) const {
+    return view.x == 1 && view.y == width_ && view.channel == pixels();
   }
 
   template <typename From, typename To>
@@ -208,11 +212,11 @@ class Worker {
       const int count = static_cast<int>(pixels() - first < kChunk ? pixels() - first : kChunk);
       for (int x = 0; x < count; ++x) mixed[x] = constant;
       for (int c = 0; c < channels_ && grey != 0; ++c) {
-        const Acc* values = buffer_.row(c, 0) + first;
+        const Acc* values = buffer().row(c, 0) + first;
         for (int x = 0; x < count; ++x) mixed[x] += grey * values[x];
       }
       for (int c = 0; c < channels_; ++c) {
-        Acc* __restrict values = buffer_.row(c, 0) + first;
+        Acc* __restrict values = buffer().row(c, 0) + first;
         for (int x = 0; x < count; ++x) values[x] = t.gain * values[x] + mixed[x];
       }
     }

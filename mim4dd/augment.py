@@ -37,7 +37,7 @@ class AugmentParams:
         contrast: float [B], factor about the image's mean.
         shift_y: int64 [B]; the output at row y is the input at row y + shift_y, 0 outside.
         shift_x: int64 [B], likewise for columns.
-        cutout: int64 [B, 4], rows y0..y1 and columns x0..x1 inclusive become 0; y1 < y0: none.
+        cutout: int64 [B, 4], rows y0..y1 and columns x0..x1 inclusive become 0; outside the image: none.
         flip: bool [B], mirror left and right.
         scale_x: float [B], the output samples the input at scale_x times its distance from the centre.
         scale_y: float [B], likewise for rows.
@@ -67,7 +67,7 @@ class AugmentParams:
             contrast=ones,
             shift_y=none,
             shift_x=none,
-            cutout=torch.arange(0, -2, -1, device=device).repeat(batch, 2),
+            cutout=torch.full((batch, 4), -1, device=device),
             flip=none.bool(),
             scale_x=ones,
             scale_y=ones,
