@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from mim4dd import named, pictures, readers
+from mim4dd import augment, named, pictures, readers
+from mim4dd.augment import AugmentParams
 from mim4dd.errors import InputError, unknown
 from mim4dd.readers import Raw
 from mim4dd.whitening import Whitening
@@ -62,10 +63,16 @@ class ImageSet:
 
     def batch(self, index: Tensor) -> Tensor:
         """Normalised images float32 [..., C, H, W] for an index [...]; gathered first, then converted."""
-        index = index.to(self.images.device)
         scale, shift = self._affine
-        pixels = self.images.index_select(0, index.reshape(-1)).float()
+        pixels = self.images.index_select(0, index.reshape(-1).to(self.images.device)).float()
         return torch.addcmul(shift, pixels, scale).reshape(index.shape + pixels.shape[1:])
+
+    def augmented(self, index: Tensor, params: AugmentParams, rows: Tensor | None = None) -> Tensor:
+        """`batch`, then `augment.apply` with rows [...] of the parameters, in one pass over stored bytes."""
+        pixels = self.images.index_select(0, index.reshape(-1).to(self.images.device))
+        rows = None if rows is None else rows.reshape(-1)
+        images = augment.apply(pixels, params, rows=rows, mean=self.mean, std=self.std)
+        return images.reshape(index.shape + pixels.shape[1:])
 
     def sample(self, per_class: int, generator: torch.Generator) -> Tensor:
         """Indices int64 [num_classes, per_class] of random images of each class, without replacement.

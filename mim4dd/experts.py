@@ -213,8 +213,7 @@ def _paths(recipe: Recipe, group: Sequence[int]) -> Iterator[Weights]:
             params = AugmentParams(
                 **{name: torch.cat([p.fields()[name] for p in drawn]) for name in drawn[0].fields()}
             )
-            images = augment.apply(real.batch(index.flatten()), params).unflatten(0, index.shape)
-            gradient = step(weights, images, real.labels[index])
+            gradient = step(weights, real.augmented(index, params), real.labels[index])
             weights = {name: weight - LR * gradient[name] for name, weight in weights.items()}
         yield weights
 

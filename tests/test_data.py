@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -19,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mim4dd import data, named
+from mim4dd import augment, data, named
 from mim4dd.data import ImageSet, load
 from mim4dd.errors import InputError
 
@@ -74,6 +75,26 @@ def test_batch_of_floats_is_not_divided_again():
     images = make_set(3, 3)
     floats = ImageSet(images.images.float() / 255, images.labels, images.class_names, images.mean, images.std)
     torch.testing.assert_close(floats.batch(torch.arange(6)), images.batch(torch.arange(6)))
+
+
+def test_augmented_is_the_batch_augmented():
+    stored = ImageSet(
+        torch.from_numpy(pixels(6, 3, 9, 8)),
+        torch.zeros(6, dtype=torch.int64),
+        ("a",),
+        torch.tensor([0.5, 0.4, 0.3]),
+        torch.tensor([0.2, 0.3, 0.4]),
+    )
+    params = augment.sample(augment.DSA, 2, (9, 8), generator=seeded(), mode="all")
+    index, rows = torch.tensor([[5, 0, 3], [1, 1, 2]]), torch.tensor([[0, 0, 0], [1, 1, 1]])
+    floats = dataclasses.replace(stored, images=stored.images / 255)
+    expected = augment.apply(stored.batch(index).flatten(0, 1), params, rows=rows.flatten())
+    for images in (stored, floats):
+        result = images.augmented(index, params, rows)
+        torch.testing.assert_close(result, expected.unflatten(0, (2, 3)), atol=1e-5, rtol=1e-5)
+    one_each = augment.sample("crop", 4, (9, 8), generator=seeded())
+    expected = augment.apply(stored.batch(torch.arange(4)), one_each)
+    torch.testing.assert_close(stored.augmented(torch.arange(4), one_each), expected, atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=60, deadline=None)

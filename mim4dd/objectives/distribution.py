@@ -98,7 +98,7 @@ class DistributionMatching(Objective):
             problem.augmentation, real.num_classes, real.image_size, generator=self.augmentations
         )
         index = real.sample(problem.real_batch, self.draws).flatten()
-        real_images = augment.apply(real.batch(index), params, rows=self.real_labels)
+        real_images = real.augmented(index, params, self.real_labels)
         real_maps = problem.real_features(self.network, real_images)
         synthetic_maps = problem.features(self.network, augment.apply(images, params, rows=labels))
         distance = self.distance(real_maps[-1], synthetic_maps[-1])

@@ -297,7 +297,7 @@ class TrajectoryMatching(Objective):
             problem.augmentation, real.num_classes, real.image_size, generator=self.augmentations
         )
         index = real.sample(problem.real_batch, self.draws).flatten()
-        real_images = augment.apply(real.batch(index), params, rows=real.labels[index])
+        real_images = real.augmented(index, params, real.labels[index])
         real_maps = problem.real_features(self.network, real_images)
         maps = problem.features(self.network, augment.apply(images, params, rows=problem.labels))
         return Matched(distance, maps, real_maps, *problem.pair_labels(index))
