@@ -36,7 +36,7 @@ within 100 "${install[@]}" || MIM4DD_NO_EXT=1 within 30 "${install[@]}" || exit 
 
 failed=0
 # Without the fixtures of the whole suite, which need more packages.
-within 150 "$PYTHON" -m pytest --noconftest tests/test_kernels.py || failed=1
+within 150 "$PYTHON" -m pytest --noconftest tests/test_kernels.py tests/test_augment_cuda.py || failed=1
 
 bench() {
     local json=build/bench-$1.json status

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import measure
-from mim4dd import augment
+from mim4dd import augment, extension
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SHAPES = [(256, 3, 32, 32), (64, 3, 128, 128)]
@@ -139,6 +139,8 @@ def versions(op: str, shape: tuple[int, ...], device: str) -> dict[str, Callable
 def test_augment(benchmark, device, passes, shape, op):
     if benchmark.disabled:
         pytest.skip("nothing is timed; tests/ has the equality")
+    if not extension.available(device):
+        pytest.skip(f"the extension is not built for {device}")
     x = torch.randn(shape, device=device, requires_grad=passes == "both")
     upstream, copied = torch.randn(shape, device=device), torch.empty(shape, device=device)
     # One large block freed, as in any training: glibc then keeps memory instead of returning it each time.
