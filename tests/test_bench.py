@@ -200,7 +200,7 @@ def test_gpu_script_runs_every_part_whatever_fails(tmp_path, failing, status, ex
     parts = re.findall(r"pip install|(?:tests|bench)/test_\w+|bench\.report", log.read_text())
     benches = ("losses", "augment", "loop")
     after = [part for name in benches for part in (f"bench/test_{name}", "bench.report")]
-    assert parts == ["pip install", "tests/test_kernels", *after]
+    assert parts == ["pip install", "tests/test_kernels", "tests/test_augment_cuda", *after]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

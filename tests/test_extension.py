@@ -5,8 +5,10 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
+import pybind11
 import pytest
 import torch
 
@@ -84,3 +86,15 @@ def test_cuda_kernels_compile_without_spills(tmp_path, record_property):
     for name, architecture, spilled, registers in kernels:
         record_property(f"{name} {architecture}", f"{registers} registers, {spilled} bytes spilled")
         assert spilled == "0", f"{name} spills on {architecture}, using {registers} registers"
+
+
+def test_the_operator_registers_for_cuda():
+    """The same source as for the CPU; only a torch with CUDA can link and load it."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no c++ on PATH")
+    include = [Path(torch.__file__).parent / "include", pybind11.get_include(), sysconfig.get_path("include")]
+    macros = ["MIM4DD_CUDA", "USE_CUDA", "TORCH_TARGET_VERSION=0x020a000000000000"]
+    options = ["-std=c++20", "-fsyntax-only", *(f"-D{m}" for m in macros), *(f"-I{path}" for path in include)]
+    done = subprocess.run([compiler, *options, ROOT / "csrc/ops.cpp"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
