@@ -118,7 +118,7 @@ def inner_step(of: Problem, images: Tensor) -> Callable[[], object]:
     objective = GradientMatching(of)
     networks.initialise(objective.network, objective.weights)
     objective.inner = 1
-    return lambda: objective._train(images)
+    return lambda: objective._train(images, of.labels)
 
 
 def textbook_inner_step(of: Problem, images: Tensor) -> Callable[[], object]:
