@@ -12,9 +12,9 @@ import math
 from collections.abc import Callable, Collection, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .convolution import conv2d
 from .errors import InputError, unknown
 from .normalisation import instance_norm
 from .precision import autocast
@@ -241,7 +241,8 @@ class _OnePassBlock(nn.Sequential):
         assert isinstance(convolution, nn.Conv2d)
         assert isinstance(norm, InstanceNorm)
         assert convolution.bias is not None
-        x = F.conv2d(x, convolution.weight, padding=convolution.padding)
+        assert not isinstance(convolution.padding, str)
+        x = conv2d(x, convolution.weight, convolution.padding)
         bias = norm.bias + 0 * convolution.bias
         return instance_norm(x, norm.weight, bias, norm.eps, relu=norm.relu, pool=norm.pool)
 
