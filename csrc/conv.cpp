@@ -94,7 +94,7 @@ Tensor convolve(const Tensor& x, const Tensor& weight, bool turned) {
   parallel_for(0, call.in, 8, [&](int64_t begin, int64_t end) { functions.transform_weight(call, begin, end); });
   parallel_for(0, call.tiles, 8, [&](int64_t begin, int64_t end) {
     thread_local std::vector<float> scratch;
-    functions.convolve(call, begin, end, kept(scratch, mim4dd::forward_scratch(call.in, call.out)));
+    functions.convolve(call, begin, end, kept(scratch, mim4dd::forward_scratch(call.in)));
   });
   return y;
 }

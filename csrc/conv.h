@@ -26,8 +26,12 @@ constexpr int64_t kTiles = 32;   // of one thread at a time, forward
 constexpr int64_t kBlock = 96;   // of all threads at a time, by weight
 constexpr int64_t kPad = 16;     // numbers between the points, whose maps would else meet in one set of the cache
 
-constexpr int64_t tile_stride(int64_t tiles, int64_t channels) { return tiles * channels + kPad; }
-constexpr int64_t forward_scratch(int64_t in, int64_t out) { return kPoints * (tile_stride(kTiles, in) + tile_stride(kTiles, 32)); }
+// Not inline but static: the linker keeps one copy of an inline function for all instruction sets.
+static constexpr int64_t tile_stride(int64_t tiles, int64_t channels) { return tiles * channels + kPad; }
+// Floats that a thread needs forward.
+static constexpr int64_t forward_scratch(int64_t in) {
+  return kPoints * (tile_stride(kTiles, in) + tile_stride(kTiles, 32));
+}
 
 // The same code compiled for three instruction sets; conv.cpp picks at run time. What is done for one range of rows,
 // tiles or points does not depend on the others.

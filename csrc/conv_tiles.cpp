@@ -7,27 +7,10 @@
 // is about twice that of the plain sum. The gradient by x is the same operation on the weight turned round; that by
 // the weight is G'((B'd)(A g))G. No standard templates here: the linker would keep one copy for all instruction sets.
 #include "conv.h"
+#include "lanes.h"
 
 namespace mim4dd::MIM4DD_ISA {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kBytes = 64, kRows = 8;
-#elif defined(__AVX__)
-constexpr int kBytes = 32, kRows = 4;
-#else
-constexpr int kBytes = 16, kRows = 4;
-#endif
-constexpr int kLanes = kBytes / 4;
-constexpr int64_t kPanel = 2 * kLanes;  // columns of a product that stay in registers
-typedef float Lane __attribute__((vector_size(kBytes)));
-
-inline Lane load(const float* from) {
-  Lane lane;
-  __builtin_memcpy(&lane, from, sizeof(lane));
-  return lane;
-}
-inline void store(float* to, const Lane& lane) { __builtin_memcpy(to, &lane, sizeof(lane)); }
 
 constexpr float kRoot = 1.41421356237309505f, kHalfRoot = 0.70710678118654752f;
 
@@ -113,29 +96,6 @@ inline __attribute__((always_inline)) void both_ways(const Read& read, const Wri
   }
 }
 
-// c[kRows, kPanel] (+)= a[kRows, depth] b[depth, kPanel].
-template <bool Add>
-inline void product(int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const float* b, float* c,
-                    int64_t c_row) {
-  Lane sum[kRows][2];
-  for (int row = 0; row < kRows; ++row) sum[row][0] = sum[row][1] = Lane{};
-  for (int64_t k = 0; k < depth; ++k) {
-    const Lane left = load(b + k * kPanel), right = load(b + k * kPanel + kLanes);
-#pragma GCC unroll 8
-    for (int row = 0; row < kRows; ++row) {
-      const float factor = a[row * a_row + k * a_depth];
-      sum[row][0] += factor * left;
-      sum[row][1] += factor * right;
-    }
-  }
-#pragma GCC unroll 8
-  for (int row = 0; row < kRows; ++row)
-    for (int half = 0; half < 2; ++half) {
-      float* to = c + row * c_row + half * kLanes;
-      store(to, Add ? load(to) + sum[row][half] : sum[row][half]);
-    }
-}
-
 // Where the `Side` x `Side` numbers of a tile are in a map, from `offset` rows and columns before it; null: outside.
 template <int Side, typename T>
 struct Places {
@@ -204,8 +164,9 @@ void convolve(const ConvCall& call, int64_t begin, int64_t end, float* scratch) 
         const float* weight = call.plane + (panel / kPanel * kPoints + point) * in * kPanel;
         // The last rows may be of no tile: what is left there from before is multiplied, and not looked at.
         for (int64_t tile = 0; tile < count; tile += kRows)
-          product<false>(in, scratch + point * stride + tile * in, in, 1, weight,
-                         products + point * product_stride + tile * kPanel, kPanel);
+          product<kRows, false>(
+              in, [a = scratch + point * stride + tile * in, in](int row, int64_t k) { return a[row * in + k]; },
+              weight, kPanel, products + point * product_stride + tile * kPanel, kPanel);
       }
       for (int64_t tile = 0; tile < count; ++tile) {
         const Places<4, float> places(call, call.y, call.out, first + tile, 0);
@@ -239,13 +200,14 @@ void multiply_block(const ConvCall& call, int64_t first, int64_t begin, int64_t 
   for (int64_t point = begin; point < end; ++point)
     for (int64_t in = 0; in < call.in; in += kPanel)
       for (int64_t out = 0; out < call.out; out += kRows) {
-        const float* a = call.outputs + point * tile_stride(kBlock, call.out) + out;
+        const float* outputs = call.outputs + point * tile_stride(kBlock, call.out) + out;
+        const auto a = [outputs, stride = call.out](int row, int64_t k) { return outputs[row + k * stride]; };
         const float* b = call.inputs + point * tile_stride(kBlock, call.in) + in * kBlock;
         float* c = call.plane + (point * call.out + out) * call.in + in;
         if (first == 0)
-          product<false>(count, a, 1, call.out, b, c, call.in);
+          product<kRows, false>(count, a, b, kPanel, c, call.in);
         else
-          product<true>(count, a, 1, call.out, b, c, call.in);
+          product<kRows, true>(count, a, b, kPanel, c, call.in);
       }
 }
 
