@@ -103,7 +103,7 @@ class _FirstBlock(torch.autograd.Function):
 
 
 class _Backward(torch.autograd.Function):
-    """(grad, x, taps, scale, bias, mean, rstd) -> gradients by x, taps, scale and bias; unwanted ones: empty."""
+    """(grad, x, taps, scale, bias, mean, rstd) -> gradients by x, taps, scale, bias; empty if unwanted."""
 
     generate_vmap_rule = True
 

@@ -5,6 +5,7 @@ import re
 
 from bench import loop_table, profile
 from bench.test_loop import (
+    comparable,
     float32_convolutions,
     small,
     test_matching_is_that_of_the_textbook,
@@ -13,6 +14,7 @@ from bench.test_loop import (
 )
 
 __all__ = [
+    "comparable",
     "float32_convolutions",
     "small",
     "test_matching_is_that_of_the_textbook",
