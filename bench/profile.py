@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, record_function
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from bench.measure import matrix_rate, seconds
-from mim4dd import augment, distill, precision
+from mim4dd import augment, distill, extension, precision
 from mim4dd.data import ImageSet
 from mim4dd.objectives import METHODS, Problem, TrajectoryConfig
 from mim4dd.objectives import distribution as distribution
@@ -31,6 +32,43 @@ from mim4dd.synthetic import SyntheticSet
 PARTS = ("forward real", "forward synthetic", "gradients real", "gradients synthetic", "backward")
 PARTS += ("augmentation", "loss", "update", "initialise", "inner loop")
 CLASSES, SIDE = 10, 28
+
+
+def _count_compiled() -> None:
+    """Tell the counter of operations of the compiled convolutions: those of the plain sum."""
+
+    def plain_sum(out: Sequence[int], channels: int) -> int:
+        return 2 * 9 * channels * math.prod(out)
+
+    ops = torch.ops.mim4dd
+
+    @register_flop_formula(ops.convolve)
+    def _(x, weight, turned, *, out_shape, **_):  # type: ignore[no-untyped-def]
+        return plain_sum(out_shape, x[1])
+
+    @register_flop_formula(ops.convolve_by_weight)
+    def _(grad, x, *, out_shape, **_):  # type: ignore[no-untyped-def]
+        return plain_sum(grad, x[1])
+
+    def convolved(x: Sequence[int], taps: Sequence[int], padding: int) -> int:
+        return plain_sum((x[0], taps[1], *(side + 2 * padding - 2 for side in x[2:])), x[1])
+
+    @register_flop_formula(ops.first_block)
+    def _(x, taps, scale, bias, eps, padding, *_, **__):  # type: ignore[no-untyped-def]
+        return convolved(x, taps, padding)
+
+    # What the gradients work out anew is not counted: it is the price of not keeping it.
+    @register_flop_formula(ops.first_block_backward)
+    def _(grad, x, taps, scale, bias, mean, rstd, padding, relu, pool, want_x, want_taps, **_):  # type: ignore[no-untyped-def]
+        return (want_x + want_taps) * convolved(x, taps, padding)
+
+    @register_flop_formula(ops.first_block_backward_twice)
+    def _(of_x, of_taps, of_scale, of_bias, grad, x, taps, scale, bias, mean, rstd, padding, *_, **__):  # type: ignore[no-untyped-def]
+        return 6 * convolved(x, taps, padding)
+
+
+if extension.available():
+    _count_compiled()
 
 
 @contextlib.contextmanager

@@ -12,10 +12,11 @@ import math
 from collections.abc import Callable, Collection, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .convolution import conv2d
 from .errors import InputError, unknown
+from .first_block import first_block, is_compiled
 from .normalisation import instance_norm
 from .precision import autocast
 
@@ -241,8 +242,14 @@ class _OnePassBlock(nn.Sequential):
         assert isinstance(convolution, nn.Conv2d)
         assert isinstance(norm, InstanceNorm)
         assert convolution.bias is not None
-        x = F.conv2d(x, convolution.weight, padding=convolution.padding)
+        assert not isinstance(convolution.padding, str)
+        weight, padding = convolution.weight, convolution.padding
         bias = norm.bias + 0 * convolution.bias
+        if is_compiled(x, weight, padding):
+            return first_block(
+                x, weight, norm.weight, bias, norm.eps, padding=padding[0], relu=norm.relu, pool=norm.pool
+            )
+        x = conv2d(x, weight, padding)
         return instance_norm(x, norm.weight, bias, norm.eps, relu=norm.relu, pool=norm.pool)
 
 

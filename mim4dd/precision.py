@@ -17,8 +17,9 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 def resolve(precision: Precision, device: torch.device) -> Precision:
     """Return "fp32", "tf32" or "bf16"; "auto" is the fastest that the hardware computes natively.
 
-    On CPUs with AVX512-BF16 the ConvNet's forward is twice as fast in bfloat16 as in float32; on those
-    without, where it is emulated, it is twenty times slower.
+    On CPUs with AVX512-BF16 torch's convolutions are twice as fast in bfloat16 as in float32; on those
+    without, where it is emulated, twenty times slower. The compiled ones of the ConvNet are float32 only, see
+    `mim4dd.convolution`.
 
     Raises:
         InputError: the device cannot compute in it.

@@ -9,17 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import measure, profile, report, test_loop, test_losses
 from bench.test_loop import (
+    comparable,
     float32_convolutions,
     small,
     test_matching_is_that_of_the_textbook,
     test_the_trained_network_is_that_of_the_textbook,
     test_trajectory_matching_is_that_of_the_textbook,
 )
+from mim4dd import extension, networks
+from mim4dd.seeding import generator
 
 __all__ = [
+    "comparable",
     "float32_convolutions",
     "small",
     "test_matching_is_that_of_the_textbook",
@@ -52,6 +57,21 @@ def test_the_profile_names_the_parts(monkeypatch, capsys, tmp_path):
     assert "forward real" in trace.read_text()
     assert profile.distill.distill.__name__ == "distill"
     assert profile.augment.apply.__name__ == "apply", "the names are taken off again"
+
+
+def test_the_profile_counts_the_operations_of_compiled_convolutions(monkeypatch):
+    """As many as torch's own, which run in float64."""
+    if not extension.available():
+        pytest.skip("the extension is not built")
+    network = networks.create("convnet", 1, 10, (28, 28), width=32)
+    networks.initialise(network, generator(0, "flops"))
+    counted = []
+    for dtype in (torch.float32, torch.float64):
+        network, images = network.to(dtype), torch.randn(2, 1, 28, 28, dtype=dtype, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            network(images).sum().backward()
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
 
 
 def bench_run(folder, *arguments):

@@ -1,0 +1,143 @@
+// The convolution's operators on torch's stable ABI: schema, checks, and tiles in parallel on the CPU.
+#include "conv.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace {
+
+using mim4dd::ConvCall;
+using mim4dd::kBlock;
+using mim4dd::kPoints;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::parallel_for;
+using torch::stable::Tensor;
+
+void require(bool holds, const char* message) {
+  if (!holds) throw std::invalid_argument(std::string("mim4dd.networks: convolution: ") + message);
+}
+
+struct Functions {
+  decltype(&mim4dd::baseline::transform_weight) transform_weight;
+  decltype(&mim4dd::baseline::convolve) convolve;
+  decltype(&mim4dd::baseline::transform_block) transform_block;
+  decltype(&mim4dd::baseline::multiply_block) multiply_block;
+  decltype(&mim4dd::baseline::finish_weight) finish_weight;
+};
+
+// What this processor can run.
+Functions fastest() {
+#define MIM4DD_FUNCTIONS(isa)                                                                         \
+  Functions {                                                                                         \
+    mim4dd::isa::transform_weight, mim4dd::isa::convolve, mim4dd::isa::transform_block,               \
+        mim4dd::isa::multiply_block, mim4dd::isa::finish_weight                                       \
+  }
+#ifdef MIM4DD_X86
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    return MIM4DD_FUNCTIONS(avx512);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return MIM4DD_FUNCTIONS(avx2);
+#endif
+  return MIM4DD_FUNCTIONS(baseline);
+}
+
+// Memory that a thread keeps from call to call: fresh pages cost as much as the work on them.
+float* kept(std::vector<float>& memory, int64_t numbers) {
+  if (static_cast<int64_t>(memory.size()) < numbers) memory.resize(numbers);
+  return memory.data();
+}
+
+Tensor channels_last(const Tensor& t) { return torch::stable::contiguous(t, MemoryFormat::ChannelsLast); }
+
+Tensor empty(const std::initializer_list<int64_t>& sizes) {
+  return torch::stable::empty(sizes, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
+                              MemoryFormat::ChannelsLast);
+}
+
+ConvCall call_for(const Tensor& x, int64_t in, int64_t out) {
+  ConvCall call{};
+  call.batch = x.size(0), call.height = x.size(2), call.width = x.size(3);
+  call.in = in, call.out = out;
+  require(in > 0 && out > 0 && in % 32 == 0 && out % 32 == 0, "channels must be multiples of 32");
+  call.tiles_down = (call.height + 3) / 4, call.tiles_across = (call.width + 3) / 4;
+  call.tiles = call.batch * call.tiles_down * call.tiles_across;
+  return call;
+}
+
+// The convolution of x [batch, in, height, width], or with `turned` its gradient by x, which x then is that of the
+// outputs [batch, out, height, width].
+Tensor convolve(const Tensor& x, const Tensor& weight, bool turned) {
+  require(x.dim() == 4 && x.scalar_type() == ScalarType::Float && weight.dim() == 4 &&
+              weight.scalar_type() == ScalarType::Float && weight.size(2) == 3 && weight.size(3) == 3 &&
+              x.size(1) == weight.size(turned ? 0 : 1),
+          "x must be float32 [batch, in, height, width], weight [out, in, 3, 3]");
+  const Tensor images = channels_last(x);
+  ConvCall call = call_for(x, x.size(1), weight.size(turned ? 1 : 0));
+  const float* first = static_cast<const float*>(weight.const_data_ptr());
+  call.x = static_cast<const float*>(images.const_data_ptr());
+  call.weight_out = weight.stride(turned ? 1 : 0), call.weight_in = weight.stride(turned ? 0 : 1);
+  call.weight_down = turned ? -weight.stride(2) : weight.stride(2);
+  call.weight_across = turned ? -weight.stride(3) : weight.stride(3);
+  call.weight = turned ? first + 2 * (weight.stride(2) + weight.stride(3)) : first;
+  Tensor y = empty({call.batch, call.out, call.height, call.width});
+  call.y = static_cast<float*>(y.mutable_data_ptr());
+  thread_local std::vector<float> plane;
+  call.plane = kept(plane, kPoints * call.in * call.out);
+  const Functions functions = fastest();
+  parallel_for(0, call.in, 8, [&](int64_t begin, int64_t end) { functions.transform_weight(call, begin, end); });
+  parallel_for(0, call.tiles, 8, [&](int64_t begin, int64_t end) {
+    thread_local std::vector<float> scratch;
+    functions.convolve(call, begin, end, kept(scratch, mim4dd::forward_scratch(call.in)));
+  });
+  return y;
+}
+
+// The gradient by the weight. Tiles add up in their order, whatever the number of threads.
+Tensor by_weight(const Tensor& grad_y, const Tensor& x) {
+  require(x.dim() == 4 && x.scalar_type() == ScalarType::Float && grad_y.dim() == 4 &&
+              grad_y.scalar_type() == ScalarType::Float && x.size(0) == grad_y.size(0) &&
+              x.size(2) == grad_y.size(2) && x.size(3) == grad_y.size(3),
+          "x must be float32 [batch, in, height, width], the gradient [batch, out, height, width]");
+  const Tensor images = channels_last(x), gradient = channels_last(grad_y);
+  ConvCall call = call_for(x, x.size(1), grad_y.size(1));
+  call.x = static_cast<const float*>(images.const_data_ptr());
+  call.grad_y = static_cast<const float*>(gradient.const_data_ptr());
+  Tensor result = empty({call.out, call.in, 3, 3});
+  call.grad_weight = static_cast<float*>(result.mutable_data_ptr());
+  if (call.tiles == 0) {
+    std::fill_n(call.grad_weight, call.out * call.in * 9, 0.0f);
+    return result;
+  }
+  thread_local std::vector<float> plane, inputs, outputs;
+  call.plane = kept(plane, kPoints * call.in * call.out);
+  call.inputs = kept(inputs, kPoints * mim4dd::tile_stride(kBlock, call.in));
+  call.outputs = kept(outputs, kPoints * mim4dd::tile_stride(kBlock, call.out));
+  const Functions functions = fastest();
+  for (int64_t first = 0; first < call.tiles; first += kBlock) {
+    parallel_for(0, std::min(kBlock, call.tiles - first), 4,
+                 [&](int64_t begin, int64_t end) { functions.transform_block(call, first, begin, end); });
+    parallel_for(0, kPoints, 1,
+                 [&](int64_t begin, int64_t end) { functions.multiply_block(call, first, begin, end); });
+  }
+  parallel_for(0, call.out, 8, [&](int64_t begin, int64_t end) { functions.finish_weight(call, begin, end); });
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mim4dd, m) {
+  m.def("convolve(Tensor x, Tensor weight, bool turned) -> Tensor");
+  m.def("convolve_by_weight(Tensor grad, Tensor x) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mim4dd, CPU, m) {
+  m.impl("convolve", TORCH_BOX(&convolve));
+  m.impl("convolve_by_weight", TORCH_BOX(&by_weight));
+}

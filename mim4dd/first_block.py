@@ -1,0 +1,194 @@
+"""The first block of a network on a CPU: its convolution of few channels and all that follows, in one pass.
+
+The convolution's output is the largest map of a network, and cheap to work out: it stays in the cache, image
+by image, and is worked out anew for the gradients instead of being kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import extension
+
+MOST_CHANNELS = 4
+
+
+def is_compiled(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> bool:
+    """Return whether `first_block` can run on images x [B, I, H, W] and a weight [O, I, h, w]."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.shape[1] <= MOST_CHANNELS
+        and weight.shape[0] % 32 == 0
+        and weight.shape[2:] == (3, 3)
+        and padding[0] == padding[1]
+        and x.shape[2] + 2 * padding[0] > 2
+        and x.shape[3] + 2 * padding[0] - 2 >= 8
+        and not torch.is_autocast_enabled("cpu")
+        and extension.available()
+    )
+
+
+def first_block(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    padding: int,
+    relu: bool,
+    pool: int,
+) -> Tensor:
+    """Convolve without a bias, normalise every channel of every image, ReLU, pool; differentiable twice.
+
+    Args:
+        x: float32 [B, I, H, W], I from 1 to 4.
+        weight: float32 [O, I, 3, 3], O a multiple of 32.
+        scale: float32 [O], the factor of the normalised channel.
+        bias: float32 [O], added to it.
+        eps: added to the variance.
+        padding: rows and columns of zeros added on each side; the sum is at least 8 wide.
+        relu: whether negative values become 0.
+        pool: 1, or 2 for windows of 2x2; a last odd row or column is left out.
+
+    Returns:
+        Tensor [B, O, (H + 2 padding - 2) // pool, (W + 2 padding - 2) // pool].
+    """
+    taps = weight.flatten(1).t().contiguous()
+    return _FirstBlock.apply(x, taps, scale, bias, eps, padding, relu, pool)[0]
+
+
+class _FirstBlock(torch.autograd.Function):
+    """(x, taps [9 I, O], scale, bias) -> y, mean, rstd; see csrc/block_image.cpp for the formulas."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        taps: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        eps: float,
+        padding: int,
+        relu: bool,
+        pool: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.mim4dd.first_block(x, taps, scale, bias, eps, padding, relu, pool)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *tensors, _, ctx.padding, ctx.relu, ctx.pool = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(*tensors, mean, rstd)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        want_x, want_taps = ctx.needs_input_grad[:2]
+        options = (ctx.padding, ctx.relu, ctx.pool, want_x, want_taps)
+        by_x, by_taps, by_scale, by_bias = _Backward.apply(grad, *ctx.saved_tensors, *options)
+        return (
+            by_x if want_x else None,
+            by_taps if want_taps else None,
+            by_scale,
+            by_bias,
+            *[None] * 4,
+        )
+
+
+class _Backward(torch.autograd.Function):
+    """(grad, x, taps, scale, bias, mean, rstd) -> gradients by x, taps, scale, bias; empty if unwanted."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad: Tensor,
+        x: Tensor,
+        taps: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        padding: int,
+        relu: bool,
+        pool: int,
+        want_x: bool,
+        want_taps: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        by_x, *by_others = torch.ops.mim4dd.first_block_backward(
+            grad, x, taps, scale, bias, mean, rstd, padding, relu, pool, want_x, want_taps
+        )
+        by_taps, by_scale, by_bias = (by.sum(0) for by in by_others)
+        return by_x, by_taps, by_scale, by_bias
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *tensors, ctx.padding, ctx.relu, ctx.pool, ctx.want_x, ctx.want_taps = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, of_x: Tensor, of_taps: Tensor, of_scale: Tensor, of_bias: Tensor
+    ) -> tuple[Any, ...]:
+        grad, x, taps, *rest = ctx.saved_tensors
+        by_grad, by_x, by_taps, by_scale = torch.ops.mim4dd.first_block_backward_twice(
+            of_x if ctx.want_x else torch.zeros_like(x),
+            of_taps if ctx.want_taps else torch.zeros_like(taps),
+            of_scale,
+            of_bias,
+            grad,
+            x,
+            taps,
+            *rest,
+            ctx.padding,
+            ctx.relu,
+            ctx.pool,
+        )
+        # The bias decides only where the ReLU is open; mean and rstd are functions of x and taps.
+        return by_grad, by_x, by_taps.sum(0), by_scale.sum(0), *[None] * 8
+
+
+def _register() -> None:
+    """Give the compiled operators their shapes, for torch.compile."""
+
+    def like_y(x: Tensor, taps: Tensor, padding: int, pool: int) -> Tensor:
+        down, across = ((side + 2 * padding - 2) // pool for side in x.shape[2:])
+        return x.new_empty(x.shape[0], taps.shape[1], down, across).to(memory_format=torch.channels_last)
+
+    def like_x(x: Tensor) -> Tensor:
+        return x.new_empty(x.shape)
+
+    def per_image(x: Tensor, taps: Tensor) -> Tensor:
+        return x.new_empty(x.shape[0], taps.shape[1])
+
+    def by_taps(x: Tensor, taps: Tensor) -> Tensor:
+        return x.new_empty(x.shape[0], *taps.shape)
+
+    @torch.library.register_fake("mim4dd::first_block")
+    def _(x, taps, scale, bias, eps, padding, relu, pool):  # type: ignore[no-untyped-def]
+        return like_y(x, taps, padding, pool), per_image(x, taps), per_image(x, taps)
+
+    @torch.library.register_fake("mim4dd::first_block_backward")
+    def _(grad, x, taps, scale, bias, mean, rstd, padding, relu, pool, want_x, want_taps):  # type: ignore[no-untyped-def]
+        return (
+            like_x(x) if want_x else x.new_empty(0),
+            by_taps(x, taps) if want_taps else x.new_empty(0),
+            per_image(x, taps),
+            per_image(x, taps),
+        )
+
+    @torch.library.register_fake("mim4dd::first_block_backward_twice")
+    def _(of_x, of_taps, of_scale, of_bias, grad, x, taps, scale, bias, mean, rstd, padding, relu, pool):  # type: ignore[no-untyped-def]
+        return like_y(x, taps, padding, pool), like_x(x), by_taps(x, taps), per_image(x, taps)
+
+
+if extension.available():
+    _register()

@@ -1,0 +1,124 @@
+"""The compiled convolution against torch's operator in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mim4dd import convolution, extension
+from mim4dd.convolution import conv2d
+from mim4dd.seeding import generator
+
+pytestmark = pytest.mark.skipif(not extension.available(), reason="the extension is not built")
+
+# Batch, channels in and out, height, width: one pixel, sides with and without a rest of the tiles of 4,
+# more tiles than a thread takes at once, and more than a block of the gradient by the weight.
+SHAPES = [
+    (1, 32, 64, 1, 1),
+    (2, 64, 32, 5, 7),
+    (3, 96, 32, 8, 4),
+    (2, 32, 32, 3, 50),
+    (9, 128, 128, 16, 16),
+]
+
+
+def case(shape):
+    batch, channels, out, height, width = shape
+    random = generator(0, "convolution")
+    x = torch.randn(batch, channels, height, width, generator=random)
+    weight = torch.randn(out, channels, 3, 3, generator=random)
+    return [t.to(memory_format=torch.channels_last).requires_grad_() for t in (x, weight)]
+
+
+def results(function, inputs):
+    """The outcome, its two gradients, and the three of a mixture of those."""
+    out = function(*inputs)
+
+    def like(tensor, name):
+        return torch.randn(tensor.shape, generator=generator(0, name)).to(tensor.dtype)
+
+    upstream = like(out, "up").requires_grad_()
+    first = torch.autograd.grad(out, inputs, upstream, create_graph=True)
+    mixed = sum((gradient * like(gradient, "twice")).sum() for gradient in first)
+    return [out, *first, *torch.autograd.grad(mixed, [*inputs, upstream])]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_forward_and_both_gradients(shape, layout):
+    inputs = [t.detach().contiguous(memory_format=layout).requires_grad_() for t in case(shape)]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    assert convolution._is_compiled(*inputs, (1, 1))
+    ours = results(lambda x, w: conv2d(x, w, (1, 1)), inputs)
+    plain = results(lambda x, w: F.conv2d(x, w, padding=1), inputs)
+    expected = results(lambda x, w: F.conv2d(x, w, padding=1), exact)
+    for actual, torchs, wanted in zip(ours, plain, expected, strict=True):
+        assert actual.shape == wanted.shape
+        scale = wanted.abs().max()
+        error, theirs = ((t.double() - wanted).abs().max() / scale for t in (actual, torchs))
+        assert error < 4 * theirs + 2e-6
+
+
+def test_results_are_those_of_any_number_of_threads():
+    inputs, threads = case((9, 128, 128, 16, 16)), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(results(lambda x, w: conv2d(x, w, (1, 1)), inputs))
+    finally:
+        torch.set_num_threads(threads)
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_no_image_has_a_gradient_of_zero():
+    x, weight = case((0, 32, 64, 8, 8))
+    out = conv2d(x, weight, (1, 1))
+    assert out.shape == (0, 64, 8, 8)
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    x, weight = case((9, 64, 64, 7, 9))
+    assert torch.equal(conv2d(x, weight, (1, 1))[4:5], conv2d(x[4:5], weight, (1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("channels", "side", "padding", "dtype"),
+    [
+        (3, 3, 1, torch.float32),
+        (32, 5, 2, torch.float32),
+        (32, 3, 0, torch.float32),
+        (32, 3, 1, torch.float64),
+    ],
+)
+def test_what_is_not_compiled_is_torchs(channels, side, padding, dtype):
+    random = generator(0, "convolution")
+    x = torch.randn(2, channels, 8, 8, generator=random, dtype=dtype)
+    weight = torch.randn(32, channels, side, side, generator=random, dtype=dtype)
+    assert torch.equal(conv2d(x, weight, (padding, padding)), F.conv2d(x, weight, padding=padding))
+
+
+def test_autocast_is_obeyed():
+    x, weight = case((2, 32, 32, 4, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv2d(x, weight, (1, 1)).dtype == torch.bfloat16
+
+
+def test_the_operators_keep_to_what_they_declare():
+    inputs = [t.detach() for t in case((2, 32, 64, 5, 7))]
+    torch.library.opcheck(torch.ops.mim4dd.convolve, (*inputs, False))
+    grad = torch.ops.mim4dd.convolve(*inputs, False)
+    torch.library.opcheck(torch.ops.mim4dd.convolve, (grad, inputs[1], True))
+    torch.library.opcheck(torch.ops.mim4dd.convolve_by_weight, (grad, inputs[0]))
+
+
+def test_wrong_channels_are_refused():
+    x, weight = (t.detach() for t in case((2, 32, 64, 5, 7)))
+    with pytest.raises(ValueError, match="multiples of 32"):
+        torch.ops.mim4dd.convolve(x[:, :16], weight[:, :16], False)
+    with pytest.raises(ValueError, match="must be float32"):
+        torch.ops.mim4dd.convolve(x, weight, True)

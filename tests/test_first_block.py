@@ -1,0 +1,150 @@
+"""The first block in one pass against torch's convolution and the plain normalisation, in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mim4dd import extension, normalisation
+from mim4dd.first_block import first_block, is_compiled
+from mim4dd.networks import ConvNet
+from mim4dd.seeding import generator
+
+EPS = 1e-5
+pytestmark = pytest.mark.skipif(not extension.available(), reason="the extension is not built")
+
+# Batch, channels in and out, height, width, padding: the padded digits, colours, sides with a rest of every
+# kind, two rows, as many channels as there may be.
+SHAPES = [
+    (2, 1, 32, 28, 28, 3),
+    (3, 3, 64, 16, 16, 1),
+    (2, 2, 96, 11, 13, 0),
+    (1, 4, 128, 2, 9, 1),
+]
+
+
+def case(shape):
+    batch, channels, out, height, width, _ = shape
+    random = generator(0, "block")
+    sizes = (batch, channels, height, width), (out, channels, 3, 3), (out,), (out,)
+    x, weight, scale, bias = (torch.randn(size, generator=random) for size in sizes)
+    return [t.requires_grad_() for t in (x, weight, scale, bias)]
+
+
+def results(function, inputs):
+    """The outcome, its four gradients, and those of a mixture of the four."""
+    out = function(*inputs)
+
+    def like(tensor, name):
+        return torch.randn(tensor.shape, generator=generator(0, name)).to(tensor.dtype)
+
+    upstream = like(out, "up").requires_grad_()
+    first = torch.autograd.grad(out, inputs, upstream, create_graph=True)
+    mixed = sum((gradient * like(gradient, "twice")).sum() for gradient in first)
+    return [out, *first, *torch.autograd.grad(mixed, [*inputs[:3], upstream])]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("pool", [1, 2])
+def test_forward_and_both_gradients(shape, relu, pool):
+    inputs, padding = case(shape), shape[-1]
+    if relu:
+        # All open or all shut, channel by channel: roundings may open one that is shut in float64.
+        with torch.no_grad():
+            inputs[3].copy_(30 * inputs[3].sign())
+    assert is_compiled(*inputs[:2], (padding, padding))
+
+    def plain(x, weight, scale, bias):
+        convolved = F.conv2d(x, weight, padding=padding)
+        return normalisation.reference(convolved, scale, bias, EPS, relu, pool)
+
+    ours = results(lambda *tensors: first_block(*tensors, EPS, padding=padding, relu=relu, pool=pool), inputs)
+    expected = results(plain, [t.detach().double().requires_grad_() for t in inputs])
+    for actual, wanted in zip(ours, expected, strict=True):
+        assert actual.shape == wanted.shape
+        if wanted.numel():
+            assert (actual - wanted).abs().max() <= 1e-5 * wanted.abs().max() + 1e-5
+
+
+def test_shut_rectifiers_let_nothing_through():
+    """As torch's, in the same float32: which is open is decided by the block's own numbers."""
+    inputs = case((2, 1, 32, 28, 28, 3))
+    out = first_block(*inputs, EPS, padding=3, relu=True, pool=1)
+    expected = normalisation.reference(
+        F.conv2d(inputs[0], inputs[1], padding=3), *inputs[2:], EPS, relu=True, pool=1
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    x, weight, scale, bias = inputs
+    upstream = torch.randn(out.shape, generator=generator(0, "up"))
+    ours = torch.autograd.grad(out, inputs, upstream)
+    open_ = first_block(x, weight, scale, bias, EPS, padding=3, relu=False, pool=1)
+    theirs = torch.autograd.grad(open_, inputs, upstream * (out > 0))
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_gradients_that_nobody_wants_are_left_out():
+    x, weight, scale, bias = case((2, 1, 32, 28, 28, 3))
+    alone = [t.detach() for t in (x, weight, scale, bias)]
+    for k in range(2):
+        inputs = [*alone]
+        inputs[k] = (x, weight)[k]
+        options = {"padding": 3, "relu": True, "pool": 2}
+        everything = first_block(x, weight, scale, bias, EPS, **options).square().sum()
+        (expected,) = torch.autograd.grad(everything, [inputs[k]])
+        one = first_block(*inputs, EPS, **options).square().sum()
+        (found,) = torch.autograd.grad(one, [inputs[k]])
+        assert torch.equal(found, expected)
+
+
+def test_results_are_those_of_any_number_of_threads():
+    inputs, threads = case((5, 3, 64, 16, 16, 1)), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(
+                results(lambda *tensors: first_block(*tensors, EPS, padding=1, relu=True, pool=2), inputs)
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_the_network_takes_it_in_float32_only():
+    network, images = ConvNet(1, 10, image_size=(28, 28), width=32), torch.randn(2, 1, 28, 28)
+    assert "FirstBlock" in network.blocks[0](images).grad_fn.name()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network.blocks[0](images).dtype == torch.bfloat16
+    assert "FirstBlock" not in network.double().blocks[0](images.double()).grad_fn.name()
+
+
+def test_the_operators_keep_to_what_they_declare():
+    x, weight, scale, bias = (t.detach() for t in case((2, 3, 64, 16, 16, 1)))
+    tensors = x, weight.flatten(1).t().contiguous(), scale, bias
+    torch.library.opcheck(torch.ops.mim4dd.first_block, (*tensors, EPS, 1, True, 2))
+    y, mean, rstd = torch.ops.mim4dd.first_block(*tensors, EPS, 1, True, 2)
+    for wanted in (True, False):
+        torch.library.opcheck(
+            torch.ops.mim4dd.first_block_backward, (y, *tensors, mean, rstd, 1, True, 2, wanted, wanted)
+        )
+    torch.library.opcheck(
+        torch.ops.mim4dd.first_block_backward_twice, (*tensors, y, *tensors, mean, rstd, 1, True, 2)
+    )
+
+
+def test_what_does_not_fit_is_refused():
+    x, weight, scale, bias = (t.detach() for t in case((2, 3, 64, 16, 16, 1)))
+    taps = weight.flatten(1).t().contiguous()
+    block = torch.ops.mim4dd.first_block
+    for wrong, message in (
+        ((x[:, :2], taps, scale, bias), "weight .9 in, out."),
+        ((x, taps[:, :40], scale[:40], bias[:40]), "multiple of 32"),
+        ((x[..., :6], taps, scale, bias), "at least 8 pixels"),
+        ((x, taps, scale[:32], bias), "of the shape that belongs"),
+        ((x.double(), taps, scale, bias), "must be float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            block(*wrong, EPS, 1, True, 2)
