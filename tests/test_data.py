@@ -134,7 +134,7 @@ def test_sample_from_an_empty_class():
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.floats(0.01, 0.99), st.integers(0, 2**31))
 def test_split_is_stratified(counts, fraction, seed):
     images = make_set(*counts, channels=1)
-    held = [min(round(n * torch.tensor(fraction).item()), n - 1) for n in counts]
+    held = [min(round((n * torch.tensor(fraction)).item()), n - 1) for n in counts]  # in float32, as there
     if not any(held):
         with pytest.raises(InputError, match="too few"):
             images.split(fraction, seeded(seed))
