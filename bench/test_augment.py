@@ -25,7 +25,8 @@ from mim4dd import augment, extension
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SHAPES = [(256, 3, 32, 32), (64, 3, 128, 128)]
 OPS = [*augment.DSA.split("_"), "all"]
-ROUNDS, CALLS = 20, 10
+CALLS = 10
+SECONDS = 5.0  # for the rounds of a case, at least five of them
 
 
 def uniform(x: Tensor) -> Tensor:
@@ -177,6 +178,9 @@ def test_augment(benchmark, device, passes, shape, op):
         calls[ours]()
         measure.synchronise(device)
 
-    benchmark.pedantic(several, args=(ours,), setup=time_the_others, rounds=ROUNDS)
+    one_round = measure.seconds(time_the_others, device) + measure.seconds(lambda: several(ours), device)
+    rounds = min(20, max(5, int(SECONDS / one_round)))
+    times = {name: [] for name in calls}
+    benchmark.pedantic(several, args=(ours,), setup=time_the_others, rounds=rounds)
     times[ours] = benchmark.stats.stats.data
     benchmark.extra_info["seconds"] = {name: statistics.median(times[name]) / CALLS for name in calls}

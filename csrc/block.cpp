@@ -11,6 +11,8 @@
 #include <tuple>
 #include <vector>
 
+#include "isa.h"
+
 namespace {
 
 using mim4dd::BlockCall;
@@ -20,17 +22,6 @@ using torch::stable::Tensor;
 
 void require(bool holds, const char* message) {
   if (!holds) throw std::invalid_argument(std::string("mim4dd.networks: first block: ") + message);
-}
-
-// What this processor can run.
-decltype(&mim4dd::baseline::block_image) fastest() {
-#ifdef MIM4DD_X86
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    return mim4dd::avx512::block_image;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return mim4dd::avx2::block_image;
-#endif
-  return mim4dd::baseline::block_image;
 }
 
 // [taps, out] to [out, kTurnedRow].
@@ -99,7 +90,7 @@ class Block {
     std::vector<float> turned, of_turned;
     if (call.by_x) call.turned = (turned = turn(call.weight, call.taps, call.out)).data();
     if (call.of_weight) call.of_turned = (of_turned = turn(call.of_weight, call.taps, call.out)).data();
-    const auto image = fastest();
+    const auto image = MIM4DD_BEST(block_image);
     torch::stable::parallel_for(0, call.batch, 1, [&](int64_t begin, int64_t end) {
       thread_local std::vector<float> scratch;  // fresh pages would cost as much as the work on them
       if (const size_t size = mim4dd::block_scratch(call); scratch.size() < size) scratch.resize(size);

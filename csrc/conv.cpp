@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "isa.h"
+
 namespace {
 
 using mim4dd::ConvCall;
@@ -22,30 +24,6 @@ using torch::stable::Tensor;
 
 void require(bool holds, const char* message) {
   if (!holds) throw std::invalid_argument(std::string("mim4dd.networks: convolution: ") + message);
-}
-
-struct Functions {
-  decltype(&mim4dd::baseline::transform_weight) transform_weight;
-  decltype(&mim4dd::baseline::convolve) convolve;
-  decltype(&mim4dd::baseline::transform_block) transform_block;
-  decltype(&mim4dd::baseline::multiply_block) multiply_block;
-  decltype(&mim4dd::baseline::finish_weight) finish_weight;
-};
-
-// What this processor can run.
-Functions fastest() {
-#define MIM4DD_FUNCTIONS(isa)                                                                         \
-  Functions {                                                                                         \
-    mim4dd::isa::transform_weight, mim4dd::isa::convolve, mim4dd::isa::transform_block,               \
-        mim4dd::isa::multiply_block, mim4dd::isa::finish_weight                                       \
-  }
-#ifdef MIM4DD_X86
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    return MIM4DD_FUNCTIONS(avx512);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return MIM4DD_FUNCTIONS(avx2);
-#endif
-  return MIM4DD_FUNCTIONS(baseline);
 }
 
 // Memory that a thread keeps from call to call: fresh pages cost as much as the work on them.
@@ -90,11 +68,10 @@ Tensor convolve(const Tensor& x, const Tensor& weight, bool turned) {
   call.y = static_cast<float*>(y.mutable_data_ptr());
   thread_local std::vector<float> plane;
   call.plane = kept(plane, kPoints * call.in * call.out);
-  const Functions functions = fastest();
-  parallel_for(0, call.in, 8, [&](int64_t begin, int64_t end) { functions.transform_weight(call, begin, end); });
+  parallel_for(0, call.in, 8, [&](int64_t begin, int64_t end) { MIM4DD_BEST(transform_weight)(call, begin, end); });
   parallel_for(0, call.tiles, 8, [&](int64_t begin, int64_t end) {
     thread_local std::vector<float> scratch;
-    functions.convolve(call, begin, end, kept(scratch, mim4dd::forward_scratch(call.in)));
+    MIM4DD_BEST(convolve)(call, begin, end, kept(scratch, mim4dd::forward_scratch(call.in)));
   });
   return y;
 }
@@ -119,14 +96,13 @@ Tensor by_weight(const Tensor& grad_y, const Tensor& x) {
   call.plane = kept(plane, kPoints * call.in * call.out);
   call.inputs = kept(inputs, kPoints * mim4dd::tile_stride(kBlock, call.in));
   call.outputs = kept(outputs, kPoints * mim4dd::tile_stride(kBlock, call.out));
-  const Functions functions = fastest();
   for (int64_t first = 0; first < call.tiles; first += kBlock) {
     parallel_for(0, std::min(kBlock, call.tiles - first), 4,
-                 [&](int64_t begin, int64_t end) { functions.transform_block(call, first, begin, end); });
+                 [&](int64_t begin, int64_t end) { MIM4DD_BEST(transform_block)(call, first, begin, end); });
     parallel_for(0, kPoints, 1,
-                 [&](int64_t begin, int64_t end) { functions.multiply_block(call, first, begin, end); });
+                 [&](int64_t begin, int64_t end) { MIM4DD_BEST(multiply_block)(call, first, begin, end); });
   }
-  parallel_for(0, call.out, 8, [&](int64_t begin, int64_t end) { functions.finish_weight(call, begin, end); });
+  parallel_for(0, call.out, 8, [&](int64_t begin, int64_t end) { MIM4DD_BEST(finish_weight)(call, begin, end); });
   return result;
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "isa.h"
 #include "kernels.h"
 
 namespace mim4dd {
@@ -16,7 +17,7 @@ auto* best() {
 #ifdef MIM4DD_X86
   // Not for the short floats: their conversions are inline functions of torch, see buffer.h.
   if constexpr (!std::is_same_v<In, c10::Half> && !std::is_same_v<In, c10::BFloat16>)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::augment_images<In, Out, Acc>;
+    if (isa() != Isa::kBaseline) return avx2::augment_images<In, Out, Acc>;
 #endif
   return baseline::augment_images<In, Out, Acc>;
 }

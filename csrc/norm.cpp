@@ -10,6 +10,8 @@
 #include <string>
 #include <tuple>
 
+#include "isa.h"
+
 namespace {
 
 using mim4dd::NormCall;
@@ -29,17 +31,6 @@ NormCall::Type type_of(const Tensor& x) {
     default: require(false, "x must be float32, float64 or bfloat16");
   }
   return NormCall::kFloat;
-}
-
-// What this processor can run.
-decltype(&mim4dd::baseline::norm_image) fastest() {
-#ifdef MIM4DD_X86
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    return mim4dd::avx512::norm_image;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return mim4dd::avx2::norm_image;
-#endif
-  return mim4dd::baseline::norm_image;
 }
 
 // What all three operators have in common; keeps the tensors that the call points into.
@@ -88,7 +79,7 @@ class Norm {
   }
 
   void run() const {
-    const auto image = fastest();
+    const auto image = MIM4DD_BEST(norm_image);
     const int64_t values = std::max<int64_t>(1, call_.channels * call_.height * call_.width);
     torch::stable::parallel_for(0, call_.batch, std::max<int64_t>(1, 32768 / values),
                                 [&](int64_t begin, int64_t end) {

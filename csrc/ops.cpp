@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "isa.h"
 #include "kernels.h"
 
 namespace {
@@ -185,6 +186,10 @@ STABLE_TORCH_LIBRARY_IMPL(mim4dd, CPU, m) {
   m.impl("augment_no_grad", TORCH_BOX(&augment));
 }
 
-PYBIND11_MODULE(_C, m) { m.doc() = "torch.ops.mim4dd.* and their CPU kernels; importing it registers them"; }
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "torch.ops.mim4dd.* and their CPU kernels; importing it registers them";
+  m.def("isa", [] { return std::array{"baseline", "avx2", "avx512"}[static_cast<size_t>(mim4dd::isa())]; },
+        "The instruction set that the CPU kernels use.");
+}
 
 #endif

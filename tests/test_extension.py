@@ -1,5 +1,6 @@
 """How the extension is built and found, and what happens where it is not."""
 
+import os
 import platform
 import re
 import shutil
@@ -11,6 +12,8 @@ from pathlib import Path
 import pybind11
 import pytest
 import torch
+
+from mim4dd import extension
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,6 +65,30 @@ def test_avx2_code_shares_no_function_with_the_baseline(tmp_path, name):
     listed = subprocess.run(["nm", "-C", tmp_path / "avx2.o"], capture_output=True, text=True, check=True)
     weak = re.findall(r"^[0-9a-f]+ [uW] (.+)$", listed.stdout, re.MULTILINE)
     assert [function for function in weak if "mim4dd::avx2::" not in function] == []
+
+
+@pytest.mark.skipif(not extension.available(), reason="the extension is not built")
+@pytest.mark.parametrize(("capability", "isa"), [("default", "baseline"), ("avx2", "avx2")])
+def test_code_for_older_processors_is_right(capability, isa):
+    """The kernels' own tests, without torch's compiler, for which a capability is not a key of its cache."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    program = [sys.executable, "-c", "import mim4dd; print(mim4dd._C.isa())"]
+    chosen = subprocess.run(program, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    if chosen.stdout.strip() != isa:
+        pytest.skip(f"this processor has no {isa}")
+    names = ("test_augment", "test_convolution", "test_first_block", "test_normalisation")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-k",
+        "not compiles and not registered and not declare",
+    ]
+    files = [f"tests/{name}.py" for name in names]
+    done = subprocess.run([*command, *files], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_cuda_kernels_compile_without_spills(tmp_path, record_property):
