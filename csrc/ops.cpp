@@ -9,6 +9,7 @@
 #include <array>
 #include <sstream>
 #include <stdexcept>
+#include <string_view>
 #include <vector>
 
 #include "isa.h"
@@ -36,20 +37,23 @@ bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
-Kind kind_of(const Tensor& field, const char* name) {
-  switch (field.scalar_type()) {
-    case ScalarType::Bool: return Kind::kBool;
-    case ScalarType::Int: return Kind::kInt32;
-    case ScalarType::Long: return Kind::kInt64;
-    case ScalarType::Float: return Kind::kFloat;
-    case ScalarType::Double: return Kind::kDouble;
-    default: require(false, "params.", name, " is of an unsupported dtype");
-  }
-  return Kind::kBool;
-}
-
 constexpr std::array kNames{"brightness", "saturation", "contrast", "shift_y", "shift_x",
                             "cutout",     "flip",       "scale_x",  "scale_y", "degrees"};
+constexpr std::array kDtypes{"float32 or float64", "float32 or float64", "float32 or float64", "int32 or int64",
+                             "int32 or int64",     "int32 or int64",     "bool",               "float32 or float64",
+                             "float32 or float64", "float32 or float64"};
+
+Kind kind_of(const Tensor& field, size_t i) {
+  const std::string_view allowed = kDtypes[i];
+  const auto dtype = field.scalar_type();
+  if (allowed == "bool" && dtype == ScalarType::Bool) return Kind::kBool;
+  if (allowed == "int32 or int64" && dtype == ScalarType::Int) return Kind::kInt32;
+  if (allowed == "int32 or int64" && dtype == ScalarType::Long) return Kind::kInt64;
+  if (allowed == "float32 or float64" && dtype == ScalarType::Float) return Kind::kFloat;
+  if (allowed == "float32 or float64" && dtype == ScalarType::Double) return Kind::kDouble;
+  require(false, "params.", kNames[i], " must be of ", allowed);
+  return Kind::kBool;
+}
 
 void set_fields(Call& call, const Tensor& images, const std::vector<Tensor>& params) {
   require(params.size() == kNames.size(), "params has ", params.size(), " fields, expected ", kNames.size());
@@ -62,7 +66,7 @@ void set_fields(Call& call, const Tensor& images, const std::vector<Tensor>& par
             "params.", kNames[i], " must hold ", box ? "four numbers" : "a number", " for each of the ",
             call.num_rows, " rows");
     require(same_device(field, images), "params.", kNames[i], " is on another device than images");
-    const Kind kind = kind_of(field, kNames[i]);
+    const Kind kind = kind_of(field, i);
     const char* data = static_cast<const char*>(field.const_data_ptr());
     for (int64_t edge = 0; edge < (box ? 4 : 1); ++edge)
       *column++ = {data + (box ? edge * field.stride(1) * field.element_size() : 0), field.stride(0), kind};

@@ -37,7 +37,7 @@ class AugmentParams:
         contrast: float [B], factor about the image's mean.
         shift_y: int64 [B]; the output at row y is the input at row y + shift_y, 0 outside.
         shift_x: int64 [B], likewise for columns.
-        cutout: int64 [B, 4], rows y0..y1 and columns x0..x1 inclusive become 0; outside the image: none.
+        cutout: int64 [B, 4], rows y0..y1 and columns x0..x1 inclusive become 0, where they lie in the image.
         flip: bool [B], mirror left and right.
         scale_x: float [B], the output samples the input at scale_x times its distance from the centre.
         scale_y: float [B], likewise for rows.
@@ -197,10 +197,16 @@ def apply(
             out of range (CPU); an unknown backend.
         RuntimeError: `backend="fused"` where the extension is not built.
     """
-    check(images, params, rows, mean, std)
-    if extension.resolve("augment.apply", backend, images.device) == "fused":
+    fused = extension.resolve("augment.apply", backend, images.device) == "fused"
+    if not fused or torch.compiler.is_compiling():
+        check(images, params, rows, mean, std)
+    if not fused:
+        return reference(images, params, rows, mean, std, align_corners)
+    try:
         return augment_op.augment(images, list(params.fields().values()), rows, mean, std, align_corners)
-    return reference(images, params, rows, mean, std, align_corners)
+    except ValueError:  # the op checks for itself, and faster, but says less
+        check(images, params, rows, mean, std)
+        raise
 
 
 # ------------------------------------------------------------------------------------------------- drawing
@@ -235,10 +241,10 @@ def _draw_shifts(rows: int, reach: tuple[int, int], generator: torch.Generator) 
 
 def _draw_cutout(rows: int, size: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
     edges = []
-    for side in size:
+    for side in size:  # the box may stick out
         box = int(side * CUTOUT + 0.5)
         start = _integers(-(box // 2), side + 1 - box % 2 - box // 2, rows, generator)
-        edges += [start.clamp_min(0), (start + (box - 1)).clamp_max_(side - 1)]
+        edges += [start, start + (box - 1)]
     return {"cutout": torch.stack(edges, 1)}
 
 

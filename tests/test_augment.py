@@ -319,6 +319,8 @@ def test_parameters_stay_in_the_published_ranges(size):
     y0, y1, x0, x1 = params.cutout.T
     for low, high, side in ((y0, y1, height), (x0, x1, width)):
         box = int(side * 0.5 + 0.5)
+        assert (high - low + 1 == box).all()
+        low, high = low.clamp_min(0), high.clamp_max(side - 1)  # of what lies in the image
         assert low.min() == 0
         assert high.max() == side - 1
         assert (high - low + 1).max() == box
@@ -407,7 +409,9 @@ def test_op_called_directly_checks_for_itself():
         ("params has 9 fields", {"fields": fields[1:]}),
         ("params has 1 rows for 2 images", {"fields": [field[:1] for field in fields]}),
         ("params.saturation must hold a number", {"fields": [fields[0], fields[1][:1], *fields[2:]]}),
-        ("params.brightness is of an unsupported dtype", {"fields": [fields[0].half(), *fields[1:]]}),
+        ("params.brightness must be of float32 or float64", {"fields": [fields[0].half(), *fields[1:]]}),
+        ("params.shift_y must be of int32 or int64", {"fields": [*fields[:3], fields[0], *fields[4:]]}),
+        ("params.flip must be of bool", {"fields": [*fields[:6], fields[3], *fields[7:]]}),
         ("rows must be int64", {"rows": torch.zeros(3, dtype=torch.int64)}),
         ("mean and std", {"mean": torch.zeros(3)}),
         ("mean must be", {"mean": torch.zeros(1), "std": torch.ones(3)}),
