@@ -59,9 +59,7 @@ def _register() -> None:
     def fake(images, fields, rows, mean, std, align_corners, adjoint):  # type: ignore[no-untyped-def]
         # One tensor without data is enough to come here.
         if any(given is not None and given.device != images.device for given in (*fields, rows, mean, std)):
-            raise ValueError(
-                "mim4dd.augment.apply: params, rows, mean, std must be on the device of images"
-            )
+            raise ValueError("mim4dd.augment.apply: params, rows, mean, std must be on the device of images")
         return torch.empty_like(images, dtype=None if images.is_floating_point() else torch.float32)
 
     for name in ("augment", "augment_no_grad"):

@@ -174,7 +174,7 @@ def score_saved(
         eval_epochs: epochs of each; default: the run's.
         seed: of weights, batches and augmentations.
         device: auto, cpu, cuda, cuda:1, ...
-        precision: what the networks compute in; auto: bf16 where the hardware has it, else fp32.
+        precision: what the networks compute in; auto: the fastest for a ConvNet.
     """
     from .config import from_json, settled
     from .console import on_architectures, print_architectures

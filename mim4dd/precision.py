@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
+from . import extension
 from .errors import InputError, unknown
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
@@ -15,11 +16,11 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 def resolve(precision: Precision, device: torch.device) -> Precision:
-    """Return "fp32", "tf32" or "bf16"; "auto" is the fastest that the hardware computes natively.
+    """Return "fp32", "tf32" or "bf16"; "auto" is the fastest for a ConvNet, as measured.
 
     On CPUs with AVX512-BF16 torch's convolutions are twice as fast in bfloat16 as in float32; on those
-    without, where it is emulated, twenty times slower. The compiled ones of the ConvNet are float32 only, see
-    `mim4dd.convolution`.
+    without, where it is emulated, twenty times slower. The compiled ones of the ConvNet, float32 only, are a
+    little faster still (`mim4dd.convolution`). With AMX, not measured yet, it is bfloat16.
 
     Raises:
         InputError: the device cannot compute in it.
@@ -27,7 +28,8 @@ def resolve(precision: Precision, device: torch.device) -> Precision:
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
     if precision == "auto":
-        return "bf16" if _has_bf16(device) else "fp32"
+        beaten = device.type == "cpu" and extension.available() and not _has_amx()
+        return "bf16" if _has_bf16(device) and not beaten else "fp32"
     if precision == "tf32" and (device.type != "cuda" or not _is_ampere(device)):
         raise InputError(
             f"--precision tf32 needs an Ampere GPU or newer, not {device.type}; use auto or fp32"
@@ -42,8 +44,11 @@ def resolve(precision: Precision, device: torch.device) -> Precision:
 def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return _is_ampere(device)
-    has = torch.cpu.get_capabilities()
-    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    return _has_amx() or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def _has_amx() -> bool:
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def _is_ampere(device: torch.device) -> bool:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import close
 
-from mim4dd import memory, networks, precision
+from mim4dd import extension, memory, networks, precision
 from mim4dd.data import load
 from mim4dd.errors import InputError
 from mim4dd.evaluate import Protocol, evaluate
@@ -13,25 +13,29 @@ from mim4dd.seeding import generator
 from mim4dd.synthetic import initialise
 
 CPU = torch.device("cpu")
-HAS_BF16 = resolve("auto", CPU) == "bf16"
+HAS_BF16 = precision._has_bf16(CPU)
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "expected"),
+    ("capabilities", "plain", "with_compiled_convolutions"),
     [
-        ({"avx512_bf16": True}, "bf16"),
-        ({"amx_bf16": True}, "bf16"),
-        ({"avx512_f": True}, "fp32"),
-        ({}, "fp32"),
+        ({"avx512_bf16": True}, "bf16", "fp32"),
+        ({"amx_bf16": True}, "bf16", "bf16"),
+        ({"avx512_f": True}, "fp32", "fp32"),
+        ({}, "fp32", "fp32"),
     ],
 )
-def test_auto_is_what_the_processor_computes_natively(monkeypatch, capabilities, expected):
+def test_auto_is_the_fastest_on_the_processor(monkeypatch, capabilities, plain, with_compiled_convolutions):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert resolve("auto", CPU) == expected
+    for compiled, expected in ((False, plain), (True, with_compiled_convolutions)):
+        monkeypatch.setattr(extension, "available", lambda compiled=compiled: compiled)
+        assert resolve("auto", CPU) == expected
     assert resolve("fp32", CPU) == "fp32"
-    if expected == "fp32":
+    if plain == "fp32":
         with pytest.raises(InputError, match=r"--precision bf16 would be emulated on this cpu"):
             resolve("bf16", CPU)
+    else:
+        assert resolve("bf16", CPU) == "bf16"
 
 
 def test_what_cannot_be_is_refused_with_exit_code_2(capsys, tmp_path):
