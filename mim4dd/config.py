@@ -128,8 +128,8 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     precision: Precision = "auto"
-    """What the networks compute in; auto: the fastest for a ConvNet. Weights, losses and distances are float32
-    in any case."""
+    """What the networks compute in; auto: the fastest for a ConvNet. Weights, losses and distances are
+    float32 in any case."""
     memory_budget: float | None = None
     """GiB of GPU memory that the passes over real images may take; default: half of what is free."""
     out: Path | None = None

@@ -7,6 +7,7 @@ import torch
 
 from mim4dd.data import load
 from mim4dd.objectives import Problem, TrajectoryConfig
+from mim4dd.seeding import generator as seeded
 from mim4dd.synthetic import SyntheticSet, initialise
 
 # Read when the kernels are imported: without a GPU they run in Triton's interpreter, on CPU tensors.
@@ -45,6 +46,21 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4)
     assert actual.shape == expected.shape
     error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-12)
     assert error <= tolerance, f"relative error {error:.2e}"
+
+
+def derivatives(function, inputs: list[torch.Tensor], twice: int) -> list[torch.Tensor]:
+    """The outcome, its gradients by the inputs, and those of a mixture of them: by the first `twice` inputs
+    and by the upstream gradient.
+    """
+    out = function(*inputs)
+
+    def random(tensor: torch.Tensor, name: str) -> torch.Tensor:
+        return torch.randn(tensor.shape, generator=seeded(0, name)).to(tensor.dtype)
+
+    upstream = random(out, "upstream").requires_grad_()
+    first = torch.autograd.grad(out, inputs, upstream, create_graph=True)
+    mixed = torch.stack([(gradient * random(gradient, "mixture")).sum() for gradient in first]).sum()
+    return [out, *first, *torch.autograd.grad(mixed, [*inputs[:twice], upstream])]
 
 
 def digits_problem(ipc: int = 1, factor: int = 1) -> tuple[Problem, SyntheticSet]:

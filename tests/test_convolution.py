@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import derivatives
 
 from mim4dd import convolution, extension
 from mim4dd.convolution import conv2d
@@ -29,28 +30,15 @@ def case(shape):
     return [t.to(memory_format=torch.channels_last).requires_grad_() for t in (x, weight)]
 
 
-def results(function, inputs):
-    """The outcome, its two gradients, and the three of a mixture of those."""
-    out = function(*inputs)
-
-    def like(tensor, name):
-        return torch.randn(tensor.shape, generator=generator(0, name)).to(tensor.dtype)
-
-    upstream = like(out, "up").requires_grad_()
-    first = torch.autograd.grad(out, inputs, upstream, create_graph=True)
-    mixed = sum((gradient * like(gradient, "twice")).sum() for gradient in first)
-    return [out, *first, *torch.autograd.grad(mixed, [*inputs, upstream])]
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 def test_forward_and_both_gradients(shape, layout):
     inputs = [t.detach().contiguous(memory_format=layout).requires_grad_() for t in case(shape)]
     exact = [t.detach().double().requires_grad_() for t in inputs]
     assert convolution._is_compiled(*inputs, (1, 1))
-    ours = results(lambda x, w: conv2d(x, w, (1, 1)), inputs)
-    plain = results(lambda x, w: F.conv2d(x, w, padding=1), inputs)
-    expected = results(lambda x, w: F.conv2d(x, w, padding=1), exact)
+    ours = derivatives(lambda x, w: conv2d(x, w, (1, 1)), inputs, 2)
+    plain = derivatives(lambda x, w: F.conv2d(x, w, padding=1), inputs, 2)
+    expected = derivatives(lambda x, w: F.conv2d(x, w, padding=1), exact, 2)
     for actual, torchs, wanted in zip(ours, plain, expected, strict=True):
         assert actual.shape == wanted.shape
         scale = wanted.abs().max()
@@ -64,7 +52,7 @@ def test_results_are_those_of_any_number_of_threads():
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(results(lambda x, w: conv2d(x, w, (1, 1)), inputs))
+            found.append(derivatives(lambda x, w: conv2d(x, w, (1, 1)), inputs, 2))
     finally:
         torch.set_num_threads(threads)
     for others in found[1:]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import derivatives
 
 from mim4dd import extension, normalisation
 from mim4dd.first_block import first_block, is_compiled
@@ -30,19 +31,6 @@ def case(shape):
     return [t.requires_grad_() for t in (x, weight, scale, bias)]
 
 
-def results(function, inputs):
-    """The outcome, its four gradients, and those of a mixture of the four."""
-    out = function(*inputs)
-
-    def like(tensor, name):
-        return torch.randn(tensor.shape, generator=generator(0, name)).to(tensor.dtype)
-
-    upstream = like(out, "up").requires_grad_()
-    first = torch.autograd.grad(out, inputs, upstream, create_graph=True)
-    mixed = sum((gradient * like(gradient, "twice")).sum() for gradient in first)
-    return [out, *first, *torch.autograd.grad(mixed, [*inputs[:3], upstream])]
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("pool", [1, 2])
@@ -58,8 +46,10 @@ def test_forward_and_both_gradients(shape, relu, pool):
         convolved = F.conv2d(x, weight, padding=padding)
         return normalisation.reference(convolved, scale, bias, EPS, relu, pool)
 
-    ours = results(lambda *tensors: first_block(*tensors, EPS, padding=padding, relu=relu, pool=pool), inputs)
-    expected = results(plain, [t.detach().double().requires_grad_() for t in inputs])
+    ours = derivatives(
+        lambda *tensors: first_block(*tensors, EPS, padding=padding, relu=relu, pool=pool), inputs, 3
+    )
+    expected = derivatives(plain, [t.detach().double().requires_grad_() for t in inputs], 3)
     for actual, wanted in zip(ours, expected, strict=True):
         assert actual.shape == wanted.shape
         if wanted.numel():
@@ -104,7 +94,9 @@ def test_results_are_those_of_any_number_of_threads():
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             found.append(
-                results(lambda *tensors: first_block(*tensors, EPS, padding=1, relu=True, pool=2), inputs)
+                derivatives(
+                    lambda *tensors: first_block(*tensors, EPS, padding=1, relu=True, pool=2), inputs, 3
+                )
             )
     finally:
         torch.set_num_threads(threads)

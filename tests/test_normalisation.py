@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import close
+from conftest import close, derivatives
 
 from mim4dd import extension
 from mim4dd.networks import ConvNet
@@ -29,18 +29,8 @@ def case(shape, dtype=torch.float64):
 def test_forward_and_both_gradients(shape, relu, pool):
     inputs = [t.requires_grad_() for t in case(shape)]
 
-    def results(function):
-        out = function(*inputs)
-        upstream = torch.randn(out.shape, generator=generator(0, "up"), dtype=out.dtype).requires_grad_()
-        first = torch.autograd.grad(out, inputs, upstream, create_graph=True)
-        mixed = sum(
-            (g * torch.randn(g.shape, generator=generator(1, "up"), dtype=g.dtype)).sum() for g in first
-        )
-        second = torch.autograd.grad(mixed, [*inputs[:2], upstream])
-        return [out, *first, *second]
-
-    ours = results(lambda x, w, b: instance_norm(x, w, b, EPS, relu=relu, pool=pool))
-    expected = results(lambda x, w, b: reference(x, w, b, EPS, relu, pool))
+    ours = derivatives(lambda x, w, b: instance_norm(x, w, b, EPS, relu=relu, pool=pool), inputs, 2)
+    expected = derivatives(lambda x, w, b: reference(x, w, b, EPS, relu, pool), inputs, 2)
     for actual, wanted in zip(ours, expected, strict=True):
         torch.testing.assert_close(actual, wanted)
 
