@@ -4,70 +4,11 @@
 #pragma once
 
 #include <cstring>
-#include <type_traits>
 
 #include "buffer.h"
+#include "quads.h"
 
 namespace mim4dd::MIM4DD_ISA {
-
-// The compiler must see that a count is four, to keep such in registers.
-#define MIM4DD_ALWAYS __attribute__((always_inline))
-#define MIM4DD_INLINE inline MIM4DD_ALWAYS
-
-// Before version 12, GCC shuffles by another name, and only between vectors of one length.
-#if defined(__clang__) || __GNUC__ >= 12
-#define MIM4DD_SHUFFLES 1
-#else
-#define MIM4DD_SHUFFLES 0
-#endif
-
-// Four numbers, and eight, in vector registers of whatever width the target has (GCC and Clang).
-template <typename Acc>
-struct Vectors {
-  typedef Acc Quad __attribute__((vector_size(4 * sizeof(Acc)), aligned(sizeof(Acc)), may_alias));
-  typedef Acc Pair __attribute__((vector_size(8 * sizeof(Acc)), aligned(sizeof(Acc)), may_alias));
-  typedef std::conditional_t<sizeof(Acc) == 4, int32_t, int64_t> Indices __attribute__((vector_size(4 * sizeof(Acc))));
-};
-
-// Four by four numbers: the four channels of four pixels, or its transpose, four pixels of each of four channels.
-template <typename Acc>
-struct Block {
-  using Quad = typename Vectors<Acc>::Quad;
-  using Pair = typename Vectors<Acc>::Pair;
-  Quad row[4];
-
-  MIM4DD_INLINE Block transposed() const {
-    Quad a = low(row[0], row[2]), b = low(row[1], row[3]), c = high(row[0], row[2]), d = high(row[1], row[3]);
-    return {{low(a, b), high(a, b), low(c, d), high(c, d)}};
-  }
-
-  MIM4DD_INLINE static Pair twice(const Quad& q) {
-#if MIM4DD_SHUFFLES
-    return __builtin_shufflevector(q, q, 0, 1, 2, 3, 0, 1, 2, 3);
-#else
-    return Pair{q[0], q[1], q[2], q[3], q[0], q[1], q[2], q[3]};
-#endif
-  }
-
- private:
-  // The lower, the upper halves of two vectors in turns.
-#if MIM4DD_SHUFFLES
-  MIM4DD_INLINE static Quad low(const Quad& p, const Quad& q) { return __builtin_shufflevector(p, q, 0, 4, 1, 5); }
-  MIM4DD_INLINE static Quad high(const Quad& p, const Quad& q) { return __builtin_shufflevector(p, q, 2, 6, 3, 7); }
-#else
-  using Indices = typename Vectors<Acc>::Indices;
-  MIM4DD_INLINE static Quad low(const Quad& p, const Quad& q) { return __builtin_shuffle(p, q, Indices{0, 4, 1, 5}); }
-  MIM4DD_INLINE static Quad high(const Quad& p, const Quad& q) { return __builtin_shuffle(p, q, Indices{2, 6, 3, 7}); }
-#endif
-};
-
-// step(i, 4) for every four of `count`, and step(i, few) for those that are left.
-template <typename Step>
-MIM4DD_INLINE void by_fours(int count, const Step& step) {
-  int i = 0;
-  for (; i + 4 <= count; i += 4) step(i, 4);
-  if (i < count) step(i, count - i);
-}
 
 template <typename Acc>
 class Plane {
@@ -80,8 +21,8 @@ class Plane {
     T* channel[4];
 
     // Up to four pixels of each.
-    MIM4DD_INLINE Block<Acc> load(int x, int count) const {
-      Block<Acc> block;
+    MIM4DD_INLINE Square<Acc> load(int x, int count) const {
+      Square<Acc> block;
       for (int c = 0; c < 4; ++c) {
         if (count == 4)
           block.row[c] = *reinterpret_cast<const Quad*>(channel[c] + x);
@@ -91,7 +32,7 @@ class Plane {
       return block;
     }
 
-    MIM4DD_INLINE void store(const Block<Acc>& block, int x, int count) const {
+    MIM4DD_INLINE void store(const Square<Acc>& block, int x, int count) const {
       for (int c = 0; c < 4; ++c) {
         if (count == 4)
           *reinterpret_cast<Quad*>(channel[c] + x) = block.row[c];
@@ -123,7 +64,7 @@ class Plane {
         const Rows<const Acc> from = rows(image, y, group);
         Quad* to = reinterpret_cast<Quad*>(at(group, y + 1, 1));
         by_fours(width_, [=](int x, int count) MIM4DD_ALWAYS {
-          const Block<Acc> pixels = from.load(x, count).transposed();
+          const Square<Acc> pixels = from.load(x, count).transposed();
           for (int k = 0; k < count; ++k) to[x + k] = pixels.row[k];
         });
       }
@@ -151,7 +92,7 @@ class Plane {
         Quad* right = reinterpret_cast<Quad*>(at(group, y + 1, 0)) + 1;
         const Rows<Acc> to = rows(image, y, group);
         by_fours(width_, [=](int x, int count) MIM4DD_ALWAYS {
-          Block<Acc> pixels;
+          Square<Acc> pixels;
           for (int k = 0; k < count; ++k) {
             pixels.row[k] = left[2 * (x + k)] + right[2 * (x + k)];
             left[2 * (x + k)] = right[2 * (x + k)] = Quad{};
@@ -209,7 +150,7 @@ class Plane {
     const Acc *fraction_y = fraction_y_.data(), *fraction_x = fraction_x_.data();
     const int64_t below = 4 * stride();
     by_fours(count, [=](int i, int few) MIM4DD_ALWAYS {
-      Block<Acc> pixels;
+      Square<Acc> pixels;
       for (int k = 0; k < few; ++k) {
         const Acc* tap = image + int64_t{4} * offset[i + k];
         const Pair upper = *reinterpret_cast<const Pair*>(tap), lower = *reinterpret_cast<const Pair*>(tap + below);
@@ -227,10 +168,10 @@ class Plane {
     const int64_t below = 8 * stride();
     const Pair left{1, 1, 1, 1}, to_the_right{-1, -1, -1, -1, 1, 1, 1, 1};
     by_fours(count, [=](int i, int few) MIM4DD_ALWAYS {
-      const Block<Acc> pixels = gradient.load(i, few).transposed();
+      const Square<Acc> pixels = gradient.load(i, few).transposed();
       for (int k = 0; k < few; ++k) {
         Acc* tap = image + int64_t{8} * offset[i + k];
-        const Pair mixed = Block<Acc>::twice(pixels.row[k]) * (left + fraction_x[i + k] * to_the_right);
+        const Pair mixed = Square<Acc>::twice(pixels.row[k]) * (left + fraction_x[i + k] * to_the_right);
         const Pair lower = fraction_y[i + k] * mixed;
         *reinterpret_cast<Pair*>(tap) += mixed - lower;
         *reinterpret_cast<Pair*>(tap + below) += lower;
