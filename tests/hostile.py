@@ -1,4 +1,4 @@
-"""Random and hostile parameters for the compiled op, to be run under AddressSanitizer: `make asan`."""
+"""The compiled operators under AddressSanitizer (`make asan`): hostile parameters, sizes of every kind."""
 
 import importlib.util
 import random
@@ -12,6 +12,7 @@ assert spec.loader is not None
 spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 CALLS = 1500
+SIZES = 150
 FLOATS = [0.0, 1.0, -1.0, 0.7, 1e-38, 1e38, -1e38, 45.0, 1e9]
 INTEGERS = [0, 1, -1, 7, 2**31, -(2**31), 2**62, -(2**63), 2**63 - 1]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8]
@@ -22,9 +23,8 @@ def draw(rows: int, values: list, dtype: torch.dtype, *rest: int) -> torch.Tenso
     return torch.tensor([random.choice(values) for _ in range(count)], dtype=dtype).reshape(rows, *rest)
 
 
-def main() -> None:
-    random.seed(0)
-    torch.manual_seed(0)
+def augmentation() -> int:
+    """Returns how many calls were refused."""
     refused = 0
     for _ in range(CALLS):
         rows, batch = random.randint(1, 4), random.randint(0, 4)
@@ -45,7 +45,45 @@ def main() -> None:
             torch.ops.mim4dd.augment(images, params, index, None, None, random.random() < 0.5, adjoint)
         except ValueError:
             refused += 1
-    sys.stdout.write(f"{CALLS} hostile calls survived, {refused} of them refused\n")
+    return refused
+
+
+def layers(padding: int, relu: bool, pool: int) -> None:
+    """The convolutions and normalisations of a network's blocks, with their first and second derivatives."""
+    batch, few, channels, out = random.randint(1, 3), random.randint(1, 4), 32, random.choice([32, 64, 96])
+    height, width = random.randint(3, 19), random.randint(10, 19)
+    op = torch.ops.mim4dd
+
+    x, weight, grad = (
+        torch.randn(*size)
+        for size in ((batch, channels, height, width), (out, channels, 3, 3), (batch, out, height, width))
+    )
+    op.convolve(x, weight, False)
+    op.convolve(grad, weight, True)
+    op.convolve_by_weight(grad, x)
+
+    scale, bias = torch.randn(2, out)
+    y, *moments = op.instance_norm(grad, scale, bias, 1e-5, relu, pool)
+    by = op.instance_norm_backward(torch.randn_like(y), grad, scale, bias, *moments, relu, pool)
+    op.instance_norm_backward_twice(*by, torch.randn_like(y), grad, scale, bias, *moments, relu, pool)
+
+    inputs = torch.randn(batch, few, height, width), torch.randn(9 * few, out), scale, bias
+    y, *moments = op.first_block(*inputs, 1e-5, padding, relu, pool)
+    for wanted in ((True, True), (True, False), (False, True)):
+        by = op.first_block_backward(torch.randn_like(y), *inputs, *moments, padding, relu, pool, *wanted)
+    of = [torch.randn_like(value) for value in inputs]
+    op.first_block_backward_twice(*of, torch.randn_like(y), *inputs, *moments, padding, relu, pool)
+
+
+def main() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+    refused = augmentation()
+    for _ in range(SIZES):
+        layers(random.randint(0, 3), random.random() < 0.5, random.randint(1, 2))
+    sys.stdout.write(
+        f"{CALLS} hostile calls survived, {refused} of them refused, and layers of {SIZES} sizes\n"
+    )
 
 
 main()
