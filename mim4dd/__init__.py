@@ -1,7 +1,7 @@
 """Distil image data sets by maximising mutual information, with contrastive losses anyone can import."""
 
 from . import augment, networks, objectives
-from .losses import info_nce_loss, nce_loss, nce_losses
+from .losses import info_nce_loss, info_nce_losses, nce_loss, nce_losses
 from .modules import InfoNCELoss, NCELoss
 from .objectives import MutualInformation
 from .synthetic import SyntheticSet
@@ -13,6 +13,7 @@ __all__ = [
     "SyntheticSet",
     "augment",
     "info_nce_loss",
+    "info_nce_losses",
     "nce_loss",
     "nce_losses",
     "networks",

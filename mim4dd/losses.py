@@ -9,16 +9,16 @@ the features are used in the dtype they come in, sums are float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .checks import assert_positive, check_features, check_labels, check_positive, check_self, resolve_backend
+from .checks import check_features, check_labels, check_positive, check_self, resolve_backend
 from .contrastive import contrastive_losses
 from .reference import CHUNK_PAIRS, Objective, unit_rows
+from .scales import one_dtype, scales_of
 
-__all__ = ["calibrated_noise_ratio", "info_nce_loss", "nce_loss", "nce_losses"]
+__all__ = ["calibrated_noise_ratio", "info_nce_loss", "info_nce_losses", "nce_loss", "nce_losses"]
 
 
 def nce_loss(
@@ -63,7 +63,7 @@ def nce_loss(
         RuntimeError: `backend="fused"` where the fused kernels cannot run; or, on a GPU or under
             `torch.compile`, a tensor that is not positive (on a GPU by a device-side assertion, so later).
     """
-    return _nce(
+    return _losses(
         "nce_loss",
         [anchors],
         [keys],
@@ -113,12 +113,7 @@ def nce_losses(
         RuntimeError: as in `nce_loss`.
     """
     ratios = list(noise_ratio) if isinstance(noise_ratio, Sequence) else [noise_ratio] * len(anchors)
-    if not anchors or not len(anchors) == len(keys) == len(ratios):
-        raise ValueError(
-            f"mim4dd.nce_losses: anchors has {len(anchors)} layers, keys {len(keys)}, noise_ratio "
-            f"{len(ratios)}; expected the same number, at least 1"
-        )
-    return _nce(
+    return _losses(
         "nce_losses",
         anchors,
         keys,
@@ -138,14 +133,18 @@ def info_nce_loss(
     key_labels: Tensor | None = None,
     *,
     temperature: float | Tensor = 0.1,
+    positives: str = "each",
     symmetric: bool = False,
     exclude_self: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """InfoNCE; with labels, the supervised contrastive loss (SupCon, NeurIPS 2020).
 
-    With z = cosine / temperature, anchor i pays the mean over its positives j of logsumexp_k z_ik - z_ij. The
-    loss is the mean over the anchors that have a positive.
+    With z = cosine / temperature, anchor i pays the mean over its positives j of logsumexp_k z_ik - z_ij; or,
+    with `positives="any"`, logsumexp_k z_ik - logsumexp_j z_ij, which one near positive is enough to make
+    small: minus the logarithm of the probability that anchor i finds its label among the keys (neighbourhood
+    components analysis, NeurIPS 2004; L_in of the SupCon paper). The loss is the mean over the anchors that
+    have a positive.
 
     Args:
         anchors: float [M, D].
@@ -153,6 +152,7 @@ def info_nce_loss(
         anchor_labels: int32 or int64 [M]; None: the positive of anchor i is key i, and M = N.
         key_labels: int32 or int64 [N]; None exactly when `anchor_labels` is.
         temperature: positive; a 0-d tensor gets its gradient, as in `nce_loss`.
+        positives: "each" or "any".
         symmetric: add the same loss with the roles of anchors and keys exchanged.
         exclude_self: leave out the pairs (i, i), where anchors and keys are the same rows.
         backend: "reference", "fused", or None for the best that runs here.
@@ -167,7 +167,6 @@ def info_nce_loss(
     """
     function = "info_nce_loss"
     check_features(function, anchors, keys)
-    check_positive(function, temperature=temperature)
     if anchor_labels is None and key_labels is None:
         if len(anchors) != len(keys):
             raise ValueError(
@@ -175,18 +174,50 @@ def info_nce_loss(
                 f"{list(anchors.shape)}, keys is {list(keys.shape)}; give labels or as many keys as anchors"
             )
         anchor_labels = key_labels = torch.arange(len(anchors), device=anchors.device, dtype=torch.int32)
-    anchor_labels, key_labels = check_labels(function, anchors, keys, anchor_labels, key_labels)
-    check_self(function, exclude_self, anchors, keys)
-    anchors, keys = _one_dtype(anchors, keys)
-    return contrastive_losses(
-        Objective("info_nce", symmetric=symmetric, exclude_self=exclude_self),
-        resolve_backend(function, backend, anchors.dtype, anchors.device),
-        _scales(function, anchors, temperature, [1.0]),
-        anchor_labels,
-        key_labels,
-        [anchors],
-        [keys],
+    objective = _info_nce(function, positives, symmetric, exclude_self)
+    return _losses(
+        function, [anchors], [keys], anchor_labels, key_labels, temperature, [1.0], objective, backend
     )[0]
+
+
+def info_nce_losses(
+    anchors: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    anchor_labels: Tensor,
+    key_labels: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    positives: str = "each",
+    symmetric: bool = False,
+    exclude_self: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """`info_nce_loss` of each of L layers, as `nce_losses` is `nce_loss` of each.
+
+    Args:
+        anchors: L tensors, float [M, D_l]; the widths may differ.
+        keys: L tensors, float [N, D_l].
+        anchor_labels: int32 or int64 [M].
+        key_labels: int32 or int64 [N].
+        temperature: one for all layers, as in `info_nce_loss`.
+        positives: as in `info_nce_loss`.
+        symmetric: as in `info_nce_loss`.
+        exclude_self: as in `info_nce_loss`.
+        backend: as in `info_nce_loss`.
+
+    Returns:
+        [L], float32 (float64 for float64 features).
+
+    Raises:
+        ValueError: as in `info_nce_loss`; or there is no layer, or the numbers of layers differ.
+        RuntimeError: as in `info_nce_loss`.
+    """
+    function = "info_nce_losses"
+    objective = _info_nce(function, positives, symmetric, exclude_self)
+    ratios = [1.0] * len(anchors)
+    return _losses(
+        function, anchors, keys, anchor_labels, key_labels, temperature, ratios, objective, backend
+    )
 
 
 def calibrated_noise_ratio(
@@ -227,73 +258,43 @@ def calibrated_noise_ratio(
         return mean * (num_negatives / m).clamp_min(1) if negatives is None else mean * negatives
 
 
-def _nce(
+def _info_nce(function: str, positives: str, symmetric: bool, exclude_self: bool) -> Objective:
+    names = {"each": "info_nce", "any": "info_nce_any"}
+    if positives not in names:
+        raise ValueError(f"mim4dd.{function}: positives is {positives!r}, expected 'each' or 'any'")
+    return Objective(names[positives], None, symmetric, exclude_self)
+
+
+def _losses(
     function: str,
     anchors: Sequence[Tensor],
     keys: Sequence[Tensor],
-    anchor_labels: Tensor,
-    key_labels: Tensor,
+    anchor_labels: Tensor | None,
+    key_labels: Tensor | None,
     temperature: float | Tensor,
     noise_ratios: Sequence[float | Tensor],
     objective: Objective,
     backend: str | None,
 ) -> Tensor:
+    """The losses [L] of L layers, after all checks."""
+    if not anchors or not len(anchors) == len(keys) == len(noise_ratios):
+        raise ValueError(
+            f"mim4dd.{function}: anchors has {len(anchors)} layers, keys {len(keys)}, noise_ratio "
+            f"{len(noise_ratios)}; expected the same number, at least 1"
+        )
     check_positive(function, temperature=temperature, negatives=objective.negatives)
     for ratio in noise_ratios:
         check_positive(function, noise_ratio=ratio)
     for a, k in zip(anchors, keys, strict=True):
         check_features(function, a, k)
-        anchor_labels, key_labels = check_labels(function, a, k, anchor_labels, key_labels)
+        labels = check_labels(function, a, k, anchor_labels, key_labels)
         check_self(function, objective.exclude_self, a, k)
-    features = _one_dtype(*anchors, *keys)
+    features = one_dtype(*anchors, *keys)
     return contrastive_losses(
         objective,
-        resolve_backend(function, backend, features[0].dtype, features[0].device),
-        _scales(function, features[0], temperature, noise_ratios),
-        anchor_labels,
-        key_labels,
+        resolve_backend(function, backend, features[0].dtype, features[0].device, objective),
+        scales_of(function, features[0], temperature, noise_ratios),
+        *labels,
         features[: len(anchors)],
         features[len(anchors) :],
     )
-
-
-def _one_dtype(*features: Tensor) -> list[Tensor]:
-    """The features in the widest dtype among them (autocast hands out mixtures)."""
-    dtype = features[0].dtype
-    for other in features[1:]:
-        dtype = torch.promote_types(dtype, other.dtype)
-    return [value.to(dtype) for value in features]
-
-
-def _scales(
-    function: str, features: Tensor, temperature: float | Tensor, noise_ratios: Sequence[float | Tensor]
-) -> Tensor:
-    """[2, L]: the temperature and the noise ratio of each layer, on the device, at least float32."""
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    values = (*[temperature] * len(noise_ratios), *noise_ratios)
-    constants = tuple(value for value in values if not isinstance(value, Tensor))
-    numbers = _numbers(constants, dtype, features.device)
-    if len(constants) == len(values):
-        return numbers.reshape(2, -1)
-    rest = iter(numbers.unbind())
-    tensors = [
-        value.to(features.device, dtype).reshape(()) if isinstance(value, Tensor) else next(rest)
-        for value in values
-    ]
-    scales = torch.stack(tensors).reshape(2, -1)
-    ratio = next((value for value in noise_ratios if isinstance(value, Tensor)), 1.0)
-    assert_positive(function, scales, temperature=temperature, noise_ratio=ratio)
-    return scales
-
-
-def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The values as a tensor, kept: copying numbers to a device costs more than a small loss."""
-    if torch.compiler.is_compiling():
-        return torch.tensor(values, dtype=dtype, device=device)
-    return _kept_numbers(values, dtype, device)
-
-
-@lru_cache(maxsize=256)
-def _kept_numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype, device=device)

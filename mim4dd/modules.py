@@ -81,12 +81,14 @@ class InfoNCELoss(nn.Module):
         self,
         *,
         temperature: float | Tensor = 0.1,
+        positives: str = "each",
         symmetric: bool = False,
         exclude_self: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         self.temperature = temperature
+        self.positives = positives
         self.symmetric = symmetric
         self.exclude_self = exclude_self
         self.backend = backend
@@ -105,6 +107,7 @@ class InfoNCELoss(nn.Module):
             anchor_labels,
             key_labels,
             temperature=self.temperature,
+            positives=self.positives,
             symmetric=self.symmetric,
             exclude_self=self.exclude_self,
             backend=self.backend,

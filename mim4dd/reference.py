@@ -20,8 +20,9 @@ CHUNK_PAIRS = 1 << 20
 
 @dataclass(frozen=True)
 class Objective:
-    """Which loss: `negatives` per positive (None: all; NCE only), `symmetric` adds the exchanged roles,
-    `exclude_self` leaves out the pairs (i, i)."""
+    """Which loss: `name` is "nce", "info_nce" (over each positive) or "info_nce_any" (over any of them);
+    `negatives` per positive (None: all; NCE only), `symmetric` adds the exchanged roles, `exclude_self`
+    leaves out the pairs (i, i)."""
 
     name: str
     negatives: float | None = None
@@ -84,6 +85,24 @@ def info_nce_gradient(z: Tensor, positive: Tensor) -> Tensor:
     num_positives = positive.sum(1, keepdim=True).to(z)
     share = torch.where(positive, 1 / num_positives, 0)
     return z.softmax(1).sub_(share).mul_(num_positives > 0)
+
+
+def info_nce_any_rows(z: Tensor, positive: Tensor) -> Tensor:
+    """InfoNCE loss of each row of logits z [rows, N], its positives taken together; else `info_nce_rows`."""
+    if not z.shape[1]:
+        return z.sum(1)
+    loss = z.logsumexp(1) - _positives(z, positive).logsumexp(1)
+    return torch.where(positive.any(1), loss, 0)
+
+
+def info_nce_any_gradient(z: Tensor, positive: Tensor) -> Tensor:
+    """The derivative of the summed `info_nce_any_rows` by z [rows, N]."""
+    return z.softmax(1).sub_(_positives(z, positive).softmax(1))
+
+
+def _positives(z: Tensor, positive: Tensor) -> Tensor:
+    """The logits, -inf for what is not positive; a row without a positive stays, so that it cancels."""
+    return z.masked_fill(positive.any(1, keepdim=True) & ~positive, -torch.inf)
 
 
 def plain(
@@ -178,13 +197,13 @@ def _directions(objective: Objective) -> list[tuple[int, int]]:
 def _rows(objective: Objective, x: Tensor, positive: Tensor) -> Tensor:
     if objective.name == "nce":
         return nce_rows(objective, x, positive)
-    return info_nce_rows(x, positive)
+    return (info_nce_rows if objective.name == "info_nce" else info_nce_any_rows)(x, positive)
 
 
 def _gradient(objective: Objective, x: Tensor, positive: Tensor) -> Tensor:
     if objective.name == "nce":
         return nce_gradient(objective, x, positive)
-    return info_nce_gradient(x, positive)
+    return (info_nce_gradient if objective.name == "info_nce" else info_nce_any_gradient)(x, positive)
 
 
 def _nce_weights(objective: Objective, x: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ OBJECTIVES = [
     Objective("nce", negatives=3.0, symmetric=True),
     Objective("info_nce"),
     Objective("info_nce", symmetric=True),
+    Objective("info_nce_any"),
+    Objective("info_nce_any", symmetric=True),
 ]
 
 
@@ -24,6 +26,10 @@ def batch(m, n, d, classes=3, seed=0, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
     a, k = (torch.randn(rows, d, generator=g).to(dtype).requires_grad_() for rows in (m, n))
     return a, k, torch.randint(classes, (m,), generator=g), torch.randint(classes, (n,), generator=g)
+
+
+def any_positive(*batch, **options):
+    return mim4dd.info_nce_loss(*batch, positives="any", **options)
 
 
 def nce(a, k, la, lk, **options):
@@ -69,7 +75,7 @@ def test_no_pair_matrix_is_held():
 
 def test_second_derivatives_are_those_of_the_formula():
     a, k, la, lk = batch(4, 5, 3, dtype=torch.float64)
-    for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss):
+    for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss, any_positive):
         assert torch.autograd.gradgradcheck(lambda a, k, loss=loss: loss(a, k, la, lk), (a, k))
 
 
@@ -97,8 +103,13 @@ def test_layers_in_one_call_equal_single_calls():
         torch.autograd.grad(losses @ weights, inputs),
         torch.autograd.grad(torch.stack(single) @ weights, inputs),
     )
-    with pytest.raises(ValueError, match="anchors has 3 layers, keys 2"):
-        mim4dd.nce_losses(anchors, keys[:2], la, lk)
+    for several in (mim4dd.nce_losses, mim4dd.info_nce_losses):
+        with pytest.raises(ValueError, match="anchors has 3 layers, keys 2"):
+            several(anchors, keys[:2], la, lk)
+    for options in ({"positives": "any"}, {"temperature": 0.3, "symmetric": True}):
+        single = [mim4dd.info_nce_loss(*side, la, lk, **options) for side in zip(anchors, keys, strict=True)]
+        losses = mim4dd.info_nce_losses(anchors, keys, la, lk, **options)
+        torch.testing.assert_close(losses, torch.stack(single))
 
 
 @pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
@@ -107,7 +118,8 @@ def test_compiles_without_a_break(engine):
     temperature = torch.tensor(0.2, requires_grad=True)
 
     def step(a, k, la, lk, temperature):
-        return mim4dd.info_nce_loss(a * 2, k, la, lk, temperature=temperature) + nce(a, k, la, lk)
+        some = any_positive(a, k, la, lk, temperature=temperature)
+        return mim4dd.info_nce_loss(a * 2, k, la, lk, temperature=temperature) + nce(a, k, la, lk) + some
 
     compiled = torch.compile(step, fullgraph=True, backend=engine)
     inputs = (a, k, temperature)

@@ -1,3 +1,4 @@
+import functools
 import math
 
 import pytest
@@ -90,6 +91,27 @@ def test_info_nce_equals_the_formula(m, n, classes, seed):
     torch.testing.assert_close(mim4dd.info_nce_loss(a, k, la, lk, temperature=0.2), expected)
 
 
+@given(m=st.integers(0, 6), n=st.integers(0, 7), classes=st.integers(1, 3), seed=st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_any_positive_is_the_probability_of_the_label(m, n, classes, seed):
+    a, k, la, lk = batch(m, n, 5, classes, seed)
+    p = ((F.normalize(a) @ F.normalize(k).T) / 0.2).softmax(1)
+    rows = [-p[i, lk == la[i]].sum().log() for i in range(m) if (lk == la[i]).any()]
+    expected = torch.stack(rows).mean() if rows else torch.tensor(0.0, dtype=torch.float64)
+    loss = mim4dd.info_nce_loss(a, k, la, lk, temperature=0.2, positives="any")
+    torch.testing.assert_close(loss, expected)
+
+
+def test_one_near_positive_is_enough_for_any():
+    anchor, keys = torch.eye(3)[:1], torch.eye(3)
+    labels = torch.tensor([0]), torch.tensor([0, 0, 1])
+    each, some = (
+        mim4dd.info_nce_loss(anchor, keys, *labels, temperature=0.05, positives=positives).item()
+        for positives in ("each", "any")
+    )
+    assert some < 1e-6 < 9 < each
+
+
 def test_without_labels_it_is_cross_entropy_on_the_diagonal():
     a, k, _, _ = batch(8, 8, 6, 1)
     z = (F.normalize(a) @ F.normalize(k).T) / 0.1
@@ -111,6 +133,9 @@ def test_gradcheck_of_features_temperature_and_noise_ratio(symmetric):
     def info_nce(a, k, t):
         return mim4dd.info_nce_loss(a, k, la, lk, temperature=t, symmetric=symmetric)
 
+    def any_positive(a, k, t):
+        return mim4dd.info_nce_loss(a, k, la, lk, temperature=t, symmetric=symmetric, positives="any")
+
     assert torch.autograd.gradcheck(nce, inputs)
     assert torch.autograd.gradgradcheck(nce, inputs)
 
@@ -118,6 +143,7 @@ def test_gradcheck_of_features_temperature_and_noise_ratio(symmetric):
         return mim4dd.info_nce_loss(a, a, la, la, temperature=t, exclude_self=True, symmetric=symmetric)
 
     assert torch.autograd.gradcheck(info_nce, inputs[:3])
+    assert torch.autograd.gradcheck(any_positive, inputs[:3])
     assert torch.autograd.gradcheck(without_itself, (a, t))
     assert torch.autograd.gradgradcheck(without_itself, (a, t))
 
@@ -142,6 +168,7 @@ def test_pairs_with_itself_left_out_are_as_if_they_were_not_there():
         (mim4dd.nce_loss, {}),
         (mim4dd.nce_loss, {"negatives": 3.0}),
         (mim4dd.info_nce_loss, {}),
+        (mim4dd.info_nce_loss, {"positives": "any"}),
     ):
         expected = torch.stack([loss(*row, **options) for row in rows]).mean()
         torch.testing.assert_close(loss(a, k, la, la, exclude_self=True, **options), expected)
@@ -150,10 +177,17 @@ def test_pairs_with_itself_left_out_are_as_if_they_were_not_there():
         torch.testing.assert_close(both, expected + transposed)
 
 
+LOSSES = [
+    mim4dd.nce_loss,
+    mim4dd.info_nce_loss,
+    functools.partial(mim4dd.info_nce_loss, positives="any"),
+]
+
+
 def test_large_logits_do_not_overflow():
     a = torch.tensor([[1.0, 0.0]], requires_grad=True)
     k = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
-    for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss):
+    for loss in LOSSES:
         value = loss(a, k, torch.tensor([0]), torch.tensor([1, 0]), temperature=1e-3)
         assert value.item() == pytest.approx(2000, rel=1e-3)
         assert torch.autograd.grad(value, a)[0].isfinite().all()
@@ -164,7 +198,7 @@ def test_zero_rows_have_neither_direction_nor_gradient():
     a[1], k[2] = 0, 0
     a.requires_grad_()
     k.requires_grad_()
-    for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss):
+    for loss in LOSSES:
         gradients = torch.autograd.grad(loss(a, k, la, lk), (a, k))
         assert all(g.isfinite().all() for g in gradients)
         assert not gradients[0][1].any()
@@ -237,6 +271,10 @@ def test_bad_input_is_named():
         mim4dd.info_nce_loss(a, k, la)
     with pytest.raises(ValueError, match="as many keys as anchors"):
         mim4dd.info_nce_loss(a, k)
+    with pytest.raises(ValueError, match="positives is 'all', expected 'each' or 'any'"):
+        mim4dd.info_nce_loss(a, k, la, lk, positives="all")
+    with pytest.raises(RuntimeError, match="backend='fused' cannot run, .*positives='any'"):
+        mim4dd.info_nce_loss(a.float(), k.float(), la, lk, positives="any", backend="fused")
     for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss):
         with pytest.raises(ValueError, match=r"exclude_self .* anchors is \[4, 3\] and keys is \[5, 3\]"):
             loss(a, k, la, lk, exclude_self=True)

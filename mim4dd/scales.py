@@ -1,0 +1,53 @@
+"""What the contrastive losses compute with: features of one dtype, temperature and noise ratio as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .checks import assert_positive
+
+
+def one_dtype(*features: Tensor) -> list[Tensor]:
+    """Return the features in the widest dtype among them (autocast hands out mixtures)."""
+    dtype = features[0].dtype
+    for other in features[1:]:
+        dtype = torch.promote_types(dtype, other.dtype)
+    return [value.to(dtype) for value in features]
+
+
+def scales_of(
+    function: str, features: Tensor, temperature: float | Tensor, noise_ratios: Sequence[float | Tensor]
+) -> Tensor:
+    """Return [2, L]: the temperature and the noise ratio of each layer, on the device, at least float32."""
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    values = (*[temperature] * len(noise_ratios), *noise_ratios)
+    constants = tuple(value for value in values if not isinstance(value, Tensor))
+    numbers = _numbers(constants, dtype, features.device)
+    if len(constants) == len(values):
+        return numbers.reshape(2, -1)
+    rest = iter(numbers.unbind())
+    tensors = [
+        value.to(features.device, dtype).reshape(()) if isinstance(value, Tensor) else next(rest)
+        for value in values
+    ]
+    scales = torch.stack(tensors).reshape(2, -1)
+    ratio = next((value for value in noise_ratios if isinstance(value, Tensor)), 1.0)
+    assert_positive(function, scales, temperature=temperature, noise_ratio=ratio)
+    return scales
+
+
+def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values as a tensor, kept: copying numbers to a device costs more than a small loss."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _kept_numbers(values, dtype, device)
+
+
+@lru_cache(maxsize=256)
+def _kept_numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
