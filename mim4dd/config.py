@@ -76,6 +76,12 @@ class MimConfig:
 
     mim_weight: float | None = None
     """Its weight; 0 leaves it out."""
+    mim_loss: Literal["info-nce", "nce"] = "info-nce"
+    """info-nce: every real image is to find its class among the synthetic ones. nce: the published term, a
+    critic of every pair."""
+    mim_networks: Literal["trained", "base"] = "trained"
+    """Whose features it compares: those of networks of its own, trained on the real images for a moment, or
+    those of the networks that the base method looks through."""
     mim_pairs: Literal["class", "cluster"] = "class"
     """Which real images an image is paired with: those of its class, or of its cluster (k-means, one cluster
     of its class for every synthetic image)."""
@@ -83,10 +89,10 @@ class MimConfig:
     """Feature maps it compares: all, last, or indices such as 0,2."""
     mim_layer_decay: float = 1.0
     """Factor of the weight from a layer to the one before it."""
-    mim_temperature: float = 0.1
-    """Temperature of the critic."""
+    mim_temperature: float | None = None
+    """Temperature of its cosines; default: 0.03 for info-nce, 0.1 for nce."""
     mim_noise_ratio: float | Literal["calibrated"] = "calibrated"
-    """Noise ratio of the critic; calibrated: measured on the first batch."""
+    """Noise ratio of the critic of nce; calibrated: measured on the first batch."""
     mim_projection: Literal["none", "random", "trained"] = "none"
     """Linear map of the features into a common contrastive space."""
     mim_projection_size: int = 128
@@ -197,6 +203,11 @@ def check(config: Config) -> None:
     for option, number in above_zero.items():
         if isinstance(number, float) and not 0 < number < FLOAT32_MAX:
             raise InputError(f"{option} is {number}, expected a positive number")
+    if config.mim.mim_loss != "nce" and config.mim.mim_noise_ratio != "calibrated":
+        raise InputError(
+            f"--mim-noise-ratio is {config.mim.mim_noise_ratio}, but only --mim-loss nce has one, and it is "
+            f"{config.mim.mim_loss}"
+        )
     if config.data.zca and config.distill.factor > 1:
         raise InputError("--zca mixes all pixels of an image, --factor takes it apart: use one of them")
     if not 0 <= config.data.validation < 1:

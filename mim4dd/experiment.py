@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -18,15 +17,22 @@ from .data import ImageSet, load
 from .distill import Progress, distill
 from .errors import InputError
 from .evaluate import OnNetwork, Protocol, Score, evaluate
-from .networks import CHUNK, Network, initialise
-from .objectives import METHODS, MutualInformation, Problem, mutual_information_estimate
+from .information import held_out_information
+from .networks import CHUNK, Network
+from .objectives import (
+    METHODS,
+    MutualInformation,
+    Objective,
+    Problem,
+    TrainedFeatures,
+    trained_weights,
+)
 from .objectives.mutual_information import layer_indices
 from .seeding import generator
 from .synthetic import SyntheticSet
 from .teacher import probabilities, teach
 from .whitening import Whitening
 
-HELD_OUT = 2000  # real images that the mutual information is estimated with, at most
 FULL_EPOCHS = 20  # full data: this fraction of the epochs, but at least 5; and one network
 
 
@@ -137,10 +143,11 @@ class Experiment:
         """Return a new add-on, by the settings."""
         mim = self.config.mim
         return MutualInformation(
+            loss=mim.mim_loss.replace("-", "_"),
             weight=settled(mim.mim_weight),
             layers=[*self.problem.layers],
             layer_decay=mim.mim_layer_decay,
-            temperature=mim.mim_temperature,
+            temperature=settled(mim.mim_temperature),
             noise_ratio=mim.mim_noise_ratio,
             projection=mim.mim_projection,
             projection_size=mim.mim_projection_size,
@@ -163,18 +170,31 @@ class Experiment:
         method, start = METHODS[settings.method], self.start
         if settings.soft_labels and method.learns_targets:
             start = self.with_soft_labels(start)
+        term = self.mutual_information() if with_mim and self.config.mim.mim_weight else None
         distilled = distill(
-            method.objective(self.problem),
+            self._objective(with_term=term is not None),
             start,
             iterations=settled(settings.iterations),
             lr=settled(settings.image_lr),
             momentum=settings.image_momentum,
-            mutual_information=self.mutual_information() if with_mim and self.config.mim.mim_weight else None,
+            mutual_information=term,
             on_progress=on_progress,
         )
         if settings.soft_labels and not method.learns_targets:
             distilled = self.with_soft_labels(distilled)
         return distilled
+
+    def _objective(self, *, with_term: bool) -> Objective:
+        make = METHODS[self.config.distill.method].objective
+        if not with_term or self.config.mim.mim_networks == "base":
+            return make(self.problem)
+        base = make(dataclasses.replace(self.problem, layers=()))
+        return TrainedFeatures(base, self.problem, self.trained_weights)
+
+    @cached_property
+    def trained_weights(self) -> Tensor:
+        """The weights of the add-on's own networks, trained on the real images."""
+        return trained_weights(self.problem)
 
     def with_soft_labels(self, synthetic: SyntheticSet) -> SyntheticSet:
         """Return the set with what a network trained on the real images says of it."""
@@ -196,40 +216,8 @@ class Experiment:
         return self._evaluate(lambda _: pair, on_network, lr=synthetic.network_lr, architecture=architecture)
 
     def information(self, distilled: SyntheticSet) -> dict[str, float | None]:
-        """Return `mutual_information_estimate` in nats, of held-out images and the set before and after.
-
-        "cap" is what it cannot exceed: the entropy of the labels that make the pairs, which are the add-on's.
-        The features are the last map of one random network of the run's architecture, with weights of their
-        own, without augmentation: no loss has seen these weights, and every set of every run with this seed
-        is looked at through them. The held-out images are of the set that accuracies are measured on.
-        """
-        seed, held_out = self.config.seed, self.test
-        network = self.problem.network()
-        initialise(network, generator(seed, "information/network", self.device))
-        random = generator(seed, "information/real", self.device)
-        self.problem.settle(network, random)
-        index = torch.randperm(len(held_out), generator=random, device=self.device)[:HELD_OUT]
-        if self.centres is None:
-            labels, real_labels = self.problem.labels, held_out.labels
-        else:
-            labels = torch.arange(len(self.problem.labels), device=self.device)
-            real_labels = cluster_labels(held_out, self.centres)
-        real = self.problem.real_features(network, held_out.batch(index))[-1]
-
-        def estimate(synthetic: SyntheticSet) -> float | None:
-            return mutual_information_estimate(
-                self.problem.real_features(network, synthetic.decoded)[-1],
-                real,
-                labels,
-                real_labels[index],
-                temperature=self.config.mim.mim_temperature,
-            )
-
-        return {
-            "before": estimate(self.start),
-            "after": estimate(distilled),
-            "cap": math.log(len(labels.unique())),
-        }
+        """Return the mutual information with held-out images before and after; see `held_out_information`."""
+        return held_out_information(self.problem, self.test, self.start, distilled, self.centres)
 
     def baseline(self, name: str, on_network: OnNetwork) -> Score:
         """Evaluate real images: "random" (new ones for every network), "kmeans" or "full"."""

@@ -68,6 +68,7 @@ PAPER = Preset(
     student_steps=30,
 )
 
+TEMPERATURES = {"info-nce": 0.03, "nce": 0.1}
 NO_FLIP = ("digits", "mnist", "kmnist", "svhn")  # a mirrored character is another one, or none
 
 
@@ -78,8 +79,9 @@ def with_presets(config: Config) -> Config:
     method = METHODS[config.distill.method]
     if preset is PAPER:
         preset = dataclasses.replace(PAPER, iterations=method.iterations(ipc))
-    weight = method.mim_weights[max(least for least in method.mim_weights if least <= ipc)]
-    if config.data.dataset == "digits":
+    weights = method.mim_weights[config.mim.mim_loss]
+    weight = weights[max(least for least in weights if least <= ipc)]
+    if config.mim.mim_loss == "nce" and config.data.dataset == "digits":
         weight /= 10  # of 8x8 pixels: smaller feature maps, and as much smaller a distance to balance
     augmentation = DSA.replace("_flip", "") if config.data.dataset in NO_FLIP else DSA
     return dataclasses.replace(
@@ -90,7 +92,7 @@ def with_presets(config: Config) -> Config:
             image_lr=method.image_lr,
             augmentation=augmentation if method.augmented else "none",
         ),
-        mim=_filled(config.mim, preset, mim_weight=weight),
+        mim=_filled(config.mim, preset, mim_weight=weight, mim_temperature=TEMPERATURES[config.mim.mim_loss]),
         trajectory=_filled(config.trajectory, preset),
         eval=_filled(config.eval, preset),
     )

@@ -47,7 +47,7 @@ class TunedMimConfig(MimConfig):
 
     mim_weight: Hidden[float | None] = None
     mim_layers: Hidden[str] = "all"
-    mim_temperature: Hidden[float] = 0.1
+    mim_temperature: Hidden[float | None] = None
     mim_noise_ratio: Hidden[float | Literal["calibrated"]] = "calibrated"
     mim_projection: Hidden[Literal["none", "random", "trained"]] = "none"
 
@@ -78,10 +78,10 @@ class Tuning(Config):
     """Range of the weight, searched on a logarithmic scale."""
     layers: tuple[str, ...] = ("all", "last")
     """Feature maps: all, last, or indices such as 0,2."""
-    temperatures: tuple[float, float] = (0.03, 1.0)
+    temperatures: tuple[float, float] = (0.01, 1.0)
     """Range of the temperature, searched on a logarithmic scale."""
-    noise_ratios: tuple[float | Literal["calibrated"], ...] = ("calibrated", 1.0)
-    """Noise ratios."""
+    noise_ratios: tuple[float | Literal["calibrated"], ...] = ("calibrated",)
+    """Noise ratios; only nce has one."""
     projections: tuple[Literal["none", "random", "trained"], ...] = ("none",)
     """Linear maps into a common space."""
     out: Path | None = None
@@ -281,7 +281,9 @@ def _check(tuning: Tuning) -> None:
         if not 0 < low <= high < float("inf"):
             raise InputError(f"--{option} is {low} {high}, expected a range of positive numbers")
     for layers, ratio in itertools.product(tuning.layers, tuning.noise_ratios):
-        mim = MimConfig(mim_weight=1.0, mim_layers=layers, mim_noise_ratio=ratio)
+        mim = dataclasses.replace(
+            recast(MimConfig, tuning.mim), mim_weight=1.0, mim_layers=layers, mim_noise_ratio=ratio
+        )
         check(tuning.run_settings(mim, tuning.seeds[0]))
 
 

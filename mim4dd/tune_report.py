@@ -12,7 +12,7 @@ from typing import Any
 from . import __version__
 from .comparison import number
 from .comparison_report import markdown_table
-from .config import Config, MimConfig, to_json
+from .config import Config, MimConfig, settled, to_json
 from .console import console, print_table
 from .files import atomic
 from .paired import Difference, paired_difference
@@ -162,7 +162,7 @@ def _texts(mim: MimConfig) -> tuple[str, ...]:
     return (
         number(mim.mim_weight),
         mim.mim_layers,
-        number(mim.mim_temperature),
+        number(settled(mim.mim_temperature)),
         str(mim.mim_noise_ratio),
         mim.mim_projection,
     )

@@ -215,6 +215,8 @@ def test_a_cell_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeyp
         "2",
         "--eval-epochs",
         "1",
+        "--mim-loss",
+        "nce",
         "--mim-weights",
         "3e38",
         "0",
@@ -304,8 +306,8 @@ def test_default_weights_are_those_of_run(monkeypatch):
         comparison("--methods", "dm", "dc", "--ipcs", "10", "1", "--seeds", "3", "--baselines")
     )
     assert [str(arm) + f" {arm.ipc}" for arm, _ in plan] == [
-        "dm, weight 0 10", "dm, weight 0.1 10", "dc, weight 0 10",
-        "dm, weight 0 1", "dm, weight 10 1", "dc, weight 0 1",
+        "dm, weight 0 10", "dm, weight 100 10", "dc, weight 0 10", "dc, weight 1000 10",
+        "dm, weight 0 1", "dm, weight 300 1", "dc, weight 0 1", "dc, weight 1000 1",
     ]  # fmt: skip
     cell = plan[Arm("dc", 0.0, 10), 3]
     assert (cell.config.distill.ipc, cell.config.seed, cell.config.distill.image_lr) == (10, 3, 0.1)

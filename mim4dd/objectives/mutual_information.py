@@ -7,22 +7,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..losses import calibrated_noise_ratio, nce_losses
+from ..losses import calibrated_noise_ratio, info_nce_losses, nce_losses
 
 
 class MutualInformation(nn.Module):
-    """An NCE loss over feature maps, an add-on to any objective (MIM4DD, NeurIPS 2023).
+    """A contrastive loss over feature maps, an add-on to any objective (MIM4DD, NeurIPS 2023).
 
-    Synthetic features are the anchors, real features the keys; same-label pairs are positive. Layer k of K
-    counts with weight * layer_decay ** (K - 1 - k), so that deeper layers weigh more if layer_decay < 1.
+    Same-label pairs, one real and one synthetic, are positive. With `loss="nce"`, the published term, a
+    critic judges every pair, synthetic features being the anchors (`mim4dd.nce_loss`); that draws a synthetic
+    image to every real one of its class, and so to its likes. With `loss="info_nce"` every real image is to
+    find its class among the synthetic ones, in whichever of them (`mim4dd.info_nce_loss`, positives="any",
+    real features being the anchors). For C equally frequent classes log C minus that loss is a lower bound,
+    in nats, of the information between a real image and a synthetic one of its class (Barber and Agakov,
+    NeurIPS 2003): the two have only the label in common, and the loss is the cross entropy of a guess at it.
+
+    Layer k of K counts with weight * layer_decay ** (K - 1 - k), so that deeper layers weigh more if
+    layer_decay < 1.
 
     Args:
+        loss: "nce" or "info_nce".
         weight: the factor of the whole term.
         layers: "all", "last", or the indices of the maps to compare (negative ones count from the end).
         layer_decay: the factor from a layer to the one before it.
         temperature: of the critic.
-        noise_ratio: of the critic, or "calibrated": measured per layer on the first batch, then frozen.
-        negatives: negatives drawn per positive; None: as many as there are.
+        noise_ratio: of the critic of "nce", or "calibrated": measured per layer on the first batch, then
+            frozen.
+        negatives: of "nce": negatives drawn per positive; None: as many as there are.
         projection: "none", or a linear map of every layer into a common space: "random" (fixed) or "trained"
             (its parameters are the module's; give them to an optimiser).
         projection_size: width of that space.
@@ -37,6 +47,7 @@ class MutualInformation(nn.Module):
     def __init__(
         self,
         *,
+        loss: str = "nce",
         weight: float = 1.0,
         layers: str | Sequence[int] = "last",
         layer_decay: float = 1.0,
@@ -50,6 +61,8 @@ class MutualInformation(nn.Module):
         symmetric: bool = False,
     ) -> None:
         super().__init__()
+        if loss not in ("nce", "info_nce"):
+            raise ValueError(f"mim4dd.MutualInformation: loss is {loss!r}, expected 'nce' or 'info_nce'")
         if isinstance(noise_ratio, str) and noise_ratio != "calibrated":
             raise ValueError(
                 f"mim4dd.MutualInformation: noise_ratio is {noise_ratio!r}, expected a number or 'calibrated'"
@@ -58,6 +71,7 @@ class MutualInformation(nn.Module):
             raise ValueError(
                 f"mim4dd.MutualInformation: projection is {projection!r}, expected none, random or trained"
             )
+        self.loss = loss
         self.weight = weight
         self.layers = layers
         self.layer_decay = layer_decay
@@ -104,22 +118,41 @@ class MutualInformation(nn.Module):
                 f"mim4dd.MutualInformation: {len(synthetic)} synthetic maps, but {len(real)} real ones"
             )
         layers = layer_indices(self.layers, len(synthetic))
-        anchors = [self._embed(k, synthetic[k]) for k in layers]
-        keys = [self._embed(k, real[k]) for k in layers]
+        ours, theirs = ([self._embed(k, maps[k]) for k in layers] for maps in (synthetic, real))
+        losses = self._losses(layers, ours, theirs, synthetic_labels, real_labels)
+        decay = [self.weight * self.layer_decay ** (len(synthetic) - 1 - k) for k in layers]
+        return sum((factor * loss for factor, loss in zip(decay, losses, strict=True)), losses.new_zeros(()))
+
+    def _losses(
+        self,
+        layers: Sequence[int],
+        synthetic: Sequence[Tensor],
+        real: Sequence[Tensor],
+        synthetic_labels: Tensor,
+        real_labels: Tensor,
+    ) -> Tensor:
+        if self.loss == "info_nce":
+            return info_nce_losses(
+                real,
+                synthetic,
+                real_labels,
+                synthetic_labels,
+                temperature=self.temperature,
+                positives="any",
+                symmetric=self.symmetric,
+            )
         labels = synthetic_labels, real_labels
-        losses = nce_losses(
-            anchors,
-            keys,
+        return nce_losses(
+            synthetic,
+            real,
             *labels,
             temperature=self.temperature,
             noise_ratio=[
-                self._noise_ratio(k, a, r, *labels) for k, a, r in zip(layers, anchors, keys, strict=True)
+                self._noise_ratio(k, s, r, *labels) for k, s, r in zip(layers, synthetic, real, strict=True)
             ],
             negatives=self.negatives,
             symmetric=self.symmetric,
         )
-        decay = [self.weight * self.layer_decay ** (len(synthetic) - 1 - k) for k in layers]
-        return sum((factor * loss for factor, loss in zip(decay, losses, strict=True)), losses.new_zeros(()))
 
     def get_extra_state(self) -> dict[int, Tensor]:
         """Return the calibrated noise ratios by layer, for the state dict."""
