@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .objectives import MutualInformation, Objective
+from .graph import replayed
+from .objectives import MutualInformation, Objective, Repeatable
 from .synthetic import SyntheticSet, decode
 
 READ_EVERY = 10  # iterations between looks at the losses, each of which waits for the device
@@ -63,6 +64,7 @@ def distill(
     """
     images = start.images.clone().requires_grad_()
     logits = None if start.soft_labels is None else start.soft_labels.log().clamp_min(LOWEST).requires_grad_()
+    device = images.device
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.SGD([{"params": [images], "lr": lr}, *objective.trained], momentum=momentum)
     ]
@@ -70,31 +72,48 @@ def distill(
     trained = [p for p in mutual_information.parameters() if p.requires_grad] if mutual_information else []
     adam += [{"params": trained, "lr": PROJECTION_LR}] if trained else []
     if adam:
-        optimizers.append(torch.optim.Adam(adam))
+        optimizers.append(torch.optim.Adam(adam, capturable=device.type == "cuda"))
     learned = [images] if logits is None else [images, logits]
     leaves = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    unread: list[dict[str, Tensor]] = []
-    synthetic = start
-    for iteration in range(1, iterations + 1):
-        targets = start.targets if logits is None else logits.softmax(1)
-        matched = objective(decode(images, start.factor), targets)
-        terms = {"base": matched.loss}
+    names = ["base", "mim"] if mutual_information else ["base"]
+
+    def decoded() -> tuple[Tensor, Tensor]:
+        return decode(images, start.factor), start.targets if logits is None else logits.softmax(1)
+
+    def step() -> Tensor:
+        """Update what is learned; return the terms of the loss."""
+        matched = match(*decoded())
+        terms = [matched.loss]
         if mutual_information:
-            terms["mim"] = mutual_information(
-                matched.synthetic_features,
-                matched.real_features,
-                matched.synthetic_labels,
-                matched.real_labels,
+            terms.append(
+                mutual_information(
+                    matched.synthetic_features,
+                    matched.real_features,
+                    matched.synthetic_labels,
+                    matched.real_labels,
+                )
             )
         for optimizer in optimizers:
             optimizer.zero_grad()
         # Named, so that no gradient of a network's weights is worked out for nobody.
-        torch.stack([*terms.values()]).sum().backward(inputs=leaves)
+        values = torch.stack(terms)
+        values.sum().backward(inputs=leaves)
         for optimizer in optimizers:
             optimizer.step()
-        unread.append({name: term.detach() for name, term in terms.items()})
+        return values.detach()
+
+    match, update = objective.__call__, step
+    if isinstance(objective, Repeatable):
+        match, update = objective.match, replayed(step, objective.generators, device)
+    unread: list[Tensor] = []
+    synthetic = start
+    for iteration in range(1, iterations + 1):
+        if isinstance(objective, Repeatable):
+            with torch.no_grad():
+                objective.prepare(*decoded())
+        unread.append(update().clone())
         if iteration % READ_EVERY == 0 or iteration == iterations:
-            means = _read(unread, iteration, learned)
+            means = _read(unread, names, iteration, learned)
             synthetic = replace(
                 start,
                 images=images.detach().clone(),
@@ -106,10 +125,9 @@ def distill(
     return synthetic
 
 
-def _read(unread: list[dict[str, Tensor]], iteration: int, learned: list[Tensor]) -> dict[str, float]:
+def _read(unread: list[Tensor], names: list[str], iteration: int, learned: list[Tensor]) -> dict[str, float]:
     """Fetch the losses of the last iterations, all at once, and average them, if all is finite."""
-    names = list(unread[0])
-    values = torch.stack([torch.stack([*terms.values()]) for terms in unread]).tolist()
+    values = torch.stack(unread).tolist()
     for back, row in enumerate(values):
         for name, value in zip(names, row, strict=True):
             if not math.isfinite(value):

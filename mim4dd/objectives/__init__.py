@@ -11,6 +11,7 @@ from .distribution import DistributionMatching, distribution_distance
 from .estimate import mutual_information_estimate
 from .gradient import GradientMatching, gradient_distance, loops
 from .mutual_information import MutualInformation
+from .repeatable import Repeatable
 from .trajectory import TrajectoryConfig, TrajectoryMatching, train_experts, trajectory_distance
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "MutualInformation",
     "Objective",
     "Problem",
+    "Repeatable",
     "TrajectoryConfig",
     "TrajectoryMatching",
     "characteristic_distance",
