@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,7 +64,39 @@ def distill(
     """
     images = start.images.clone().requires_grad_()
     logits = None if start.soft_labels is None else start.soft_labels.log().clamp_min(LOWEST).requires_grad_()
-    device = images.device
+    learned = [images] if logits is None else [images, logits]
+    names = ["base", "mim"] if mutual_information else ["base"]
+    update = updates(objective, start, images, logits, lr, momentum, mutual_information)
+    unread: list[Tensor] = []
+    synthetic = start
+    for iteration in range(1, iterations + 1):
+        unread.append(next(update))
+        if iteration % READ_EVERY == 0 or iteration == iterations:
+            means = _read(unread, names, iteration, learned)
+            synthetic = replace(
+                start,
+                images=images.detach().clone(),
+                soft_labels=None if logits is None else logits.detach().softmax(1),
+                network_lr=objective.network_lr,
+            )
+            on_progress(Progress(iteration, means, synthetic))
+            unread.clear()
+    return synthetic
+
+
+def updates(
+    objective: Objective,
+    start: SyntheticSet,
+    images: Tensor,
+    logits: Tensor | None,
+    lr: float,
+    momentum: float,
+    mutual_information: MutualInformation | None,
+) -> Iterator[Tensor]:
+    """Update images, and logits of soft labels, in place, without end; yield the terms [1 or 2] of each time.
+
+    Nothing waits for the device. On a GPU what is the same work every time is replayed.
+    """
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.SGD([{"params": [images], "lr": lr}, *objective.trained], momentum=momentum)
     ]
@@ -72,16 +104,13 @@ def distill(
     trained = [p for p in mutual_information.parameters() if p.requires_grad] if mutual_information else []
     adam += [{"params": trained, "lr": PROJECTION_LR}] if trained else []
     if adam:
-        optimizers.append(torch.optim.Adam(adam, capturable=device.type == "cuda"))
-    learned = [images] if logits is None else [images, logits]
+        optimizers.append(torch.optim.Adam(adam, capturable=images.is_cuda))
     leaves = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    names = ["base", "mim"] if mutual_information else ["base"]
 
     def decoded() -> tuple[Tensor, Tensor]:
         return decode(images, start.factor), start.targets if logits is None else logits.softmax(1)
 
     def step() -> Tensor:
-        """Update what is learned; return the terms of the loss."""
         matched = match(*decoded())
         terms = [matched.loss]
         if mutual_information:
@@ -95,8 +124,8 @@ def distill(
             )
         for optimizer in optimizers:
             optimizer.zero_grad()
-        # Named, so that no gradient of a network's weights is worked out for nobody.
         values = torch.stack(terms)
+        # Named, so that no gradient of a network's weights is worked out for nobody.
         values.sum().backward(inputs=leaves)
         for optimizer in optimizers:
             optimizer.step()
@@ -104,25 +133,12 @@ def distill(
 
     match, update = objective.__call__, step
     if isinstance(objective, Repeatable):
-        match, update = objective.match, replayed(step, objective.generators, device)
-    unread: list[Tensor] = []
-    synthetic = start
-    for iteration in range(1, iterations + 1):
+        match, update = objective.match, replayed(step, objective.generators, images.device)
+    while True:
         if isinstance(objective, Repeatable):
             with torch.no_grad():
                 objective.prepare(*decoded())
-        unread.append(update().clone())
-        if iteration % READ_EVERY == 0 or iteration == iterations:
-            means = _read(unread, names, iteration, learned)
-            synthetic = replace(
-                start,
-                images=images.detach().clone(),
-                soft_labels=None if logits is None else logits.detach().softmax(1),
-                network_lr=objective.network_lr,
-            )
-            on_progress(Progress(iteration, means, synthetic))
-            unread.clear()
-    return synthetic
+        yield update().clone()
 
 
 def _read(unread: list[Tensor], names: list[str], iteration: int, learned: list[Tensor]) -> dict[str, float]:
