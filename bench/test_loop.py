@@ -4,15 +4,17 @@
     python -m bench.report loop.json
 
 IPC 10, 256 real images a class, images of Fashion-MNIST's shape with random pixels, width 128, 10 classes. A
-group is one step: `textbook`, then ours in float32 and, where the hardware has it, in bfloat16. First, in
-float32 and without augmentation, both must give the same loss and the same gradient from the same weights.
-On a GPU a step is timed with a synchronisation.
+group is one step: `textbook`, then ours in float32 and, where the hardware has it, in bfloat16; and in
+float32 the other way to do it: networks of the evaluation `stacked` or `alone`, and on a GPU `launched`, which
+is without CUDA graphs. First, in float32 and without augmentation, both must give the same loss and the same
+gradient from the same weights. On a GPU a step is timed with a synchronisation.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -20,9 +22,9 @@ import torch
 from torch import Tensor
 
 from bench import baselines
-from mim4dd import augment, convolution, evaluate, networks, precision
+from mim4dd import augment, convolution, evaluate, graph, networks, precision, stacked
 from mim4dd.data import ImageSet
-from mim4dd.distill import distill
+from mim4dd.distill import updates
 from mim4dd.objectives import METHODS, GradientMatching, Problem, distribution, gradient, trajectory_distance
 from mim4dd.seeding import generator
 from mim4dd.synthetic import SyntheticSet
@@ -30,7 +32,8 @@ from mim4dd.synthetic import SyntheticSet
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 CLASSES, IPC, REAL_BATCH, WIDTH, SIDE = 10, 10, 256, 128, 28
 STRATEGY = "color_crop_cutout_scale_rotate"
-NETWORKS, EPOCHS, TEST = 5, 4, 1000
+NETWORKS, TEST = 5, 1000
+EPOCHS = {"cpu": 4, "cuda": 40}  # a graph is there only after some steps
 STEPS, STEP_SIZE = 20, 0.01
 ROUNDS = {"cpu": 2, "cuda": 20}
 
@@ -39,6 +42,13 @@ def versions(device: str) -> list[str]:
     names = ["textbook", "fp32"]
     best = precision.resolve("auto", torch.device(device))
     return names if best == "fp32" else [*names, best]
+
+
+def other_ways(device: str) -> list[tuple[str, str]]:
+    """Steps, and how they are not done without being told to."""
+    if device == "cpu":
+        return [("evaluation", "fp32 stacked")]
+    return [("evaluation", "fp32 alone"), *((step, "fp32 launched") for step in OURS)]
 
 
 def real_set(per_class: int, device: str) -> ImageSet:
@@ -60,7 +70,7 @@ def problem(real: ImageSet, strategy: str, name: str) -> Problem:
         augmentation=strategy,
         layers=(),
         seed=0,
-        precision="fp32" if name == "textbook" else name,
+        precision="fp32" if name == "textbook" else name.split()[0],
     )
 
 
@@ -99,10 +109,11 @@ def matching_step(method: str, of: Problem, images: Tensor) -> Callable[[], obje
     objective = METHODS[method].objective(of)
     if isinstance(objective, GradientMatching):
         objective.inner = 0
-    settings = {"iterations": 1, "lr": METHODS[method].image_lr, "momentum": 0.5}
     real = of.real
     start = SyntheticSet(images, of.labels, real.class_names, real.mean, real.std)
-    return lambda: distill(objective, start, **settings)
+    learned = images.clone().requires_grad_()
+    update = updates(objective, start, learned, None, METHODS[method].image_lr, 0.5, None)
+    return lambda: next(update)
 
 
 def textbook_step(method: str, of: Problem, images: Tensor) -> Callable[[], object]:
@@ -130,7 +141,9 @@ def textbook_inner_step(of: Problem, images: Tensor) -> Callable[[], object]:
 
 
 def evaluation(of: Problem, images: Tensor) -> Callable[[], object]:
-    protocol = evaluate.Protocol(EPOCHS, of.augmentation, width=WIDTH, precision=of.precision)
+    protocol = evaluate.Protocol(
+        EPOCHS[images.device.type], of.augmentation, width=WIDTH, precision=of.precision
+    )
     test = of.real._subset(torch.arange(TEST, device=images.device))
     training_set = (images, of.labels)
     return lambda: evaluate.evaluate(lambda _: training_set, test, protocol, num_networks=NETWORKS, seed=0)
@@ -139,7 +152,7 @@ def evaluation(of: Problem, images: Tensor) -> Callable[[], object]:
 def textbook_evaluation(of: Problem, images: Tensor) -> Callable[[], object]:
     plain = setting(of, images)
     test = (plain.real[:TEST], of.real.labels[:TEST])
-    return lambda: baselines.evaluate(plain, test, NETWORKS, EPOCHS)
+    return lambda: baselines.evaluate(plain, test, NETWORKS, EPOCHS[images.device.type])
 
 
 def trajectory(of: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -153,14 +166,15 @@ def trajectory(of: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def trajectory_step(of: Problem, images: Tensor) -> Callable[[], object]:
     network, (start, target) = of.network(), trajectory(of)
     images = images.clone().requires_grad_()
+    random = generator(0, "bench/augmentation", images.device)
 
     def step() -> Tensor:
-        params = augment.sample(of.augmentation, len(images), SIDE, generator=torch.Generator(images.device))
+        params = augment.sample(of.augmentation, len(images), SIDE, generator=random)
         x = augment.apply(images, params)
         loss = trajectory_distance(network, start, target, x, of.labels, steps=STEPS, step_size=STEP_SIZE)
         return torch.autograd.grad(loss, images)[0]
 
-    return step
+    return graph.replayed(step, [random], images.device)
 
 
 def textbook_trajectory_step(of: Problem, images: Tensor) -> Callable[[], object]:
@@ -292,14 +306,21 @@ def test_trajectory_matching_is_that_of_the_textbook(device, small):
     close(ours.grad, plain.images.grad, 1e-9)
 
 
-CASES = [(device, step, name) for device in DEVICES for step in OURS for name in versions(device)]
+CASES = [
+    *((device, step, name) for device in DEVICES for step in OURS for name in versions(device)),
+    *((device, *way) for device in DEVICES for way in other_ways(device)),
+]
 
 
 @pytest.mark.parametrize(("device", "step", "name"), CASES)
-def test_loop(benchmark, device, step, name):
+def test_loop(benchmark, device, step, name, monkeypatch):
     if benchmark.disabled:
         pytest.skip("only the equality is tested where nothing is timed")
     benchmark.group = f"{device} {step}"
+    if name.endswith("launched"):
+        monkeypatch.setattr(graph, "WARM_UP", math.inf)
+    elif name.endswith(("stacked", "alone")):
+        monkeypatch.setitem(stacked.AT_ONCE, device, NETWORKS if name.endswith("stacked") else 1)
     of = problem(real_set(6000, device), "none" if step == "dc" else STRATEGY, name)
     call = (TEXTBOOK if name == "textbook" else OURS)[step](of, synthetic(device))
     synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -308,7 +329,8 @@ def test_loop(benchmark, device, step, name):
         call()
         synchronise()
 
-    benchmark.pedantic(timed, rounds=ROUNDS[device], warmup_rounds=1)
+    rounds = min(ROUNDS[device], 3) if step == "evaluation" else ROUNDS[device]
+    benchmark.pedantic(timed, rounds=rounds, warmup_rounds=1)
     benchmark.extra_info |= {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

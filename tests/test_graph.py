@@ -18,6 +18,8 @@ from mim4dd import distill, evaluate, graph, networks, stacked
 from mim4dd.objectives import METHODS, Matched, MutualInformation, Objective
 from mim4dd.seeding import generator
 
+pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 
 
