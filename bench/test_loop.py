@@ -5,7 +5,7 @@
 
 IPC 10, 256 real images a class, images of Fashion-MNIST's shape with random pixels, width 128, 10 classes. A
 group is one step: `textbook`, then ours in float32 and, where the hardware has it, in bfloat16; and in
-float32 the other way to do it: networks of the evaluation `stacked` or `alone`, and on a GPU `launched`, which
+float32 the other way to do it: networks of the evaluation `stacked` or `alone`, and on a GPU `launched`, that
 is without CUDA graphs. First, in float32 and without augmentation, both must give the same loss and the same
 gradient from the same weights. On a GPU a step is timed with a synchronisation.
 """

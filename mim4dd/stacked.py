@@ -16,8 +16,8 @@ from .graph import replayed
 from .memory import budget, per_image
 from .networks import Network, initialise
 
-# Networks trained as one, at most. On a CPU a stack of five ConvNets took 1.08 times as long as one by one (100
-# images a step, one thread of an EPYC); on a GPU it has not been measured.
+# Networks trained as one, at most. On a CPU a stack of five ConvNets took 1.08 times as long as one by one
+# (100 images a step, one thread of an EPYC); on a GPU it has not been measured.
 AT_ONCE = {"cpu": 1, "cuda": 10}
 
 Weights = dict[str, Tensor]

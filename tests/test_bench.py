@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import measure, profile, report, test_loop, test_losses
+from bench import growth, measure, profile, report, test_loop, test_losses
 from bench.test_loop import (
     comparable,
     float32_convolutions,
@@ -21,6 +21,7 @@ from bench.test_loop import (
     test_trajectory_matching_is_that_of_the_textbook,
 )
 from mim4dd import extension, networks
+from mim4dd.objectives import METHODS
 from mim4dd.seeding import generator
 
 __all__ = [
@@ -41,6 +42,15 @@ def test_every_step_of_the_loop_runs(step, small, monkeypatch):
         monkeypatch.setattr(test_loop, name, value)
     for versions in (test_loop.OURS, test_loop.TEXTBOOK):
         versions[step](*small("cpu"))()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("method", METHODS)
+def test_growth_is_measured_for_every_method(method):
+    sizes = {"ipc": 2, "classes": 3, "side": 28, "real_batch": 4}
+    taken, mebibytes = growth.measure(method, 32, sizes)
+    assert taken > 0
+    assert mebibytes >= 0, "none where the process had as much before"
 
 
 def test_the_profile_names_the_parts(monkeypatch, capsys, tmp_path):
