@@ -61,8 +61,10 @@ class Replayed(Generic[Result]):
         try:
             return _record(self.step, inputs, self.generators, self.device)
         except RuntimeError as error:
+            # The end of a recording that failed says no more than that it did; what failed comes before.
+            cause = str(error.__context__ or error).partition("\n")[0]
             warnings.warn(
-                f"mim4dd: a step cannot be recorded as a CUDA graph and runs slower without ({error})",
+                f"mim4dd: a step cannot be recorded as a CUDA graph and runs slower without ({cause})",
                 stacklevel=3,
             )
             return self.step

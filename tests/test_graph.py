@@ -176,7 +176,10 @@ def test_on_a_cpu_a_step_is_itself():
 
 def test_a_step_that_cannot_be_recorded_goes_on_with_a_warning(monkeypatch, stand_in):
     def refuse(*_):
-        raise RuntimeError("operation not permitted when stream is capturing")
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nSearch for ...")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     monkeypatch.setattr(graph, "_record", refuse)
     replayed = graph.Replayed(lambda x: x + 1, [], torch.device("cpu"))
@@ -215,10 +218,11 @@ def test_an_objective_of_ones_own_is_never_recorded(stand_in):
 def test_a_graph_gives_what_single_launches_give(method, device, tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # that a step cannot be recorded
-        replayed, _ = distilled(method, tmp_path, device)
+        replayed, _ = distilled(method, tmp_path, device, iterations=6)
     monkeypatch.setattr(graph, "WARM_UP", 10**9)
-    plain, _ = distilled(method, tmp_path, device)
-    torch.testing.assert_close(replayed.images, plain.images, rtol=1e-3, atol=1e-3)
+    plain, _ = distilled(method, tmp_path, device, iterations=6)
+    # A pixel moves by 0.2 and more from the third iteration to the sixth.
+    torch.testing.assert_close(replayed.images, plain.images, rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize("device", [CUDA])
