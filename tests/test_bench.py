@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import growth, measure, profile, report, test_loop, test_losses
+from bench import growth, measure, profile, report, steps, test_losses
 from bench.test_loop import (
     comparable,
     float32_convolutions,
@@ -36,11 +36,11 @@ __all__ = [
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("step", test_loop.OURS)
+@pytest.mark.parametrize("step", steps.OURS)
 def test_every_step_of_the_loop_runs(step, small, monkeypatch):
     for name, value in {"TEST": 50, "NETWORKS": 1, "EPOCHS": {"cpu": 1}, "STEPS": 2}.items():
-        monkeypatch.setattr(test_loop, name, value)
-    for versions in (test_loop.OURS, test_loop.TEXTBOOK):
+        monkeypatch.setattr(steps, name, value)
+    for versions in (steps.OURS, steps.TEXTBOOK):
         versions[step](*small("cpu"))()
 
 
