@@ -67,6 +67,7 @@ class Replayed(Generic[Result]):
                 f"mim4dd: a step cannot be recorded as a CUDA graph and runs slower without ({cause})",
                 stacklevel=3,
             )
+            self.recordings.clear()  # they draw from the states that the generators had before
             return self.step
 
 

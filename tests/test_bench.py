@@ -230,7 +230,7 @@ def test_gpu_script_runs_every_part_whatever_fails(tmp_path, failing, status, ex
     parts = re.findall(r"pip install|(?:tests|bench)/test_\w+|bench\.report", log.read_text())
     benches = ("losses", "augment", "loop")
     after = [part for name in benches for part in (f"bench/test_{name}", "bench.report")]
-    tests = [f"tests/test_{name}" for name in ("kernels", "augment_cuda", "graph")]
+    tests = [f"tests/test_{name}" for name in ("kernels", "augment_cuda", "graph", "stacked")]
     assert parts == ["pip install", *tests, *after]
 
 

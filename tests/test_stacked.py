@@ -10,23 +10,28 @@ from mim4dd.memory import per_image
 from mim4dd.seeding import generator
 from mim4dd.stacked import Stack
 
+pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 DSA = "color_crop_cutout_flip_scale_rotate"
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("soft", [False, True])
-def test_a_stack_is_trained_as_its_networks_are_alone(soft):
+def test_a_stack_is_trained_as_its_networks_are_alone(soft, device):
     """Six epochs of a batch of 16 and one of 4, each network on images of its own, in float64."""
     problem, _ = digits_problem(ipc=2)
-    real, labels = problem.real, problem.labels
+    real, labels = problem.real.to(device), problem.labels.to(device)
     targets = torch.nn.functional.one_hot(labels, 10) * 0.8 + 0.02 if soft else labels
     sets = [
-        (real.batch(real.sample(2, generator(k, "images")).flatten()).double(), targets) for k in range(3)
+        (real.batch(real.sample(2, generator(k, "images", device)).flatten()).double(), targets)
+        for k in range(3)
     ]
-    network = networks.create("convnet", 1, 10, (8, 8), width=8).double()
+    network = networks.create("convnet", 1, 10, (8, 8), width=8, device=device).double()
     protocol = evaluate.Protocol(epochs=6, augmentation=DSA, batch=16)
 
     def trained(group):
-        stack = Stack.initialised(network, [generator(0, f"network/{k}") for k in group])
+        stack = Stack.initialised(network, [generator(0, f"network/{k}", device) for k in group])
         before = {name: weight.clone() for name, weight in stack.weights.items()}
         evaluate._train(stack, [sets[k] for k in group], protocol)
         assert all((stack.weights[name] != before[name]).any() for name in before if "weight" in name)
