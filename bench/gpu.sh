@@ -36,7 +36,7 @@ within 100 "${install[@]}" || MIM4DD_NO_EXT=1 within 30 "${install[@]}" || exit 
 
 failed=0
 # Without the fixtures of the whole suite, which need more packages.
-within 150 "$PYTHON" -m pytest --noconftest tests/test_kernels.py tests/test_augment_cuda.py || failed=1
+within 170 "$PYTHON" -m pytest --noconftest tests/test_{kernels,augment_cuda,graph,stacked}.py || failed=1
 
 bench() {
     local json=build/bench-$1.json status
@@ -49,5 +49,5 @@ bench() {
 }
 bench losses 170
 bench augment 60
-bench loop 90
+bench loop 120
 exit $failed

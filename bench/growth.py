@@ -5,13 +5,15 @@
 Writes bench/results/growth-<method>-<device>.png. One quantity grows at a time from 10 images per class, 10
 classes of 3x32x32 and 32 real images a class; images are random, and the width is small, so that it takes a
 minute or two on a CPU. Memory is the peak of a first iteration above what was there before it, each in a
-process of its own.
+process of its own. An iteration is that of the images: of gradient matching without the training of its
+network, of trajectory matching with two student steps, of at most 256 images.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,7 +22,7 @@ import torch
 from bench.measure import extra_peak, seconds
 from mim4dd import distill, precision
 from mim4dd.data import ImageSet
-from mim4dd.objectives import METHODS, Problem
+from mim4dd.objectives import METHODS, Problem, TrajectoryConfig
 from mim4dd.seeding import generator
 from mim4dd.synthetic import SyntheticSet
 
@@ -41,6 +43,11 @@ NAMES = {
 
 def measure(method: str, width: int, sizes: dict[str, int]) -> tuple[float, float]:
     """Seconds and MiB of an iteration."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _measure(method, width, sizes, Path(folder))
+
+
+def _measure(method: str, width: int, sizes: dict[str, int], experts: Path) -> tuple[float, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ipc, classes, side, real_batch = (sizes[name] for name in ("ipc", "classes", "side", "real_batch"))
     pixels = torch.randint(
@@ -58,9 +65,19 @@ def measure(method: str, width: int, sizes: dict[str, int]) -> tuple[float, floa
         layers=(),
         seed=0,
         precision=precision.resolve("auto", device),
+        # Of trajectory matching; the experts need not know anything.
+        trajectory=TrajectoryConfig(
+            experts=experts,
+            num_experts=1,
+            expert_snapshots=2,
+            expert_batches=1,
+            max_start=1,
+            student_steps=2,
+            student_batch=256,
+        ),
     )
     objective = METHODS[method].objective(problem)
-    objective.inner = 0  # of gradient matching, the image step only
+    objective.inner = 0  # of gradient matching
     images = torch.randn(classes * ipc, 3, side, side, device=device)
     start = SyntheticSet(images, problem.labels, real.class_names, real.mean, real.std)
 

@@ -1,37 +1,41 @@
-"""The loop, step against step: each of its parts beside the textbook version (baselines.py), in one run.
+"""The loop, step against step: each of its parts (steps.py) beside the textbook version, in one run.
 
     python -m pytest bench/test_loop.py --benchmark-enable --benchmark-json=loop.json
     python -m bench.report loop.json
 
-IPC 10, 256 real images a class, images of Fashion-MNIST's shape with random pixels, width 128, 10 classes. A
-group is one step: `textbook`, then ours in float32 and, where the hardware has it, in bfloat16. First, in
-float32 and without augmentation, both must give the same loss and the same gradient from the same weights.
-On a GPU a step is timed with a synchronisation.
+A group is one step: `textbook`, then ours in float32 and, where the hardware has it, in bfloat16; and in
+float32 the other way to do it: networks of the evaluation `stacked` or `alone`, and on a GPU `launched`, that
+is without CUDA graphs. First, in float32 and without augmentation, both must give the same loss and the same
+gradient from the same weights. On a GPU a step is timed with a synchronisation.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
 from bench import baselines
-from mim4dd import augment, convolution, evaluate, networks, precision
-from mim4dd.data import ImageSet
-from mim4dd.distill import distill
-from mim4dd.objectives import METHODS, GradientMatching, Problem, distribution, gradient, trajectory_distance
+from bench.steps import (
+    NETWORKS,
+    OURS,
+    STEP_SIZE,
+    STRATEGY,
+    TEXTBOOK,
+    problem,
+    real_set,
+    setting,
+    synthetic,
+    trajectory,
+)
+from mim4dd import convolution, evaluate, graph, networks, precision, stacked
+from mim4dd.objectives import METHODS, Problem, distribution, gradient, trajectory_distance
 from mim4dd.seeding import generator
-from mim4dd.synthetic import SyntheticSet
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-CLASSES, IPC, REAL_BATCH, WIDTH, SIDE = 10, 10, 256, 128, 28
-STRATEGY = "color_crop_cutout_scale_rotate"
-NETWORKS, EPOCHS, TEST = 5, 4, 1000
-STEPS, STEP_SIZE = 20, 0.01
 ROUNDS = {"cpu": 2, "cuda": 20}
 
 
@@ -41,158 +45,17 @@ def versions(device: str) -> list[str]:
     return names if best == "fp32" else [*names, best]
 
 
-def real_set(per_class: int, device: str) -> ImageSet:
-    pixels = torch.randint(
-        256, (CLASSES * per_class, 1, SIDE, SIDE), dtype=torch.uint8, generator=generator(0, "bench/real")
-    )
-    labels = torch.arange(CLASSES).repeat_interleave(per_class)
-    names = tuple(map(str, range(CLASSES)))
-    return ImageSet(pixels, labels, names, torch.tensor([0.5]), torch.tensor([0.25])).to(device)
-
-
-def problem(real: ImageSet, strategy: str, name: str) -> Problem:
-    return Problem(
-        real=real,
-        labels=torch.arange(CLASSES, device=real.images.device).repeat_interleave(IPC),
-        architecture="convnet",
-        width=WIDTH,
-        real_batch=REAL_BATCH,
-        augmentation=strategy,
-        layers=(),
-        seed=0,
-        precision="fp32" if name == "textbook" else name,
-    )
-
-
-def synthetic(device: str) -> Tensor:
-    shape = (CLASSES * IPC, 1, SIDE, SIDE)
-    return torch.randn(shape, generator=generator(0, "bench/synthetic"), device="cpu").to(device)
-
-
-def setting(of: Problem, images: Tensor, weights=None) -> baselines.Setting:
-    """The same problem for the textbook loops."""
-    real = of.real
-    parts = [] if of.augmentation == "none" else of.augmentation.split("_")
-    return baselines.Setting(
-        real=real.batch(torch.arange(len(real), device=real.images.device)),
-        classes=[(real.labels == c).nonzero().flatten() for c in range(CLASSES)],
-        images=images.clone().requires_grad_(),
-        labels=of.labels,
-        real_batch=of.real_batch,
-        width=of.width,
-        parts=parts,
-        weights=weights,
-    )
+def other_ways(device: str) -> list[tuple[str, str]]:
+    """Steps, and how they are not done without being told to."""
+    if device == "cpu":
+        return [("evaluation", "fp32 stacked")]
+    return [("evaluation", "fp32 alone"), *((step, "fp32 launched") for step in OURS)]
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
     """Within the tolerance of the largest number: sums differ in their order."""
     error = (actual - expected).abs().max() / expected.abs().max()
     assert error < tolerance, f"relative error {error:.1e}"
-
-
-# ------------------------------------------------------------------------- the steps, ours and the textbook's
-
-
-def matching_step(method: str, of: Problem, images: Tensor) -> Callable[[], object]:
-    """An iteration of the distillation loop on a network that is not trained in between."""
-    objective = METHODS[method].objective(of)
-    if isinstance(objective, GradientMatching):
-        objective.inner = 0
-    settings = {"iterations": 1, "lr": METHODS[method].image_lr, "momentum": 0.5}
-    real = of.real
-    start = SyntheticSet(images, of.labels, real.class_names, real.mean, real.std)
-    return lambda: distill(objective, start, **settings)
-
-
-def textbook_step(method: str, of: Problem, images: Tensor) -> Callable[[], object]:
-    plain = setting(of, images)
-    optimizer = torch.optim.SGD([plain.images], lr=METHODS[method].image_lr, momentum=0.5)
-    if method == "dm":
-        return lambda: baselines.distribution_step(plain, optimizer)
-    network = plain.network()
-    return lambda: baselines.gradient_step(plain, network, optimizer)
-
-
-def inner_step(of: Problem, images: Tensor) -> Callable[[], object]:
-    """An epoch of the network on the 100 synthetic images, as between two image steps."""
-    objective = GradientMatching(of)
-    networks.initialise(objective.network, objective.weights)
-    objective.inner = 1
-    return lambda: objective._train(images, of.labels)
-
-
-def textbook_inner_step(of: Problem, images: Tensor) -> Callable[[], object]:
-    plain = setting(of, images)
-    network = plain.network()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
-    return lambda: baselines.train_epoch(plain, network, optimizer)
-
-
-def evaluation(of: Problem, images: Tensor) -> Callable[[], object]:
-    protocol = evaluate.Protocol(EPOCHS, of.augmentation, width=WIDTH, precision=of.precision)
-    test = of.real._subset(torch.arange(TEST, device=images.device))
-    training_set = (images, of.labels)
-    return lambda: evaluate.evaluate(lambda _: training_set, test, protocol, num_networks=NETWORKS, seed=0)
-
-
-def textbook_evaluation(of: Problem, images: Tensor) -> Callable[[], object]:
-    plain = setting(of, images)
-    test = (plain.real[:TEST], of.real.labels[:TEST])
-    return lambda: baselines.evaluate(plain, test, NETWORKS, EPOCHS)
-
-
-def trajectory(of: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Two points of a made-up trajectory."""
-    network = of.network()
-    networks.initialise(network, generator(0, "bench/start", of.real.images.device))
-    start = {name: value.detach().clone() for name, value in network.named_parameters()}
-    return start, {name: value + 0.01 * torch.randn_like(value) for name, value in start.items()}
-
-
-def trajectory_step(of: Problem, images: Tensor) -> Callable[[], object]:
-    network, (start, target) = of.network(), trajectory(of)
-    images = images.clone().requires_grad_()
-
-    def step() -> Tensor:
-        params = augment.sample(of.augmentation, len(images), SIDE, generator=torch.Generator(images.device))
-        x = augment.apply(images, params)
-        loss = trajectory_distance(network, start, target, x, of.labels, steps=STEPS, step_size=STEP_SIZE)
-        return torch.autograd.grad(loss, images)[0]
-
-    return step
-
-
-def textbook_trajectory_step(of: Problem, images: Tensor) -> Callable[[], object]:
-    plain = setting(of, images)
-    start, target = ([*weights.values()] for weights in trajectory(of))
-
-    def step() -> Tensor:
-        loss = baselines.trajectory_step(plain, start, target, STEPS, STEP_SIZE)
-        return torch.autograd.grad(loss, plain.images)[0]
-
-    return step
-
-
-OURS: Mapping[str, Callable[[Problem, Tensor], Callable[[], object]]] = {
-    "dm": functools.partial(matching_step, "dm"),
-    "dc": functools.partial(matching_step, "dc"),
-    "dsa": functools.partial(matching_step, "dsa"),
-    "inner": inner_step,
-    "evaluation": evaluation,
-    "mtt": trajectory_step,
-}
-TEXTBOOK: Mapping[str, Callable[[Problem, Tensor], Callable[[], object]]] = {
-    "dm": functools.partial(textbook_step, "dm"),
-    "dc": functools.partial(textbook_step, "dc"),
-    "dsa": functools.partial(textbook_step, "dsa"),
-    "inner": textbook_inner_step,
-    "evaluation": textbook_evaluation,
-    "mtt": textbook_trajectory_step,
-}
-
-
-# ------------------------------------------------------------------------------------------------ the tests
 
 
 @pytest.fixture
@@ -292,14 +155,21 @@ def test_trajectory_matching_is_that_of_the_textbook(device, small):
     close(ours.grad, plain.images.grad, 1e-9)
 
 
-CASES = [(device, step, name) for device in DEVICES for step in OURS for name in versions(device)]
+CASES = [
+    *((device, step, name) for device in DEVICES for step in OURS for name in versions(device)),
+    *((device, *way) for device in DEVICES for way in other_ways(device)),
+]
 
 
 @pytest.mark.parametrize(("device", "step", "name"), CASES)
-def test_loop(benchmark, device, step, name):
+def test_loop(benchmark, device, step, name, monkeypatch):
     if benchmark.disabled:
         pytest.skip("only the equality is tested where nothing is timed")
     benchmark.group = f"{device} {step}"
+    if name.endswith("launched"):
+        monkeypatch.setattr(graph, "WARM_UP", math.inf)
+    elif name.endswith(("stacked", "alone")):
+        monkeypatch.setitem(stacked.AT_ONCE, device, NETWORKS if name.endswith("stacked") else 1)
     of = problem(real_set(6000, device), "none" if step == "dc" else STRATEGY, name)
     call = (TEXTBOOK if name == "textbook" else OURS)[step](of, synthetic(device))
     synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -308,7 +178,8 @@ def test_loop(benchmark, device, step, name):
         call()
         synchronise()
 
-    benchmark.pedantic(timed, rounds=ROUNDS[device], warmup_rounds=1)
+    rounds = min(ROUNDS[device], 3) if step == "evaluation" else ROUNDS[device]
+    benchmark.pedantic(timed, rounds=rounds, warmup_rounds=1)
     benchmark.extra_info |= {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .objectives import MutualInformation, Objective
+from .graph import replayed
+from .objectives import MutualInformation, Objective, Repeatable
 from .synthetic import SyntheticSet, decode
 
 READ_EVERY = 10  # iterations between looks at the losses, each of which waits for the device
@@ -63,38 +64,15 @@ def distill(
     """
     images = start.images.clone().requires_grad_()
     logits = None if start.soft_labels is None else start.soft_labels.log().clamp_min(LOWEST).requires_grad_()
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.SGD([{"params": [images], "lr": lr}, *objective.trained], momentum=momentum)
-    ]
-    adam = [{"params": [logits], "lr": LABEL_LR}] if logits is not None else []
-    trained = [p for p in mutual_information.parameters() if p.requires_grad] if mutual_information else []
-    adam += [{"params": trained, "lr": PROJECTION_LR}] if trained else []
-    if adam:
-        optimizers.append(torch.optim.Adam(adam))
     learned = [images] if logits is None else [images, logits]
-    leaves = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    unread: list[dict[str, Tensor]] = []
+    names = ["base", "mim"] if mutual_information else ["base"]
+    update = updates(objective, start, images, logits, lr, momentum, mutual_information)
+    unread: list[Tensor] = []
     synthetic = start
     for iteration in range(1, iterations + 1):
-        targets = start.targets if logits is None else logits.softmax(1)
-        matched = objective(decode(images, start.factor), targets)
-        terms = {"base": matched.loss}
-        if mutual_information:
-            terms["mim"] = mutual_information(
-                matched.synthetic_features,
-                matched.real_features,
-                matched.synthetic_labels,
-                matched.real_labels,
-            )
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        # Named, so that no gradient of a network's weights is worked out for nobody.
-        torch.stack([*terms.values()]).sum().backward(inputs=leaves)
-        for optimizer in optimizers:
-            optimizer.step()
-        unread.append({name: term.detach() for name, term in terms.items()})
+        unread.append(next(update))
         if iteration % READ_EVERY == 0 or iteration == iterations:
-            means = _read(unread, iteration, learned)
+            means = _read(unread, names, iteration, learned)
             synthetic = replace(
                 start,
                 images=images.detach().clone(),
@@ -106,10 +84,66 @@ def distill(
     return synthetic
 
 
-def _read(unread: list[dict[str, Tensor]], iteration: int, learned: list[Tensor]) -> dict[str, float]:
+def updates(
+    objective: Objective,
+    start: SyntheticSet,
+    images: Tensor,
+    logits: Tensor | None,
+    lr: float,
+    momentum: float,
+    mutual_information: MutualInformation | None,
+) -> Iterator[Tensor]:
+    """Update images, and logits of soft labels, in place, without end; yield the terms [1 or 2] of each time.
+
+    Nothing waits for the device. On a GPU what is the same work every time is replayed.
+    """
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.SGD([{"params": [images], "lr": lr}, *objective.trained], momentum=momentum)
+    ]
+    adam = [{"params": [logits], "lr": LABEL_LR}] if logits is not None else []
+    trained = [p for p in mutual_information.parameters() if p.requires_grad] if mutual_information else []
+    adam += [{"params": trained, "lr": PROJECTION_LR}] if trained else []
+    if adam:
+        optimizers.append(torch.optim.Adam(adam, capturable=images.is_cuda))
+    leaves = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+    def decoded() -> tuple[Tensor, Tensor]:
+        return decode(images, start.factor), start.targets if logits is None else logits.softmax(1)
+
+    def step() -> Tensor:
+        matched = match(*decoded())
+        terms = [matched.loss]
+        if mutual_information:
+            terms.append(
+                mutual_information(
+                    matched.synthetic_features,
+                    matched.real_features,
+                    matched.synthetic_labels,
+                    matched.real_labels,
+                )
+            )
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        values = torch.stack(terms)
+        # Named, so that no gradient of a network's weights is worked out for nobody.
+        values.sum().backward(inputs=leaves)
+        for optimizer in optimizers:
+            optimizer.step()
+        return values.detach()
+
+    match, update = objective.__call__, step
+    if isinstance(objective, Repeatable):
+        match, update = objective.match, replayed(step, objective.generators, images.device)
+    while True:
+        if isinstance(objective, Repeatable):
+            with torch.no_grad():
+                objective.prepare(*decoded())
+        yield update().clone()
+
+
+def _read(unread: list[Tensor], names: list[str], iteration: int, learned: list[Tensor]) -> dict[str, float]:
     """Fetch the losses of the last iterations, all at once, and average them, if all is finite."""
-    names = list(unread[0])
-    values = torch.stack([torch.stack([*terms.values()]) for terms in unread]).tolist()
+    values = torch.stack(unread).tolist()
     for back, row in enumerate(values):
         for name, value in zip(names, row, strict=True):
             if not math.isfinite(value):

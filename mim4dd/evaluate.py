@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import augment, networks
+from . import augment, networks, stacked
+from .augment import AugmentParams
 from .data import ImageSet, load
 from .errors import InputError, unknown
 from .networks import Network
 from .precision import Precision, allow_tf32, resolve
 from .seeding import generator
+from .stacked import Stack
 from .synthetic import SyntheticSet
 
 OnNetwork = Callable[[float], None]
@@ -88,7 +89,7 @@ def evaluate(
 
     Args:
         training_set: for network k, images float32 [n, C, H, W] and their targets: labels int64 [n], or
-            probabilities float32 [n, num_classes].
+            probabilities float32 [n, num_classes]. The same n for all of them.
         test: on the device of the run.
         protocol: how to train.
         num_networks: how many.
@@ -105,13 +106,16 @@ def evaluate(
         device=device,
         precision=protocol.precision,
     )
+    image = (test.channels, *test.image_size)
+    together = stacked.at_once(network, image, protocol.batch, device)
     accuracies = []
-    for k in range(num_networks):
-        random = generator(seed, f"evaluation/{k}", device)
-        networks.initialise(network, random)
-        train(network, *training_set(k), protocol, random)
-        accuracies.append(accuracy(network, test))
-        on_network(accuracies[-1])
+    for group in torch.arange(num_networks).split(together):
+        random = [generator(seed, f"evaluation/{k}", device) for k in group.tolist()]
+        stack = Stack.initialised(network, random)
+        _train(stack, [training_set(k) for k in group.tolist()], protocol)
+        for trained in stack.unstack():
+            accuracies.append(accuracy(trained, test))
+            on_network(accuracies[-1])
     return Score(tuple(accuracies))
 
 
@@ -119,23 +123,33 @@ def train(
     network: Network, images: Tensor, targets: Tensor, protocol: Protocol, generator: torch.Generator
 ) -> None:
     """Train `network` in place on images [n, C, H, W] and targets [n, ...], every epoch in a new order."""
-    network.train()
+    _train(Stack.of(network, generator), [(images, targets)], protocol)
+
+
+def _train(stack: Stack, sets: Sequence[tuple[Tensor, Tensor]], protocol: Protocol) -> None:
+    """Train each network of a stack on its own set of images and targets, all of one size."""
+
+    def batch(index: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
+        own = [(images[i], targets[i]) for (images, targets), i in zip(sets, index, strict=True)]
+        images = augment.apply(torch.cat([x for x, _ in own]), params)
+        return images.unflatten(0, index.shape), torch.stack([y for _, y in own])
+
+    stack.network.train()
     optimizer = torch.optim.SGD(
-        network.parameters(),
+        stack.weights.values(),
         lr=protocol.lr,
         momentum=protocol.momentum,
         weight_decay=protocol.weight_decay,
     )
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [protocol.epochs // 2 + 1])
-    size = (images.shape[2], images.shape[3])
+    count, *_, height, width = sets[0][0].shape
+    lr = None
     for _ in range(protocol.epochs):
-        order = torch.randperm(len(images), generator=generator, device=images.device)
-        for index in order.split(protocol.batch):
-            params = augment.sample(protocol.augmentation, len(index), size, generator=generator)
-            loss = F.cross_entropy(network(augment.apply(images[index], params)), targets[index])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        if schedule.get_last_lr() != lr:  # a new step, for a recorded one keeps its learning rate
+            lr = schedule.get_last_lr()
+            step = stack.step(optimizer, batch, protocol.augmentation, (height, width))
+        for index in stack.epoch(count, protocol.batch):
+            step(index)
         schedule.step()
 
 

@@ -24,7 +24,7 @@ from .objectives import (
     MutualInformation,
     Objective,
     Problem,
-    TrainedFeatures,
+    through_trained,
     trained_weights,
 )
 from .objectives.mutual_information import layer_indices
@@ -189,7 +189,7 @@ class Experiment:
         if not with_term or self.config.mim.mim_networks == "base":
             return make(self.problem)
         base = make(dataclasses.replace(self.problem, layers=()))
-        return TrainedFeatures(base, self.problem, self.trained_weights)
+        return through_trained(base, self.problem, self.trained_weights)
 
     @cached_property
     def trained_weights(self) -> Tensor:

@@ -10,33 +10,29 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch import Tensor
 
-from . import augment
 from .augment import AugmentParams
 from .data import ImageSet
 from .errors import InputError
-from .networks import Network, initialise
+from .networks import Network
 from .seeding import generator
+from .stacked import Stack, Weights, at_once
 
 FORMAT = "mim4dd-experts-1"
 LR = 0.01  # of plain SGD, as published
 BATCH = 256
-AT_ONCE = {"cpu": 1, "cuda": 10}  # experts trained as one stacked model
-
-Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -183,9 +179,10 @@ def _train_alone(recipe: Recipe, path: Path) -> Iterator[tuple[int, int]]:
     table = _table(partial, recipe, (count, snapshots + 1, sum(map(math.prod, recipe.shapes.values()))))
     # An expert is finished once its last snapshot, the last that is written, is there.
     done = next((k for k in range(count) if not table[k, -1].any()), count)
-    device = recipe.real.images.device
+    real = recipe.real
+    together = at_once(recipe.network, (real.channels, *real.image_size), BATCH, real.images.device)
     while done < count:
-        group = range(done, min(done + AT_ONCE[device.type], count))
+        group = range(done, min(done + together, count))
         for snapshot, weights in enumerate(_paths(recipe, group)):
             flat = torch.cat([w.flatten(1) for w in weights.values()], 1)
             table[group.start : group.stop, snapshot] = flat.cpu().numpy()
@@ -196,57 +193,24 @@ def _train_alone(recipe: Recipe, path: Path) -> Iterator[tuple[int, int]]:
 
 
 def _paths(recipe: Recipe, group: Sequence[int]) -> Iterator[Weights]:
-    """Yield the weights [len(group), ...] of a group of experts at the start and after every interval."""
+    """Yield the weights [len(group), ...] of a group of experts, at the start and after every interval.
+
+    They are trained in place: what is yielded is what it says until the next.
+    """
     network, real = recipe.network, recipe.real
-    device = real.images.device
-    random = [generator(recipe.config.expert_seed, f"expert/{k}", device) for k in group]
-    weights = _stacked_start(network, random)
-    step = _step(network, len(group))
-    batches = zip(*(_batches(len(real), r) for r in random), strict=True)
+    random = [generator(recipe.config.expert_seed, f"expert/{k}", real.images.device) for k in group]
+    stack = Stack.initialised(network, random)
+
+    def batch(index: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
+        return real.augmented(index, params), real.labels[index]
+
+    optimizer = torch.optim.SGD(stack.weights.values(), lr=LR)
+    step = stack.step(optimizer, batch, recipe.augmentation, real.image_size)
+    batches = chain.from_iterable(stack.epoch(len(real), BATCH) for _ in repeat(None))
     for snapshot in range((recipe.config.expert_snapshots or 0) + 1):
-        for _ in range(recipe.interval if snapshot else 0):
-            index = torch.stack(next(batches))
-            drawn = [
-                augment.sample(recipe.augmentation, index.shape[1], real.image_size, generator=r)
-                for r in random
-            ]
-            params = AugmentParams(
-                **{name: torch.cat([p.fields()[name] for p in drawn]) for name in drawn[0].fields()}
-            )
-            gradient = step(weights, real.augmented(index, params), real.labels[index])
-            weights = {name: weight - LR * gradient[name] for name, weight in weights.items()}
-        yield weights
-
-
-def _stacked_start(network: Network, random: Sequence[torch.Generator]) -> Weights:
-    starts: dict[str, list[Tensor]] = {name: [] for name, _ in network.named_parameters()}
-    for r in random:
-        initialise(network, r)
-        for name, weight in network.named_parameters():
-            starts[name].append(weight.detach().clone())
-    return {name: torch.stack(values) for name, values in starts.items()}
-
-
-def _step(network: nn.Module, count: int) -> Callable[[Weights, Tensor, Tensor], Weights]:
-    """Return what computes the gradients [count, ...] of stacked weights."""
-
-    def loss(weights: Weights, images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(network, weights, (images,)), labels)
-
-    if count > 1:
-        return vmap(grad(loss))
-
-    def alone(weights: Weights, images: Tensor, labels: Tensor) -> Weights:
-        # Without the stack, whose convolutions are grouped ones.
-        gradient = grad(loss)({name: weight[0] for name, weight in weights.items()}, images[0], labels[0])
-        return {name: by[None] for name, by in gradient.items()}
-
-    return alone
-
-
-def _batches(count: int, random: torch.Generator) -> Iterator[Tensor]:
-    while True:
-        yield from torch.randperm(count, generator=random, device=random.device).split(BATCH)
+        for index in islice(batches, recipe.interval if snapshot else 0):
+            step(index)
+        yield stack.weights
 
 
 def _table(path: Path, recipe: Recipe, shape: tuple[int, int, int]) -> np.memmap:

@@ -20,7 +20,7 @@ def teach(network: Network, real: ImageSet, protocol: Protocol, generator: torch
     images = real.batch(torch.arange(len(real), device=real.images.device))
     initialise(network, generator)
     train(
-        network.requires_grad_(),
+        network,
         images,
         real.labels,
         dataclasses.replace(protocol, epochs=epochs),

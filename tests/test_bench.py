@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import measure, profile, report, test_loop, test_losses
+from bench import growth, measure, profile, report, steps, test_losses
 from bench.test_loop import (
     comparable,
     float32_convolutions,
@@ -21,6 +21,7 @@ from bench.test_loop import (
     test_trajectory_matching_is_that_of_the_textbook,
 )
 from mim4dd import extension, networks
+from mim4dd.objectives import METHODS
 from mim4dd.seeding import generator
 
 __all__ = [
@@ -35,12 +36,21 @@ __all__ = [
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("step", test_loop.OURS)
+@pytest.mark.parametrize("step", steps.OURS)
 def test_every_step_of_the_loop_runs(step, small, monkeypatch):
-    for name, value in {"TEST": 50, "NETWORKS": 1, "EPOCHS": 1, "STEPS": 2}.items():
-        monkeypatch.setattr(test_loop, name, value)
-    for versions in (test_loop.OURS, test_loop.TEXTBOOK):
+    for name, value in {"TEST": 50, "NETWORKS": 1, "EPOCHS": {"cpu": 1}, "STEPS": 2}.items():
+        monkeypatch.setattr(steps, name, value)
+    for versions in (steps.OURS, steps.TEXTBOOK):
         versions[step](*small("cpu"))()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("method", METHODS)
+def test_growth_is_measured_for_every_method(method):
+    sizes = {"ipc": 2, "classes": 3, "side": 28, "real_batch": 4}
+    taken, mebibytes = growth.measure(method, 32, sizes)
+    assert taken > 0
+    assert mebibytes >= 0, "none where the process had as much before"
 
 
 def test_the_profile_names_the_parts(monkeypatch, capsys, tmp_path):
@@ -220,7 +230,8 @@ def test_gpu_script_runs_every_part_whatever_fails(tmp_path, failing, status, ex
     parts = re.findall(r"pip install|(?:tests|bench)/test_\w+|bench\.report", log.read_text())
     benches = ("losses", "augment", "loop")
     after = [part for name in benches for part in (f"bench/test_{name}", "bench.report")]
-    assert parts == ["pip install", "tests/test_kernels", "tests/test_augment_cuda", *after]
+    tests = [f"tests/test_{name}" for name in ("kernels", "augment_cuda", "graph", "stacked")]
+    assert parts == ["pip install", *tests, *after]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import close, digits_problem
 from torch.func import functional_call
 
-from mim4dd import augment, experts, run
+from mim4dd import augment, experts, networks, run, stacked
 from mim4dd.errors import InputError
 from mim4dd.experts import Experts
 from mim4dd.objectives import TrajectoryMatching, train_experts
@@ -38,7 +38,7 @@ def flat(weights):
 def test_experts_are_networks_trained_by_plain_sgd(problem):
     assert [done for done, _ in train_experts(problem)] == [0, 1, 2, 3, 3, 4, 5, 6]
     real, network, random = problem.real, problem.network(), generator(0, "expert/1")
-    experts.initialise(network.requires_grad_(), random)
+    networks.initialise(network.requires_grad_(), random)
     close(flat(dict(network.named_parameters())), flat(weights(problem, 1, 0)), 0)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
     order = torch.randperm(len(real), generator=random)
@@ -65,7 +65,7 @@ def test_experts_trained_together_are_those_trained_alone(problem, tmp_path, mon
     alone = with_options(problem, experts=tmp_path / "alone")
     for _ in train_experts(alone):
         pass
-    monkeypatch.setitem(experts.AT_ONCE, "cpu", 2)
+    monkeypatch.setitem(stacked.AT_ONCE, "cpu", 2)
     assert [done for done, _ in train_experts(problem)] == [0, 2, 4, 6]
     for expert in range(2):
         close(flat(weights(problem, expert, 3)), flat(weights(alone, expert, 3)), 1e-5)

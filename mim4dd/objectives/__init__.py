@@ -11,7 +11,8 @@ from .distribution import DistributionMatching, distribution_distance
 from .estimate import mutual_information_estimate
 from .gradient import GradientMatching, gradient_distance, loops
 from .mutual_information import MutualInformation
-from .trained import TrainedFeatures, trained_weights
+from .repeatable import Repeatable
+from .trained import through_trained, trained_weights
 from .trajectory import TrajectoryConfig, TrajectoryMatching, train_experts, trajectory_distance
 
 __all__ = [
@@ -24,13 +25,14 @@ __all__ = [
     "MutualInformation",
     "Objective",
     "Problem",
-    "TrainedFeatures",
+    "Repeatable",
     "TrajectoryConfig",
     "TrajectoryMatching",
     "characteristic_distance",
     "distribution_distance",
     "gradient_distance",
     "mutual_information_estimate",
+    "through_trained",
     "trained_weights",
     "trajectory_distance",
 ]

@@ -9,8 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.optim.swa_utils import update_bn
+from torch import Tensor, nn
 
 from ..data import ImageSet
 from ..memory import per_image
@@ -98,7 +97,15 @@ class Problem:
         """
         if network.batch_normalised:
             index = self.real.sample(STATISTICS_BATCH, generator).flatten()
-            update_bn([self.real.batch(index)], network)
+            norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+            momenta = [norm.momentum for norm in norms]
+            # Not by `torch.optim.swa_utils.update_bn`, which waits for the device.
+            for norm in norms:
+                norm.momentum = 1.0
+            with torch.no_grad():
+                network.train()(self.real.batch(index))
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
             network.eval()
 
     def features(self, network: Network, images: Tensor) -> list[Tensor]:

@@ -93,6 +93,7 @@ class CharacteristicMatching(DistributionMatching):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self.frequencies = generator(problem.seed, "ncfm/frequencies", problem.real.images.device)
+        self.generators = (*self.generators, self.frequencies)
 
     def distance(self, real: Tensor, synthetic: Tensor) -> Tensor:
         """Return the distance between real and synthetic features [N, ...] and [n, ...]."""

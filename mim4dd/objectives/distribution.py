@@ -9,7 +9,8 @@ from torch import Tensor
 from .. import augment
 from ..networks import initialise
 from ..seeding import generator
-from .base import Matched, Objective, Problem
+from .base import Matched, Problem
+from .repeatable import Repeatable
 
 
 def distribution_distance(
@@ -72,7 +73,7 @@ def check_labels(
             )
 
 
-class DistributionMatching(Objective):
+class DistributionMatching(Repeatable):
     """A new random network every iteration; real and synthetic images share their augmentation by class.
 
     Batch normalisation is in training mode, as in the published code: real images of all classes are
@@ -86,10 +87,11 @@ class DistributionMatching(Objective):
         self.weights, self.draws, self.augmentations = (
             generator(seed, purpose, device) for purpose in ("dm/network", "dm/real", "dm/augmentation")
         )
+        self.generators = (self.weights, self.draws, self.augmentations)
         classes = torch.arange(problem.real.num_classes, device=device)
         self.real_labels = classes.repeat_interleave(problem.real_batch)
 
-    def __call__(self, images: Tensor, targets: Tensor) -> Matched:
+    def match(self, images: Tensor, targets: Tensor) -> Matched:
         """Return the distance for the synthetic images [n, C, H, W] and the features it is made of."""
         problem = self.problem
         real, labels = problem.real, problem.labels

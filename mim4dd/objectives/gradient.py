@@ -13,7 +13,9 @@ from torch.func import functional_call, grad, vmap
 from .. import augment
 from ..networks import CHUNK, Network, initialise
 from ..seeding import generator
-from .base import Matched, Objective, Problem
+from ..stacked import Stack
+from .base import Matched, Problem
+from .repeatable import Repeatable
 
 NETWORK_LR = 0.01
 INNER_BATCH = 256
@@ -76,7 +78,7 @@ def loops(ipc: int) -> tuple[int, int]:
     return min(ipc, 50), max(10, -(-100 // ipc) * 5)
 
 
-class GradientMatching(Objective):
+class GradientMatching(Repeatable):
     """Class by class, equal gradients of a network that is itself trained on the synthetic images meanwhile.
 
     Batch normalisation trains in training mode and is matched with the statistics of real images
@@ -94,17 +96,24 @@ class GradientMatching(Objective):
             generator(seed, f"dc/{purpose}", device)
             for purpose in ("network", "real", "augmentation", "training", "statistics")
         )
+        self.generators = (self.draws, self.augmentations)
         self.outer, self.inner = loops(len(problem.labels) // problem.real.num_classes)
         self.calls = 0
+        self.stack = Stack.of(self.network.network, self.training)
+        optimizer = torch.optim.SGD(self.stack.weights.values(), lr=NETWORK_LR)
+        self.step = self.stack.step(optimizer, _batch, problem.augmentation, problem.real.image_size)
 
-    def __call__(self, images: Tensor, targets: Tensor) -> Matched:
-        """Return the distance for the synthetic images [n, C, H, W], and features of the same passes."""
+    def prepare(self, images: Tensor, targets: Tensor) -> None:
+        """Start with a new network, or train the one there is on the synthetic images."""
         if self.calls % self.outer == 0:
             initialise(self.network, self.weights)
         else:
-            self._train(images.detach(), targets.detach())
+            self._train(images, targets)
         self.calls += 1
         self.problem.settle(self.network.network, self.statistics)
+
+    def match(self, images: Tensor, targets: Tensor) -> Matched:
+        """Return the distance for the synthetic images [n, C, H, W], and features of the same passes."""
         real = self.problem.real
         params = augment.sample(
             self.problem.augmentation, real.num_classes, real.image_size, generator=self.augmentations
@@ -135,18 +144,17 @@ class GradientMatching(Objective):
 
     def _train(self, images: Tensor, targets: Tensor) -> None:
         """Train the network in place on the synthetic images, every epoch in a new order."""
-        network = self.network.network.train().requires_grad_()
-        optimizer = torch.optim.SGD(network.parameters(), lr=NETWORK_LR)
-        size = self.problem.real.image_size
+        self.network.network.train()
         for _ in range(self.inner):
-            order = torch.randperm(len(images), generator=self.training, device=images.device)
-            for index in order.split(INNER_BATCH):
-                params = augment.sample(self.problem.augmentation, len(index), size, generator=self.training)
-                logits = network(augment.apply(images[index], params))
-                optimizer.zero_grad()
-                F.cross_entropy(logits, targets[index]).backward()
-                optimizer.step()
-        network.requires_grad_(False)
+            for index in self.stack.epoch(len(images), INNER_BATCH):
+                self.step(index, images, targets)
+
+
+def _batch(
+    index: Tensor, params: augment.AugmentParams, images: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The images and targets at an index [1, b]."""
+    return augment.apply(images[index[0]], params)[None], targets[index]
 
 
 class _WithMaps(nn.Module):

@@ -1,15 +1,17 @@
-"""The add-on's own networks: trained on the real images for a while, they tell its classes apart."""
+"""The add-on's own networks: trained on the real images for a moment, they tell its classes apart."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import augment
+from ..augment import AugmentParams
 from ..networks import Network, initialise
 from ..seeding import generator
+from ..stacked import Stack
 from .base import Matched, Objective, Problem
+from .repeatable import Repeatable
 
 NETWORKS = 10
 STEPS = 100  # of the last network; the others take 1/10, 2/10, ... of them
@@ -19,46 +21,51 @@ MOMENTUM = 0.9
 REAL_BATCH = 64  # real images per class that the add-on compares, at most
 
 
-class TrainedFeatures(Objective):
-    """A base method, whose features for the add-on come from networks trained on the real images.
+def through_trained(base: Objective, problem: Problem, weights: Tensor) -> Objective:
+    """Return a base method whose features for the add-on come from networks trained on the real images.
 
-    Every call looks through one of `NETWORKS` networks, drawn anew, at real images of its own, augmented
-    alike with the synthetic ones by class. The loss is that of the base method, which is left as it is.
+    Every match looks through one of the networks, drawn anew, at real images of its own, augmented alike with
+    the synthetic ones by class. The loss is that of the base method, which is left as it is.
 
     Args:
         base: the base method.
         problem: with the layers of the add-on.
         weights: of the networks, see `trained_weights`.
     """
+    if isinstance(base, Repeatable):
+        return _RepeatableTrained(base, problem, weights)
+    return _Trained(base, problem, weights)
 
+
+class _Trained(Objective):
     def __init__(self, base: Objective, problem: Problem, weights: Tensor) -> None:
         self.base, self.problem, self.weights = base, problem, weights
         self.trained = base.trained
         self.network = problem.network()
-        seed, device = problem.seed, problem.real.images.device
-        self.choices, self.draws, self.augmentations, self.statistics = (
-            generator(seed, f"mim/{purpose}", device)
-            for purpose in ("choice", "real", "augmentation", "statistics")
+        self.draws = tuple(
+            generator(problem.seed, f"mim/{purpose}", weights.device)
+            for purpose in ("choice", "statistics", "augmentation", "real")
         )
 
     @property
     def network_lr(self) -> float | None:
-        """That of the base method."""
         return self.base.network_lr
 
     def __call__(self, images: Tensor, targets: Tensor) -> Matched:
-        """Return the base method's loss, and the features of a trained network."""
+        return self.seen(self.base(images, targets).loss, images)
+
+    def seen(self, loss: Tensor, images: Tensor) -> Matched:
+        """Return the loss of the base method with features of a trained network."""
         problem, real = self.problem, self.problem.real
-        loss = self.base(images, targets).loss
-        chosen = torch.randint(
-            len(self.weights), (1,), generator=self.choices, device=self.weights.device
-        )  # a tensor: looking at it would wait for the device
+        choice, statistics, augmentation, draws = self.draws
+        # Not an int: looking at it would wait for the device.
+        chosen = torch.randint(len(self.weights), (1,), generator=choice, device=self.weights.device)
         _load(self.network, self.weights.index_select(0, chosen)[0])
-        problem.settle(self.network, self.statistics)
+        problem.settle(self.network, statistics)
         params = augment.sample(
-            problem.augmentation, real.num_classes, real.image_size, generator=self.augmentations
+            problem.augmentation, real.num_classes, real.image_size, generator=augmentation
         )
-        index = real.sample(min(problem.real_batch, REAL_BATCH), self.draws).flatten()
+        index = real.sample(min(problem.real_batch, REAL_BATCH), draws).flatten()
         real_images = real.augmented(index, params, real.labels[index])
         return Matched(
             loss,
@@ -68,10 +75,24 @@ class TrainedFeatures(Objective):
         )
 
 
+class _RepeatableTrained(Repeatable, _Trained):
+    base: Repeatable
+
+    def __init__(self, base: Repeatable, problem: Problem, weights: Tensor) -> None:
+        super().__init__(base, problem, weights)
+        self.generators = (*base.generators, *self.draws)
+
+    def prepare(self, images: Tensor, targets: Tensor) -> None:
+        self.base.prepare(images, targets)
+
+    def match(self, images: Tensor, targets: Tensor) -> Matched:
+        return self.seen(self.base.match(images, targets).loss, images)
+
+
 def trained_weights(problem: Problem) -> Tensor:
     """Train `NETWORKS` networks on the real images and return their weights, float32 [NETWORKS, all of one].
 
-    A few steps are enough: networks that were trained for longer were measured to help no more.
+    A few steps are enough: networks trained ten times as long helped no more.
     """
     network, device = problem.network(), problem.real.images.device
     rows = []
@@ -85,16 +106,15 @@ def trained_weights(problem: Problem) -> Tensor:
 
 def _train(network: Network, problem: Problem, steps: int, random: torch.Generator) -> None:
     real = problem.real
-    network.train().requires_grad_()
-    optimizer = torch.optim.SGD(network.parameters(), lr=LR, momentum=MOMENTUM)
+
+    def batch(index: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
+        return real.augmented(index, params), real.labels[index]
+
+    stack = Stack.of(network.train(), random)
+    optimizer = torch.optim.SGD(stack.weights.values(), lr=LR, momentum=MOMENTUM)
+    step = stack.step(optimizer, batch, problem.augmentation, real.image_size)
     for _ in range(steps):
-        index = torch.randint(len(real), (BATCH,), generator=random, device=random.device)
-        params = augment.sample(problem.augmentation, BATCH, real.image_size, generator=random)
-        loss = F.cross_entropy(network(real.augmented(index, params)), real.labels[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    network.requires_grad_(False)
+        step(torch.randint(len(real), (1, BATCH), generator=random, device=random.device))
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ from .. import augment, experts
 from ..errors import InputError
 from ..experts import ExpertConfig, Experts, Recipe, Weights
 from ..seeding import generator
-from .base import Matched, Objective, Problem
+from .base import Matched, Problem
+from .repeatable import Repeatable
 
 # Takes the images and targets of one step from all of them, differentiably.
 Batch = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -228,7 +229,7 @@ def open_experts(problem: Problem, made: Recipe) -> Experts:
     return found
 
 
-class TrajectoryMatching(Objective):
+class TrajectoryMatching(Repeatable):
     """From a snapshot of an expert, steps on the synthetic images lead to a later snapshot.
 
     The steps' size is learned, as its logarithm, so that it stays positive.
@@ -246,6 +247,11 @@ class TrajectoryMatching(Objective):
         self.draws, self.augmentations, self.training = (
             generator(seed, f"mtt/{purpose}", device) for purpose in ("real", "augmentation", "training")
         )
+        self.generators = (self.draws, self.augmentations, self.training)
+        # The weights of a match are copied into these, so that it always reads the same memory.
+        self.start, self.target = (
+            {name: torch.empty(shape, device=device) for name, shape in made.shapes.items()} for _ in range(2)
+        )
         self.log_lr = torch.tensor(math.log(self.config.student_lr), device=device, requires_grad=True)
         self.trained = [{"params": [self.log_lr], "lr": self.config.student_lr_rate}]
 
@@ -254,18 +260,22 @@ class TrajectoryMatching(Objective):
         """The size of the steps, as it is by now."""
         return self.log_lr.exp().item()
 
-    def __call__(self, images: Tensor, targets: Tensor) -> Matched:
-        """Return the distance for the synthetic images [n, C, H, W]; features only if the add-on wants them.
-
-        They are those of the network that the match starts from.
-        """
+    def prepare(self, images: Tensor, targets: Tensor) -> None:
+        """Read two snapshots of an expert."""
         expert, snapshot = (
             int(torch.randint(count, (), generator=self.matches))
             for count in (self.experts.num_experts, self.starts)
         )
-        start, target = (
-            self.experts.weights(expert, k, images.device) for k in (snapshot, snapshot + self.config.span)
-        )
+        for held, k in ((self.start, snapshot), (self.target, snapshot + self.config.span)):
+            for name, weight in self.experts.weights(expert, k, images.device).items():
+                held[name].copy_(weight)
+
+    def match(self, images: Tensor, targets: Tensor) -> Matched:
+        """Return the distance for the synthetic images [n, C, H, W]; features only if the add-on wants them.
+
+        They are those of the network that the match starts from.
+        """
+        start, target = self.start, self.target
         batches = [self._batch(index) for index in self._indices(len(images))]
         end = _follow(self.network, start, batches, images, targets, self.log_lr.exp())
         distance = _squared_distance(end, target) / _squared_distance(start, target)

@@ -1,0 +1,172 @@
+"""The steps of the loop, ours and the textbook's (baselines.py), on one problem: what test_loop.py compares.
+
+IPC 10, 256 real images a class, images of Fashion-MNIST's shape with random pixels, width 128, 10 classes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from bench import baselines
+from mim4dd import augment, evaluate, graph, networks
+from mim4dd.data import ImageSet
+from mim4dd.distill import updates
+from mim4dd.objectives import METHODS, GradientMatching, Problem, trajectory_distance
+from mim4dd.seeding import generator
+from mim4dd.synthetic import SyntheticSet
+
+CLASSES, IPC, REAL_BATCH, WIDTH, SIDE = 10, 10, 256, 128, 28
+STRATEGY = "color_crop_cutout_scale_rotate"
+NETWORKS, TEST = 5, 1000
+EPOCHS = {"cpu": 4, "cuda": 40}  # a graph is there only after some steps
+STEPS, STEP_SIZE = 20, 0.01
+
+
+def real_set(per_class: int, device: str) -> ImageSet:
+    pixels = torch.randint(
+        256, (CLASSES * per_class, 1, SIDE, SIDE), dtype=torch.uint8, generator=generator(0, "bench/real")
+    )
+    labels = torch.arange(CLASSES).repeat_interleave(per_class)
+    names = tuple(map(str, range(CLASSES)))
+    return ImageSet(pixels, labels, names, torch.tensor([0.5]), torch.tensor([0.25])).to(device)
+
+
+def problem(real: ImageSet, strategy: str, name: str) -> Problem:
+    return Problem(
+        real=real,
+        labels=torch.arange(CLASSES, device=real.images.device).repeat_interleave(IPC),
+        architecture="convnet",
+        width=WIDTH,
+        real_batch=REAL_BATCH,
+        augmentation=strategy,
+        layers=(),
+        seed=0,
+        precision="fp32" if name == "textbook" else name.split()[0],
+    )
+
+
+def synthetic(device: str) -> Tensor:
+    shape = (CLASSES * IPC, 1, SIDE, SIDE)
+    return torch.randn(shape, generator=generator(0, "bench/synthetic"), device="cpu").to(device)
+
+
+def setting(of: Problem, images: Tensor, weights=None) -> baselines.Setting:
+    """The same problem for the textbook loops."""
+    real = of.real
+    parts = [] if of.augmentation == "none" else of.augmentation.split("_")
+    return baselines.Setting(
+        real=real.batch(torch.arange(len(real), device=real.images.device)),
+        classes=[(real.labels == c).nonzero().flatten() for c in range(CLASSES)],
+        images=images.clone().requires_grad_(),
+        labels=of.labels,
+        real_batch=of.real_batch,
+        width=of.width,
+        parts=parts,
+        weights=weights,
+    )
+
+
+def matching_step(method: str, of: Problem, images: Tensor) -> Callable[[], object]:
+    """An iteration of the distillation loop on a network that is not trained in between."""
+    objective = METHODS[method].objective(of)
+    if isinstance(objective, GradientMatching):
+        objective.inner = 0
+    real = of.real
+    start = SyntheticSet(images, of.labels, real.class_names, real.mean, real.std)
+    learned = images.clone().requires_grad_()
+    update = updates(objective, start, learned, None, METHODS[method].image_lr, 0.5, None)
+    return lambda: next(update)
+
+
+def textbook_step(method: str, of: Problem, images: Tensor) -> Callable[[], object]:
+    plain = setting(of, images)
+    optimizer = torch.optim.SGD([plain.images], lr=METHODS[method].image_lr, momentum=0.5)
+    if method == "dm":
+        return lambda: baselines.distribution_step(plain, optimizer)
+    network = plain.network()
+    return lambda: baselines.gradient_step(plain, network, optimizer)
+
+
+def inner_step(of: Problem, images: Tensor) -> Callable[[], object]:
+    """An epoch of the network on the 100 synthetic images, as between two image steps."""
+    objective = GradientMatching(of)
+    networks.initialise(objective.network, objective.weights)
+    objective.inner = 1
+    return lambda: objective._train(images, of.labels)
+
+
+def textbook_inner_step(of: Problem, images: Tensor) -> Callable[[], object]:
+    plain = setting(of, images)
+    network = plain.network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    return lambda: baselines.train_epoch(plain, network, optimizer)
+
+
+def evaluation(of: Problem, images: Tensor) -> Callable[[], object]:
+    protocol = evaluate.Protocol(
+        EPOCHS[images.device.type], of.augmentation, width=WIDTH, precision=of.precision
+    )
+    test = of.real._subset(torch.arange(TEST, device=images.device))
+    training_set = (images, of.labels)
+    return lambda: evaluate.evaluate(lambda _: training_set, test, protocol, num_networks=NETWORKS, seed=0)
+
+
+def textbook_evaluation(of: Problem, images: Tensor) -> Callable[[], object]:
+    plain = setting(of, images)
+    test = (plain.real[:TEST], of.real.labels[:TEST])
+    return lambda: baselines.evaluate(plain, test, NETWORKS, EPOCHS[images.device.type])
+
+
+def trajectory(of: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Two points of a made-up trajectory."""
+    network = of.network()
+    networks.initialise(network, generator(0, "bench/start", of.real.images.device))
+    start = {name: value.detach().clone() for name, value in network.named_parameters()}
+    return start, {name: value + 0.01 * torch.randn_like(value) for name, value in start.items()}
+
+
+def trajectory_step(of: Problem, images: Tensor) -> Callable[[], object]:
+    network, (start, target) = of.network(), trajectory(of)
+    images = images.clone().requires_grad_()
+    random = generator(0, "bench/augmentation", images.device)
+
+    def step() -> Tensor:
+        params = augment.sample(of.augmentation, len(images), SIDE, generator=random)
+        x = augment.apply(images, params)
+        loss = trajectory_distance(network, start, target, x, of.labels, steps=STEPS, step_size=STEP_SIZE)
+        return torch.autograd.grad(loss, images)[0]
+
+    return graph.replayed(step, [random], images.device)
+
+
+def textbook_trajectory_step(of: Problem, images: Tensor) -> Callable[[], object]:
+    plain = setting(of, images)
+    start, target = ([*weights.values()] for weights in trajectory(of))
+
+    def step() -> Tensor:
+        loss = baselines.trajectory_step(plain, start, target, STEPS, STEP_SIZE)
+        return torch.autograd.grad(loss, plain.images)[0]
+
+    return step
+
+
+OURS: Mapping[str, Callable[[Problem, Tensor], Callable[[], object]]] = {
+    "dm": functools.partial(matching_step, "dm"),
+    "dc": functools.partial(matching_step, "dc"),
+    "dsa": functools.partial(matching_step, "dsa"),
+    "inner": inner_step,
+    "evaluation": evaluation,
+    "mtt": trajectory_step,
+}
+TEXTBOOK: Mapping[str, Callable[[Problem, Tensor], Callable[[], object]]] = {
+    "dm": functools.partial(textbook_step, "dm"),
+    "dc": functools.partial(textbook_step, "dc"),
+    "dsa": functools.partial(textbook_step, "dsa"),
+    "inner": textbook_inner_step,
+    "evaluation": textbook_evaluation,
+    "mtt": textbook_trajectory_step,
+}

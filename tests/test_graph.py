@@ -1,0 +1,264 @@
+"""Steps that are recorded and replayed, on a CPU with a stand-in for the CUDA graph.
+
+The stand-in notes the operators of one call and repeats them on the same memory, without Python: what a step
+keeps in Python, or allocates anew without writing it at every call, goes wrong as it would on a GPU.
+"""
+
+import dataclasses
+import importlib
+import warnings
+
+import pytest
+import torch
+from conftest import digits_problem
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mim4dd import distill, evaluate, graph, networks, stacked
+from mim4dd.objectives import METHODS, Matched, MutualInformation, Objective
+from mim4dd.seeding import generator
+
+pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every operator with the tensors it was given and gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.operators.append((func, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def repeat(self):
+        for func, args, kwargs, result in self.operators:
+            for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.numel() and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def record(step, inputs, generators, device):
+    held = [tensor.clone() for tensor in inputs]
+    # As on a GPU, the recording itself leaves everything as it was; only for generators it takes doing.
+    states = [random.get_state() for random in generators]
+    recorder = Recorder()
+    calls = []
+
+    def replay(*inputs):
+        for kept, given in zip(held, inputs, strict=True):
+            kept.copy_(given)
+        if calls:
+            recorder.repeat()
+        else:  # the first replay is the recording
+            for random, state in zip(generators, states, strict=True):
+                random.set_state(state)
+            with recorder:
+                calls.append(step(*held))
+        return calls[0]
+
+    return replay
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Have steps replayed on the CPU; return how many recordings were made."""
+    made = []
+
+    def counted(*arguments):
+        made.append(arguments)
+        return record(*arguments)
+
+    monkeypatch.setattr(graph, "_record", counted)
+    monkeypatch.setattr(graph, "_aside", lambda step, inputs, device: step(*inputs))
+    for module in (distill, stacked):
+        monkeypatch.setattr(module, "replayed", graph.Replayed)
+    # What a GPU's Adam does is not for CPUs, though it runs there.
+    adams = importlib.import_module("torch.optim.adam")
+    monkeypatch.setattr(adams, "_get_capturable_supported_devices", lambda **_: ["cpu"])
+    monkeypatch.setattr(torch.optim, "Adam", lambda groups, capturable: adams.Adam(groups, capturable=True))
+    return made
+
+
+def distilled(method, tmp_path, device="cpu", iterations=9, **changes):
+    problem, start = digits_problem(ipc=2)
+    trajectory = dataclasses.replace(problem.trajectory, experts=tmp_path)
+    # One part: a choice among several is looked at on a CPU, and would be the recorded one for ever.
+    problem = dataclasses.replace(
+        problem,
+        real=problem.real.to(device),
+        labels=problem.labels.to(device),
+        layers=(0, 1),
+        augmentation="none" if method == "dc" else "crop",
+        trajectory=trajectory,
+    )
+    start = dataclasses.replace(start.to(device), **changes)
+    looks = []
+    objective = METHODS[method].objective(problem)
+    if method in ("dc", "dsa"):
+        objective.outer, objective.inner = 5, 2  # so that a new network comes in after the recording
+    sizes = problem.network().feature_sizes
+    projected = {"projection": "trained", "projection_size": 8, "feature_sizes": sizes}
+    random = generator(0, "projection", device)
+    term = MutualInformation(weight=1.0, layers="all", generator=random, **projected)
+    settings = {"iterations": iterations, "lr": METHODS[method].image_lr, "momentum": 0.5}
+    result = distill.distill(objective, start, mutual_information=term, on_progress=looks.append, **settings)
+    return result, [look.terms for look in looks]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_replayed_distillation_is_the_same(method, stand_in, tmp_path, monkeypatch):
+    replayed, looks = distilled(method, tmp_path)
+    # Experts, where there are any; the inner step, where there is one; the image step.
+    assert len(stand_in) == {"mtt": 3, "dc": 2, "dsa": 2}.get(method, 1)
+    monkeypatch.setattr(graph, "WARM_UP", 10**9)
+    plain, plain_looks = distilled(method, tmp_path)
+    assert torch.equal(replayed.images, plain.images)
+    assert looks == plain_looks
+
+
+def test_learned_soft_labels_are_replayed_too(stand_in, tmp_path, monkeypatch):
+    soft = torch.full((20, 10), 0.02)
+    soft[torch.arange(20), torch.arange(10).repeat_interleave(2)] = 0.82
+    replayed, _ = distilled("dsa", tmp_path, soft_labels=soft)
+    monkeypatch.setattr(graph, "WARM_UP", 10**9)
+    plain, _ = distilled("dsa", tmp_path, soft_labels=soft)
+    assert torch.equal(replayed.soft_labels, plain.soft_labels)
+    assert not torch.equal(replayed.soft_labels, soft)
+
+
+def trained(device="cpu", architecture="convnet", augmentation="crop"):
+    """Fifty images in batches of 16, 16, 16 and 2, for six epochs."""
+    problem, start = digits_problem(ipc=5)
+    random = generator(0, "training", device)
+    network = networks.create(architecture, 1, 10, (8, 8), width=8, device=device)
+    networks.initialise(network, random)
+    protocol = evaluate.Protocol(epochs=6, augmentation=augmentation, batch=16)
+    evaluate.train(network, start.images.to(device), problem.labels.to(device), protocol, random)
+    return torch.cat([value.flatten().double() for value in network.state_dict().values()])
+
+
+@pytest.mark.parametrize("architecture", ["convnet", "convnet-bn"])
+def test_replayed_training_is_the_same(architecture, stand_in, monkeypatch):
+    replayed = trained(architecture=architecture)
+    # Batches of 16, 12 by 6 with each learning rate; those of 2 are 4 at the first: one more than warm-up.
+    assert [index.shape[1] for _, (index,), *_ in stand_in] == [16, 2, 16]
+    monkeypatch.setattr(graph, "WARM_UP", 10**9)
+    assert torch.equal(replayed, trained(architecture=architecture))
+
+
+def test_a_step_runs_a_few_times_and_is_then_replayed(stand_in):
+    total, random, runs = torch.zeros(()), generator(0, "draws"), []
+
+    def step(x):
+        runs.append(1)
+        total.add_(x.sum() + torch.rand((), generator=random))
+        return total * 2
+
+    replayed = graph.Replayed(step, [random], torch.device("cpu"))
+    expected, draws = torch.zeros(()), generator(0, "draws")
+    for k in range(8):
+        for size in (2, 3):
+            expected += k * size + torch.rand((), generator=draws)
+            assert replayed(torch.full((size,), float(k))) == expected * 2
+    assert len(stand_in) == 2, "one for each shape"
+    assert len(runs) == 2 * (graph.WARM_UP + 1)
+
+
+def test_on_a_cpu_a_step_is_itself():
+    assert graph.replayed(print, [], torch.device("cpu")) is print
+
+
+def test_a_step_that_cannot_be_recorded_goes_on_with_a_warning(monkeypatch, stand_in):
+    def refuse(*_):
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nSearch for ...")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(graph, "_record", refuse)
+    replayed = graph.Replayed(lambda x: x + 1, [], torch.device("cpu"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert [replayed(torch.tensor(k)).item() for k in range(6)] == [1, 2, 3, 4, 5, 6]
+    assert [str(w.message) for w in caught] == [
+        "mim4dd: a step cannot be recorded as a CUDA graph and runs slower without (operation not permitted "
+        "when stream is capturing)"
+    ]
+
+
+def test_an_objective_of_ones_own_is_never_recorded(stand_in):
+    """It may count its calls: nothing says that it does the same at each."""
+
+    class Counting(Objective):
+        calls = 0
+
+        def __call__(self, images, targets):
+            self.calls += 1
+            rows = images.flatten(1)
+            return Matched(self.calls * rows.square().sum(), [rows], [rows.detach()], targets, targets)
+
+    _, start = digits_problem()
+    objective = Counting()
+    distill.distill(objective, start, iterations=9, lr=1e-4, momentum=0.0)
+    assert objective.calls == 9
+    assert stand_in == []
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_graph_gives_what_single_launches_give(method, device, tmp_path, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that a step cannot be recorded
+        replayed, _ = distilled(method, tmp_path, device, iterations=6)
+    monkeypatch.setattr(graph, "WARM_UP", 10**9)
+    plain, _ = distilled(method, tmp_path, device, iterations=6)
+    # A pixel moves by 0.2 and more from the third iteration to the sixth.
+    torch.testing.assert_close(replayed.images, plain.images, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_training_by_a_graph_is_that_by_single_launches(device, monkeypatch):
+    replayed = trained(device, augmentation="color_crop_cutout_flip_scale_rotate")
+    monkeypatch.setattr(graph, "WARM_UP", 10**9)
+    plain = trained(device, augmentation="color_crop_cutout_flip_scale_rotate")
+    torch.testing.assert_close(replayed, plain, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_every_replay_draws_anew_and_as_without_a_graph(device):
+    draws = []
+    for warm_up in (graph.WARM_UP, 10**9):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(graph, "WARM_UP", warm_up)
+            random = generator(0, "draws", device)
+            step = graph.replayed(
+                lambda random=random: torch.rand(4, generator=random, device=device),
+                [random],
+                torch.device(device),
+            )
+            draws.append(torch.stack([step().clone() for _ in range(8)]))
+    assert torch.equal(*draws)
+    assert len(draws[0].unique(dim=0)) == 8
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_a_failed_recording_leaves_the_draws_as_they_would_be(device):
+    random, same = generator(0, "draws", device), generator(0, "draws", device)
+
+    def step():
+        drawn = torch.rand((), generator=random, device=device)
+        return drawn + drawn.item()
+
+    replayed = graph.replayed(step, [random], torch.device(device))
+    with pytest.warns(UserWarning, match="cannot be recorded as a CUDA graph"):
+        found = [replayed().item() for _ in range(6)]
+    assert found == [2 * torch.rand((), generator=same, device=device).item() for _ in range(6)]

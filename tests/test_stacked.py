@@ -1,0 +1,93 @@
+"""Networks trained as one are those trained one by one."""
+
+import pytest
+import torch
+from conftest import close, digits_problem
+
+from mim4dd import evaluate, networks, stacked
+from mim4dd.data import load
+from mim4dd.memory import per_image
+from mim4dd.seeding import generator
+from mim4dd.stacked import Stack
+
+pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+DSA = "color_crop_cutout_flip_scale_rotate"
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_stack_is_trained_as_its_networks_are_alone(soft, device):
+    """Six epochs of a batch of 16 and one of 4, each network on images of its own, in float64."""
+    problem, _ = digits_problem(ipc=2)
+    real, labels = problem.real.to(device), problem.labels.to(device)
+    targets = torch.nn.functional.one_hot(labels, 10) * 0.8 + 0.02 if soft else labels
+    sets = [
+        (real.batch(real.sample(2, generator(k, "images", device)).flatten()).double(), targets)
+        for k in range(3)
+    ]
+    network = networks.create("convnet", 1, 10, (8, 8), width=8, device=device).double()
+    protocol = evaluate.Protocol(epochs=6, augmentation=DSA, batch=16)
+
+    def trained(group):
+        stack = Stack.initialised(network, [generator(0, f"network/{k}", device) for k in group])
+        before = {name: weight.clone() for name, weight in stack.weights.items()}
+        evaluate._train(stack, [sets[k] for k in group], protocol)
+        assert all((stack.weights[name] != before[name]).any() for name in before if "weight" in name)
+        return stack.weights
+
+    alone = [trained([k]) for k in range(3)]
+    for name, together in trained(range(3)).items():
+        expected = torch.cat([weights[name] for weights in alone])
+        torch.testing.assert_close(together, expected, rtol=1e-9, atol=1e-12)
+    assert not torch.equal(alone[0]["classifier.weight"], alone[1]["classifier.weight"])
+
+
+@pytest.mark.parametrize("architecture", ["convnet", "convnet-bn"])
+def test_the_score_does_not_depend_on_how_many_are_trained_at_once(architecture, monkeypatch):
+    real, test = load("digits")
+    pairs = [
+        (real.batch(index := real.sample(1, generator(k, "x")).flatten()), real.labels[index])
+        for k in range(3)
+    ]
+    protocol = evaluate.Protocol(epochs=5, augmentation=DSA, architecture=architecture, width=8)
+    sizes = []
+    train = evaluate._train
+    monkeypatch.setattr(
+        evaluate, "_train", lambda stack, *a: sizes.append(len(stack.random)) or train(stack, *a)
+    )
+
+    def score():
+        sizes.clear()
+        return evaluate.evaluate(pairs.__getitem__, test, protocol, num_networks=3, seed=0).accuracies
+
+    alone = score()
+    assert sizes == [1, 1, 1]
+    monkeypatch.setitem(stacked.AT_ONCE, "cpu", 2)
+    # Within an image or two: sums are in another order.
+    assert score() == pytest.approx(alone, abs=2.5 / len(test))
+    # Batch normalisation counts statistics for one network only.
+    assert sizes == ([1, 1, 1] if architecture == "convnet-bn" else [2, 1])
+
+
+def test_as_many_are_trained_at_once_as_fit_in_memory(monkeypatch):
+    network = networks.create("convnet", 1, 10, (8, 8), width=8)
+    batch = 256 * per_image(network, (1, 8, 8), gradients=True)
+    monkeypatch.setitem(stacked.AT_ONCE, "cpu", 10)
+    for free, count in ((batch - 1, 1), (3 * batch, 3), (100 * batch, 10), (None, 10)):
+        monkeypatch.setattr(stacked, "budget", lambda *_, free=free: free)
+        assert stacked.at_once(network, (1, 8, 8), 256, torch.device("cpu")) == count
+
+
+def test_a_stack_of_a_network_trains_that_network():
+    problem, start = digits_problem()
+    random = generator(0, "training")
+    network = problem.network()
+    networks.initialise(network, random)
+    before = network.classifier.weight.clone()
+    stack = Stack.of(network, random)
+    evaluate._train(stack, [(start.images, problem.labels)], evaluate.Protocol(1, "none"))
+    assert not torch.equal(network.classifier.weight, before)
+    assert [*stack.unstack()] == [network]
+    close(network.classifier.weight, stack.weights["classifier.weight"][0], 0)
