@@ -106,6 +106,7 @@ def test_bad_files_are_named(tmp_path, content, message):
         ({"distill": DistillConfig(augmentation="color_shear")}, "unknown part 'shear'"),
         ({"mim": MimConfig(mim_weight=-2.0)}, "--mim-weight is -2.0, expected at least 0"),
         ({"mim": MimConfig(mim_temperature=0.0)}, "--mim-temperature is 0.0"),
+        ({"mim": MimConfig(mim_noise_ratio=2.0)}, "only --mim-loss nce has one, and it is info-nce"),
         ({"mim": MimConfig(mim_layers="first")}, "--mim-layers is 'first', expected all, last or indices"),
         ({"eval": EvalConfig(eval_epochs=0)}, "--eval-epochs is 0, expected at least 1"),
         ({"data": DataConfig(validation=1.0)}, "--validation is 1.0, expected a share"),
@@ -114,6 +115,16 @@ def test_bad_files_are_named(tmp_path, content, message):
 def test_impossible_settings_are_refused(parts, message):
     with pytest.raises(InputError, match=message):
         config.check(Config(**parts))
+
+
+def test_the_settings_of_the_term_go_with_its_loss():
+    def term(loss, dataset="fashion-mnist", ipc=1):
+        parts = {"data": DataConfig(dataset=dataset), "distill": DistillConfig(ipc=ipc)}
+        mim = presets.with_presets(Config(mim=MimConfig(mim_loss=loss), **parts)).mim
+        return mim.mim_weight, mim.mim_temperature
+
+    assert [term("info-nce"), term("info-nce", "digits")] == [(300, 0.03)] * 2
+    assert [term("nce"), term("nce", "digits"), term("nce", ipc=10)] == [(100, 0.1), (10, 0.1), (1, 0.1)]
 
 
 def test_the_published_protocol_counts_updates_by_method():

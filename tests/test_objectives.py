@@ -308,6 +308,18 @@ def test_mutual_information_is_the_weighted_sum_over_layers(generator):
     torch.testing.assert_close(single, 5 * losses[1])
 
 
+def test_real_images_find_their_class_among_the_synthetic(generator):
+    synthetic, real = maps(generator, 6), maps(generator, 20)
+    labels = torch.arange(6) % 3, torch.arange(20) % 3
+    expected = []
+    for s, r in zip(synthetic, real, strict=True):
+        cosine = F.normalize(r.flatten(1)) @ F.normalize(s.flatten(1)).T
+        guess = (cosine / 0.2).softmax(1) @ F.one_hot(labels[0]).float()
+        expected.append(F.nll_loss(guess.log(), labels[1]))
+    term = MutualInformation(loss="info_nce", layers="all", temperature=0.2, weight=5.0, layer_decay=0.5)
+    torch.testing.assert_close(term(synthetic, real, *labels), 5 * (expected[1] + 0.5 * expected[0]))
+
+
 def test_mutual_information_is_calibrated_once_per_layer(generator):
     labels = torch.arange(6) % 3, torch.arange(20) % 3
     first, second = ((maps(generator, 6), maps(generator, 20)) for _ in range(2))
@@ -379,6 +391,8 @@ def test_mutual_information_names_bad_input(generator):
         MutualInformation(noise_ratio="auto")
     with pytest.raises(ValueError, match="projection is 'learned'"):
         MutualInformation(projection="learned")
+    with pytest.raises(ValueError, match="loss is 'supcon', expected 'nce' or 'info_nce'"):
+        MutualInformation(loss="supcon")
     with pytest.raises(ValueError, match="needs feature_sizes and a generator"):
         MutualInformation(projection="random")
     labels = torch.arange(2)
