@@ -99,7 +99,13 @@ class BaselineCell(Cell):
         evaluation = dataclasses.replace(config.eval, eval_archs=())
         mim = MimConfig(mim_weight=0.0)
         settings = Config(
-            data=config.data, distill=bare, mim=mim, eval=evaluation, seed=config.seed, device=config.device
+            data=config.data,
+            distill=bare,
+            mim=mim,
+            eval=evaluation,
+            seed=config.seed,
+            device=config.device,
+            precision=config.precision,
         )
         return cls(folder, with_presets(settings), baseline)
 
