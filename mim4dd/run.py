@@ -99,6 +99,8 @@ def run(experiment: Experiment, folder: Path) -> dict[str, Any]:
     )
     if config.distill.soft_labels:
         console.print("For the soft labels a network is trained on the real images as well.")
+    if config.mim.mim_weight and config.mim.mim_networks == "trained":
+        console.print("For the mutual-information term networks are trained on the real images first.")
     with ExitStack() as stack:
         bar = None
         for done, total in experiment.prepare_method():

@@ -49,6 +49,19 @@ def test_supervised_contrastive_within_and_across_views(features):
     same(loss, expected, *features)
 
 
+def test_neighbourhood_components(features):
+    # Goldberger et al. 2004: neighbours by the softmax of minus half the squared distances, never oneself; the
+    # logarithm of the probability of a neighbour of one's own class.
+    units = F.normalize(features[0])
+    distances = (units[:, None] - units).square().sum(2)
+    p = (-distances / (2 * 0.2)).masked_fill(torch.eye(12, dtype=torch.bool), -torch.inf).softmax(1)
+    expected = -(p * (LABELS[:, None] == LABELS)).sum(1).log().mean()
+    loss = mim4dd.info_nce_loss(
+        features[0], features[0], LABELS, LABELS, temperature=0.2, positives="any", exclude_self=True
+    )
+    same(loss, expected, features[0])
+
+
 def test_simclr(features):
     # Chen et al. 2020 (NT-Xent): the positive of a feature is the other view of its image.
     views = torch.cat(features)
