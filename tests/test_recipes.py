@@ -50,7 +50,7 @@ def test_supervised_contrastive_within_and_across_views(features):
 
 
 def test_neighbourhood_components(features):
-    # Goldberger et al. 2004: neighbours by the softmax of minus half the squared distances, never oneself; the
+    # Goldberger et al. 2004: neighbours by the softmax of minus half the squared distances, not oneself; the
     # logarithm of the probability of a neighbour of one's own class.
     units = F.normalize(features[0])
     distances = (units[:, None] - units).square().sum(2)
