@@ -376,3 +376,9 @@ def test_options_of_run_that_have_no_meaning_here(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         compare.main([*QUICK, *arguments])
     assert exit_.value.code == 2
+
+
+def test_baselines_compute_in_the_precision_of_the_comparison():
+    plan = compare.cells(comparison("--methods", "dm", "--precision", "bf16"))
+    assert {cell.config.precision for cell in plan.values()} == {"bf16"}
+    assert any(arm.weight is None for arm, _ in plan)
