@@ -79,7 +79,9 @@ def test_saved_set_is_ready_to_use(finished):
 
 
 @pytest.mark.parametrize(
-    "term", [["--mim-weight", "0"], [], ["--mim-loss", "nce", "--mim-weight", "1"]], ids=str
+    "term",
+    [["--mim-weight", "0"], ["--mim-weight", "1"], ["--mim-loss", "nce", "--mim-weight", "1"]],
+    ids=str,
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_beats_random_images(tmp_path, method, term):

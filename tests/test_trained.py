@@ -103,8 +103,7 @@ def test_any_objective_can_be_seen_through_them(problem):
     assert look.terms["mim"] > 0
 
 
-def test_the_information_rises(problem):
-    """Over held-out looks at one start, the loss of the trained networks falls when it alone is followed."""
+def test_the_loss_through_them_falls(problem):
     _, start = digits_problem()
     weights = trained_weights(problem)
     looks = []
