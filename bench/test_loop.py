@@ -31,7 +31,7 @@ from bench.steps import (
     synthetic,
     trajectory,
 )
-from mim4dd import convolution, evaluate, graph, networks, precision, stacked
+from mim4dd import blocks, convolution, evaluate, graph, networks, precision, stacked
 from mim4dd.objectives import METHODS, Problem, distribution, gradient, trajectory_distance
 from mim4dd.seeding import generator
 
@@ -96,7 +96,7 @@ def comparable(request, monkeypatch):
             monkeypatch.setattr(module, "initialise", opened)
     else:
         monkeypatch.setattr(convolution, "_is_compiled", lambda *_: False)
-        monkeypatch.setattr(networks, "is_compiled", lambda *_: False)
+        monkeypatch.setattr(blocks, "is_compiled", lambda *_: False)
 
 
 @pytest.mark.usefixtures("comparable")

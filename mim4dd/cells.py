@@ -14,12 +14,13 @@ from . import __version__
 from .config import Config, DistillConfig, MimConfig, settled, to_json
 from .console import complain, with_accuracy
 from .data import load
+from .devices import device_name
 from .distill import DivergenceError
 from .errors import InputError
 from .experiment import Experiment, resolved
 from .files import atomic
 from .presets import with_presets
-from .run import device_name, run, score_facts
+from .run import run, score_facts
 from .synthetic import SyntheticSet
 
 RESULT, FAILED, IMAGES = "result.json", "failed.json", "synthetic.safetensors"

@@ -16,8 +16,8 @@ from .cells import BaselineCell, Cell, rehearse
 from .comparison import COLUMNS, REAL, Arm, rows
 from .config import Config, DistillConfig, EvalConfig, MimConfig, check, settled, to_json
 from .console import about, complain, console, guarded, print_table
+from .devices import pick_device
 from .errors import InputError, unknown
-from .experiment import pick_device
 from .files import make_folder
 from .objectives import METHODS
 from .options import Hidden, plain, read

@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -100,6 +100,15 @@ def steps(title: str, total: int) -> Iterator[Steps]:
         disable=not console.is_terminal,
     ) as bar:
         yield Steps(bar, title, total)
+
+
+def prepared(title: str, progress: Iterable[tuple[int, int]]) -> None:
+    """Go through what yields (steps done, steps in all) under a bar, if there is any to do."""
+    with ExitStack() as stack:
+        bar = None
+        for done, total in progress:
+            bar = bar or stack.enter_context(steps(title, total))
+            bar.advance_to(done, "")
 
 
 def with_accuracy(title: str, num_networks: int, score: Callable[..., Score]) -> Score:

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from mim4dd import augment, named, pictures, readers
 from mim4dd.augment import AugmentParams
 from mim4dd.errors import InputError, unknown
+from mim4dd.pixels import measure, resized, to_unit
 from mim4dd.readers import Raw
 from mim4dd.whitening import Whitening
 
@@ -21,7 +21,6 @@ NAMES = tuple(named.SETS)
 HELD_OUT = 0.2  # the share held out as test set where the data have none ...
 HELD_OUT_SEED = 20  # ... always the same images
 SMALLEST = 8  # pixels a side
-CHUNK = 4096  # images converted to floats at a time
 
 
 @dataclass(frozen=True)
@@ -176,13 +175,13 @@ def load(
         _check(raw_test)
         _check_alike(raw, raw_test, len(class_names))
         test = _unscaled(raw_test, class_names)
-    images, test_images = _to_unit(train.images, test.images, raw.source)
+    images, test_images = to_unit(train.images, test.images, raw.source)
     if image_size is not None:
-        images, test_images = _resized(images, image_size), _resized(test_images, image_size)
+        images, test_images = resized(images, image_size), resized(test_images, image_size)
     if known and known.mean:
         mean, std = torch.tensor(known.mean), torch.tensor(known.std)
     else:
-        mean, std = _measure(images)
+        mean, std = measure(images)
     train = replace(train, images=images, mean=mean, std=std)
     return train, replace(test, images=test_images, mean=mean, std=std)
 
@@ -262,43 +261,3 @@ def _unscaled(raw: Raw, class_names: tuple[str, ...]) -> ImageSet:
     labels = torch.from_numpy(raw.labels.astype(np.int64))
     zeros = torch.zeros(images.shape[1])
     return ImageSet(torch.from_numpy(images), labels, class_names, mean=zeros, std=zeros + 1)
-
-
-def _to_unit(train: Tensor, test: Tensor, source: str) -> tuple[Tensor, Tensor]:
-    """Bring floats to [0, 1]: as they are, from [0, 255], or from the training images' range; uint8 stays."""
-    if train.dtype == test.dtype == torch.uint8:
-        return train, test
-    train, test = train.float(), test.float()
-    low, high = float(train.min()), float(train.max())
-    for top in (1, 255):
-        if low >= 0 and high <= top:
-            if float(test.min()) < 0 or float(test.max()) > top:
-                raise InputError(
-                    f"{source}: training images within [0, {top}], test images within "
-                    f"[{float(test.min()):g}, {float(test.max()):g}]; scale them alike"
-                )
-            return (train, test) if top == 1 else (train / top, test / top)
-    span = max(high - low, torch.finfo(torch.float32).tiny)
-    return (train - low) / span, ((test - low) / span).clamp(0, 1)
-
-
-def _resized(images: Tensor, size: int) -> Tensor:
-    if images.shape[-1] == size:
-        return images
-    parts = []
-    for chunk in images.split(CHUNK):
-        part = interpolate(chunk.float(), size=(size, size), mode="bilinear", antialias=True)
-        parts.append(part.round_().to(torch.uint8) if images.dtype == torch.uint8 else part)
-    return torch.cat(parts)
-
-
-def _measure(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel, float32 [C], of pixels in [0, 1]."""
-    total = torch.zeros(2, images.shape[1], dtype=torch.float64)
-    for chunk in images.split(CHUNK):
-        pixels = chunk.double()
-        total += torch.stack([pixels.sum((0, 2, 3)), pixels.square_().sum((0, 2, 3))])
-    unit = 255 if images.dtype == torch.uint8 else 1
-    mean, square = total / (images.numel() // images.shape[1]) / torch.tensor([[unit], [unit**2]])
-    variance = (square - mean.square()).clamp(min=1e-12)  # a constant channel must not divide by 0
-    return mean.float(), variance.sqrt().float()

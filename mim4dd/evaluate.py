@@ -19,6 +19,7 @@ from torch import Tensor
 from . import augment, networks, stacked
 from .augment import AugmentParams
 from .data import ImageSet, load
+from .devices import pick_device
 from .errors import InputError, unknown
 from .networks import Network
 from .precision import Precision, allow_tf32, resolve
@@ -192,7 +193,6 @@ def score_saved(
     """
     from .config import from_json, settled
     from .console import on_architectures, print_architectures
-    from .experiment import pick_device
 
     for option, value in (("--num-eval", num_eval), ("--eval-epochs", eval_epochs)):
         if value is not None and value < 1:

@@ -14,18 +14,19 @@ from . import memory, precision, synthetic
 from .clusters import cluster_labels, kmeans_centres
 from .config import Config, layers, settled
 from .data import ImageSet, load
+from .devices import pick_device
 from .distill import Progress, distill
 from .errors import InputError
 from .evaluate import OnNetwork, Protocol, Score, evaluate
 from .information import held_out_information
-from .networks import CHUNK, Network
+from .networks import Network
 from .objectives import (
     METHODS,
     MutualInformation,
     Objective,
     Problem,
+    TrainedNetworks,
     through_trained,
-    trained_weights,
 )
 from .objectives.mutual_information import layer_indices
 from .seeding import generator
@@ -160,6 +161,12 @@ class Experiment:
         """Do what the method needs once and for all, yielding (steps done, steps in all)."""
         return METHODS[self.config.distill.method].prepare(self.problem)
 
+    def prepare_term(self) -> Iterator[tuple[int, int]]:
+        """Train the networks of the add-on, if it has its own, yielding (steps done, steps in all)."""
+        mim = self.config.mim
+        own = mim.mim_weight and mim.mim_networks == "trained"
+        return self._mim_networks.train() if own else iter(())
+
     def distill(self, on_progress: Callable[[Progress], None], *, with_mim: bool = True) -> SyntheticSet:
         """Return the distilled set; `with_mim=False` runs the base method alone.
 
@@ -189,12 +196,11 @@ class Experiment:
         if not with_term or self.config.mim.mim_networks == "base":
             return make(self.problem)
         base = make(dataclasses.replace(self.problem, layers=()))
-        return through_trained(base, self.problem, self.trained_weights)
+        return through_trained(base, self.problem, self._mim_networks.weights)
 
     @cached_property
-    def trained_weights(self) -> Tensor:
-        """The weights of the add-on's own networks, trained on the real images."""
-        return trained_weights(self.problem)
+    def _mim_networks(self) -> TrainedNetworks:
+        return TrainedNetworks(self.problem)
 
     def with_soft_labels(self, synthetic: SyntheticSet) -> SyntheticSet:
         """Return the set with what a network trained on the real images says of it."""
@@ -287,21 +293,3 @@ def resolved(config: Config) -> Config:
     """
     device = pick_device(config.device)
     return dataclasses.replace(config, precision=precision.resolve(config.precision, device))
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" is a GPU where there is one.
-
-    Raises:
-        InputError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-        if device.type not in CHUNK:
-            raise RuntimeError("neither a CPU nor a CUDA device")
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} is not to be had here; use cpu or auto") from error
-    return device

@@ -14,10 +14,8 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from .convolution import conv2d
+from .blocks import InstanceNorm, OnePassBlock, Residual
 from .errors import InputError, unknown
-from .first_block import first_block, is_compiled
-from .normalisation import instance_norm
 from .precision import autocast
 
 Size = tuple[int, int]
@@ -124,7 +122,7 @@ class ConvNet(Network):
                 channels if k == 0 else width, width, 3, padding=3 if padded and k == 0 else 1
             )
             if (norm, activation, pooling) == ("instance", "relu", "avg"):
-                blocks.append(_OnePassBlock(convolution, InstanceNorm(width, relu=True, pool=2)))
+                blocks.append(OnePassBlock(convolution, InstanceNorm(width, relu=True, pool=2)))
             else:
                 size = (height >> shrink, width_px >> shrink)
                 blocks.append(
@@ -173,7 +171,8 @@ def vgg11(channels: int, num_classes: int, image_size: Size) -> Network:
     blocks = []
     side = min(image_size)
     for k, (wide, pool) in enumerate(zip(widths, pooled, strict=True)):
-        layers = [nn.Conv2d(widths[k - 1] if k else channels, wide, 3, padding=1), _instance(wide), nn.ReLU()]
+        convolution = nn.Conv2d(widths[k - 1] if k else channels, wide, 3, padding=1)
+        layers = [convolution, InstanceNorm(wide), nn.ReLU()]
         if pool and side >= 4:  # a 1x1 map would leave instance normalisation nothing to normalise
             layers.append(nn.MaxPool2d(2))
             side //= 2
@@ -185,80 +184,20 @@ def vgg11(channels: int, num_classes: int, image_size: Size) -> Network:
 def resnet18(channels: int, num_classes: int, image_size: Size) -> Network:
     """ResNet-18 for small images (3x3 stem, no first pooling) with instance normalisation."""
     blocks: list[nn.Module] = [
-        nn.Sequential(nn.Conv2d(channels, 64, 3, padding=1, bias=False), _instance(64), nn.ReLU())
+        nn.Sequential(nn.Conv2d(channels, 64, 3, padding=1, bias=False), InstanceNorm(64), nn.ReLU())
     ]
     side, before = min(image_size), 64
     for wide, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
         if side < 4:
             stride = 1  # as in vgg11: no 1x1 maps
-        blocks.append(nn.Sequential(_Residual(before, wide, stride), _Residual(wide, wide, 1)))
+        blocks.append(nn.Sequential(Residual(before, wide, stride), Residual(wide, wide, 1)))
         side, before = -(-side // stride), wide
     blocks.append(nn.AdaptiveAvgPool2d(1))
     return Network(blocks, channels, num_classes, image_size)
 
 
-class _Residual(nn.Module):
-    def __init__(self, before: int, wide: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(before, wide, 3, stride, padding=1, bias=False),
-            _instance(wide),
-            nn.ReLU(),
-            nn.Conv2d(wide, wide, 3, padding=1, bias=False),
-            _instance(wide),
-        )
-        self.skip = (
-            nn.Identity()
-            if stride == 1 and before == wide
-            else nn.Sequential(nn.Conv2d(before, wide, 1, stride, bias=False), _instance(wide))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.body(x) + self.skip(x)).relu()
-
-
-class InstanceNorm(nn.GroupNorm):
-    """One group per channel, and the ReLU and the pooling by two that follow it, if they do."""
-
-    def __init__(self, channels: int, *, relu: bool = False, pool: int = 1) -> None:
-        super().__init__(channels, channels)
-        self.relu = relu
-        self.pool = pool
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [B, C, H // pool, W // pool] for x [B, C, H, W]."""
-        return instance_norm(x, self.weight, self.bias, self.eps, relu=self.relu, pool=self.pool)
-
-
-class _OnePassBlock(nn.Sequential):
-    """A convolution and the normalisation, which takes the convolution's bias away again.
-
-    So the bias is never added, and gets its gradient, zero, for free: oneDNN takes nine times as long for the
-    first layer's gradients by weight and bias as for the weight's alone.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        convolution, norm = self
-        assert isinstance(convolution, nn.Conv2d)
-        assert isinstance(norm, InstanceNorm)
-        assert convolution.bias is not None
-        assert not isinstance(convolution.padding, str)
-        weight, padding = convolution.weight, convolution.padding
-        bias = norm.bias + 0 * convolution.bias
-        if is_compiled(x, weight, padding):
-            return first_block(
-                x, weight, norm.weight, bias, norm.eps, padding=padding[0], relu=norm.relu, pool=norm.pool
-            )
-        x = conv2d(x, weight, padding)
-        return instance_norm(x, norm.weight, bias, norm.eps, relu=norm.relu, pool=norm.pool)
-
-
-def _instance(channels: int, _: Size = (0, 0)) -> nn.Module:
-    return InstanceNorm(channels)
-
-
 _NORMS: dict[str, Callable[[int, Size], nn.Module]] = {
-    "instance": _instance,
+    "instance": lambda channels, _: InstanceNorm(channels),
     "group": lambda channels, _: nn.GroupNorm(4, channels),
     "layer": lambda channels, size: nn.LayerNorm((channels, *size)),
     "batch": lambda channels, _: nn.BatchNorm2d(channels),

@@ -6,12 +6,9 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from . import __version__, report
 from .config import Config, check, settled, to_json
@@ -20,11 +17,13 @@ from .console import (
     console,
     guarded,
     on_architectures,
+    prepared,
     print_architectures,
     print_table,
     steps,
     with_accuracy,
 )
+from .devices import device_name
 from .distill import DivergenceError, Progress
 from .errors import InputError
 from .evaluate import Score
@@ -99,15 +98,10 @@ def run(experiment: Experiment, folder: Path) -> dict[str, Any]:
     )
     if config.distill.soft_labels:
         console.print("For the soft labels a network is trained on the real images as well.")
-    if config.mim.mim_weight and config.mim.mim_networks == "trained":
-        console.print("For the mutual-information term networks are trained on the real images first.")
-    with ExitStack() as stack:
-        bar = None
-        for done, total in experiment.prepare_method():
-            bar = bar or stack.enter_context(steps(f"prepare {config.distill.method}", total))
-            bar.advance_to(done, "")
+    prepared(f"prepare {config.distill.method}", experiment.prepare_method())
     keeper = Keeper(experiment, folder / "synthetic.safetensors")
     began = time.monotonic()
+    prepared("train networks for the term", experiment.prepare_term())
     try:
         keeper.synthetic = with_progress("distil", experiment, experiment.distill, keeper)
     except (DivergenceError, KeyboardInterrupt):
@@ -245,13 +239,6 @@ def score_facts(score: Score | None) -> dict[str, Any]:
         "num_networks": len(score.accuracies) if score else 0,
         "accuracies": score.accuracies if score else [],
     }
-
-
-def device_name(device: torch.device) -> str:
-    """Return what people call the device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)"
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ import torch
 from .cells import Cell, rehearse
 from .config import Config, DataConfig, EvalConfig, MimConfig, check, to_json
 from .console import about, complain, console, guarded
+from .devices import pick_device
 from .distill import DivergenceError
 from .errors import InputError
-from .experiment import pick_device
 from .files import make_folder
 from .options import Hidden, plain, read, recast
 from .presets import with_presets

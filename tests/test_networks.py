@@ -3,6 +3,7 @@ import torch
 from conftest import close
 
 from mim4dd import networks
+from mim4dd.blocks import InstanceNorm
 from mim4dd.errors import InputError
 from mim4dd.networks import ConvNet
 from mim4dd.seeding import generator
@@ -86,7 +87,7 @@ def test_convnet_variants_train(norm, activation, pooling):
 @pytest.mark.parametrize("size", [1, 4, 16, 32])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_fast_instance_norm_is_group_norm(size, memory_format):
-    norm = networks._instance(6)
+    norm = InstanceNorm(6)
     torch.nn.init.uniform_(norm.weight, generator=generator(0, "w"))
     torch.nn.init.uniform_(norm.bias, generator=generator(0, "b"))
     x = torch.randn(3, 6, size, size, generator=generator(0, "x"), dtype=torch.float64)

@@ -19,13 +19,13 @@ from mim4dd import distill, evaluate, experts, networks, stacked
 from mim4dd.objectives import (
     METHODS,
     MutualInformation,
+    TrainedNetworks,
     TrajectoryMatching,
     characteristic,
     distribution,
     gradient,
     through_trained,
     trained,
-    trained_weights,
     trajectory,
 )
 from mim4dd.stacked import Stack
@@ -129,7 +129,7 @@ def test_an_iteration_waits_for_nothing(method, network, through, tmp_path, monk
     match = objective.match
     objective.match = lambda *given: calls.append(given) or match(*given)
     if through == "trained":
-        objective = through_trained(objective, problem, trained_weights(problem))
+        objective = through_trained(objective, problem, TrainedNetworks(problem).weights)
     distill.distill(
         objective,
         start,

@@ -14,9 +14,9 @@ from mim4dd.objectives import (
     Matched,
     MutualInformation,
     Objective,
+    TrainedNetworks,
     through_trained,
     trained,
-    trained_weights,
 )
 from mim4dd.seeding import generator
 
@@ -33,20 +33,31 @@ def network_of(problem, flat):
 
 
 def test_networks_are_trained_the_later_the_longer(problem):
-    weights = trained_weights(problem)
+    weights = TrainedNetworks(problem).weights
     assert weights.shape == (trained.NETWORKS, sum(p.numel() for p in problem.network().parameters()))
     _, test = load("digits")
     first, last = (evaluate.accuracy(network_of(problem, weights[k]), test) for k in (0, -1))
     assert last > 0.8
     assert last > first > 0.1
-    assert torch.equal(trained_weights(problem), weights), "the same seed"
-    assert not torch.equal(trained_weights(dataclasses.replace(problem, seed=1)), weights)
+    assert torch.equal(TrainedNetworks(problem).weights, weights), "the same seed"
+    assert not torch.equal(TrainedNetworks(dataclasses.replace(problem, seed=1)).weights, weights)
+
+
+def test_training_is_told_step_by_step_and_done_once(problem):
+    networks = TrainedNetworks(problem)
+    for _ in zip(range(30), networks.train(), strict=False):  # 10 and 20 steps: two networks
+        pass
+    told = [*networks.train()]
+    total = sum(10 * k for k in range(1, 11))
+    assert told == [(done, total) for done in range(11, total + 1)], "the second one is begun again"
+    assert [*networks.train()] == []
+    assert torch.equal(networks.weights, TrainedNetworks(problem).weights)
 
 
 @pytest.mark.parametrize("architecture", ["convnet", "convnet-bn"])
 def test_features_are_those_of_one_of_the_networks(problem, architecture):
     problem = dataclasses.replace(problem, architecture=architecture, augmentation="none")
-    weights = trained_weights(problem)
+    weights = TrainedNetworks(problem).weights
     base = DistributionMatching(problem)
     alone = DistributionMatching(problem)
     objective = through_trained(base, problem, weights)
@@ -86,7 +97,7 @@ class Plain(Objective):
 def test_any_objective_can_be_seen_through_them(problem):
     _, start = digits_problem()
     base = Plain()
-    objective = through_trained(base, problem, trained_weights(problem))
+    objective = through_trained(base, problem, TrainedNetworks(problem).weights)
     looks = []
     distill(
         objective,
@@ -105,7 +116,7 @@ def test_any_objective_can_be_seen_through_them(problem):
 
 def test_the_loss_through_them_falls(problem):
     _, start = digits_problem()
-    weights = trained_weights(problem)
+    weights = TrainedNetworks(problem).weights
     looks = []
     distill(
         through_trained(DistributionMatching(problem), problem, weights),

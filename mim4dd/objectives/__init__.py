@@ -12,8 +12,9 @@ from .estimate import mutual_information_estimate
 from .gradient import GradientMatching, gradient_distance, loops
 from .mutual_information import MutualInformation
 from .repeatable import Repeatable
-from .trained import through_trained, trained_weights
-from .trajectory import TrajectoryConfig, TrajectoryMatching, train_experts, trajectory_distance
+from .student import trajectory_distance
+from .trained import TrainedNetworks, through_trained
+from .trajectory import TrajectoryConfig, TrajectoryMatching, train_experts
 
 __all__ = [
     "METHODS",
@@ -26,6 +27,7 @@ __all__ = [
     "Objective",
     "Problem",
     "Repeatable",
+    "TrainedNetworks",
     "TrajectoryConfig",
     "TrajectoryMatching",
     "characteristic_distance",
@@ -33,7 +35,6 @@ __all__ = [
     "gradient_distance",
     "mutual_information_estimate",
     "through_trained",
-    "trained_weights",
     "trajectory_distance",
 ]
 

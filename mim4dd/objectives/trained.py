@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def through_trained(base: Objective, problem: Problem, weights: Tensor) -> Objec
     Args:
         base: the base method.
         problem: with the layers of the add-on.
-        weights: of the networks, see `trained_weights`.
+        weights: of the networks, see `TrainedNetworks`.
     """
     if isinstance(base, Repeatable):
         return _RepeatableTrained(base, problem, weights)
@@ -89,22 +91,36 @@ class _RepeatableTrained(Repeatable, _Trained):
         return self.seen(self.base.match(images, targets).loss, images)
 
 
-def trained_weights(problem: Problem) -> Tensor:
-    """Train `NETWORKS` networks on the real images and return their weights, float32 [NETWORKS, all of one].
+class TrainedNetworks:
+    """Networks trained on the real images of a problem, `NETWORKS` of them.
 
     A few steps are enough: networks trained ten times as long helped no more.
     """
-    network, device = problem.network(), problem.real.images.device
-    rows = []
-    for k in range(NETWORKS):
-        random = generator(problem.seed, f"mim/network/{k}", device)
-        initialise(network, random)
-        _train(network, problem, STEPS * (k + 1) // NETWORKS, random)
-        rows.append(torch.cat([weight.detach().flatten() for weight in network.parameters()]))
-    return torch.stack(rows)
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self._finished: list[Tensor] = []
+
+    @property
+    def weights(self) -> Tensor:
+        """Their weights, float32 [NETWORKS, all of one]; trains what is not trained yet."""
+        for _ in self.train():
+            pass
+        return torch.stack(self._finished)
+
+    def train(self) -> Iterator[tuple[int, int]]:
+        """Train the networks that are not trained yet, yielding (steps done, steps in all)."""
+        network, device = self.problem.network(), self.problem.real.images.device
+        steps = [STEPS * (k + 1) // NETWORKS for k in range(NETWORKS)]
+        for k in range(len(self._finished), NETWORKS):
+            random = generator(self.problem.seed, f"mim/network/{k}", device)
+            initialise(network, random)
+            for done in _train(network, self.problem, steps[k], random):
+                yield sum(steps[:k]) + done, sum(steps)
+            self._finished.append(torch.cat([weight.detach().flatten() for weight in network.parameters()]))
 
 
-def _train(network: Network, problem: Problem, steps: int, random: torch.Generator) -> None:
+def _train(network: Network, problem: Problem, steps: int, random: torch.Generator) -> Iterator[int]:
     real = problem.real
 
     def batch(index: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
@@ -113,8 +129,9 @@ def _train(network: Network, problem: Problem, steps: int, random: torch.Generat
     stack = Stack.of(network.train(), random)
     optimizer = torch.optim.SGD(stack.weights.values(), lr=LR, momentum=MOMENTUM)
     step = stack.step(optimizer, batch, problem.augmentation, real.image_size)
-    for _ in range(steps):
+    for done in range(1, steps + 1):
         step(torch.randint(len(real), (1, BATCH), generator=random, device=random.device))
+        yield done
 
 
 @torch.no_grad()
