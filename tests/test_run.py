@@ -306,16 +306,16 @@ def test_divergence_exits_with_1_and_keeps_the_last_good_set(tmp_path, capsys):
 
 
 def test_interruption_keeps_the_last_good_set(tmp_path):
+    arguments = ["--quick", "--mim-weight", "0", "--iterations", "100000", "--out", "out"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "mim4dd.run", "--quick", "--mim-weight", "0", "--iterations", "100000"]
-        + ["--out", "out"],
+        [sys.executable, "-m", "mim4dd.run", *arguments],
         cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not (tmp_path / "out").exists() and process.poll() is None:
-        time.sleep(0.1)
+    # The last line before the first iteration.
+    assert any("real images at a time" in line for line in iter(process.stdout.readline, ""))
     time.sleep(2)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
