@@ -135,7 +135,7 @@ def rows(capability: int, precision: str) -> Iterator[dict]:
                         options.get("BLOCK_N"),
                         options.get("BLOCK_D"),
                     ],
-                    "loss": {True: "nce", False: "info_nce"}.get(options.get("NCE")),
+                    "loss": options.get("LOSS"),
                     "symmetric": options.get(
                         "SYMMETRIC", options.get("BY_OWN", 0) + options.get("BY_OTHER", 0) > 1
                     ),

@@ -63,9 +63,10 @@ def contrast(
         block_sums = torch.zeros(_tiles(tile, *shape), 3, device=device)
         pairs_kernel[(_tiles(tile, *shape),)](
             row.features, column.features, row.inverse, column.inverse, row.labels, column.labels,
-            row.on_positive, row.on_other, row.lse2, column.on_positive, column.on_other, column.lse2,
+            row.on_positive, row.on_other, row.lse2, row.pull2,
+            column.on_positive, column.on_other, column.lse2, column.pull2,
             scales, gain, slopes, block_sums, *shape, width, rows.start - columns.start,
-            NCE=objective.name == "nce", SYMMETRIC=objective.symmetric, EXCLUDE_SELF=objective.exclude_self,
+            LOSS=objective.name, SYMMETRIC=objective.symmetric, EXCLUDE_SELF=objective.exclude_self,
             GRADIENT=gradient, BY_SCALES=wanted[0], PRECISION=dot_precision(precision),
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_D=tile.d, GROUP=8,
             num_warps=tile.warps, num_stages=tile.stages,

@@ -62,9 +62,10 @@ def contrast(
         sums = torch.zeros(num_parts * tiles, 3, device=device)
         narrow_kernel[(tiles, num_parts)](
             own.features, others.features, own.inverse, others.inverse, own.labels, others.labels,
-            own.on_positive, own.on_other, own.lse2, others.on_positive, others.on_other, others.lse2,
+            own.on_positive, own.on_other, own.lse2, own.pull2,
+            others.on_positive, others.on_other, others.lse2, others.pull2,
             scales, gain, parts, sums, num_own, num_others, steps * tile.n,
-            WIDTH=width, NCE=objective.name == "nce",
+            WIDTH=width, LOSS=objective.name,
             BY_OWN=objective.symmetric or index == 0, BY_OTHER=objective.symmetric or index == 1,
             EXCLUDE_SELF=objective.exclude_self,
             SUM=summing, BY_SCALES=summing and want_scales, GRADIENT=gradient,

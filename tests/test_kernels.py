@@ -24,6 +24,8 @@ OBJECTIVES = [
     Objective("nce", negatives=3.0, symmetric=True),
     Objective("info_nce"),
     Objective("info_nce", symmetric=True),
+    Objective("info_nce_any"),
+    Objective("info_nce_any", symmetric=True),
 ]
 # Relative errors by dtype; half precision against the formula on the same rounded features.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
