@@ -32,12 +32,16 @@ from mim4dd.reference import Objective
 DEVICES = {80: (166_912, 108), 90: (232_448, 132)}
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 # The objectives each table is compiled with, and whether the gradients by the scales are wanted.
-ALONE = [(Objective("nce"), False), (Objective("info_nce", exclude_self=True), False)]
-LONG = [(Objective("nce", symmetric=True), True), (Objective("info_nce", None, True, True), True)]
+INFO_NCE = ("info_nce", "info_nce_any")
+ALONE = [(Objective("nce"), False), *((Objective(name, exclude_self=True), False) for name in INFO_NCE)]
+LONG = [
+    (Objective("nce", symmetric=True), True),
+    *((Objective(name, None, True, True), True) for name in INFO_NCE),
+]
 CALLS = {
     "DOTS": [(Objective("nce"), True)],
-    "PRODUCT": [(Objective("nce"), True), (Objective("info_nce", symmetric=True), True)],
-    "SUMS": [(Objective("info_nce", None, True, True), False)],
+    "PRODUCT": [(Objective("nce"), True), *((Objective(name, symmetric=True), True) for name in INFO_NCE)],
+    "SUMS": [(objective, False) for objective, _ in LONG[1:]],
     "BLOCKS": ALONE,
     "LONG_BLOCKS": LONG,
     "NARROW_64": LONG,
@@ -135,7 +139,7 @@ def rows(capability: int, precision: str) -> Iterator[dict]:
                         options.get("BLOCK_N"),
                         options.get("BLOCK_D"),
                     ],
-                    "loss": options.get("LOSS"),
+                    "loss": options.get("LOSS") or dict(enumerate(INFO_NCE, 1)).get(options.get("NUM_SUMS")),
                     "symmetric": options.get(
                         "SYMMETRIC", options.get("BY_OWN", 0) + options.get("BY_OTHER", 0) > 1
                     ),

@@ -119,32 +119,35 @@ def sums_kernel(
 def pairs_kernel(
     A, K, A_INVERSE, K_INVERSE, ANCHOR_LABELS, KEY_LABELS, A_POSITIVE, A_OTHER, A_LSE2, A_PULL2,
     K_POSITIVE, K_OTHER, K_LSE2, K_PULL2, SCALES, GAIN, SLOPES, SUMS, M, N, width, ahead,
-    LOSS: tl.constexpr, SYMMETRIC: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
+    LOSS: tl.constexpr, SYMMETRIC: tl.constexpr, EXCLUDE_SELF: tl.constexpr, SUM: tl.constexpr,
     GRADIENT: tl.constexpr, BY_SCALES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """SUMS [tiles, 3] of loss and, BY_SCALES, of slope times cosine and slope; with GRADIENT the SLOPES
+    """SUMS [tiles, 3], with SUM, of loss and, BY_SCALES, of slope times cosine and slope; with GRADIENT the SLOPES
     [M, N] of the block, dL/dx over both norms, times GAIN."""
     _, _, rows, columns, in_rows, in_columns, counting, a_inverse, k_inverse, x2 = _tile_logits2(
         A, K, A_INVERSE, K_INVERSE, SCALES, M, N, width, ahead,
         EXCLUDE_SELF, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, GROUP,
     )  # fmt: skip
+    # What a loss makes no use of is not loaded.
+    a_lse2 = tl.load(A_LSE2 + rows, mask=in_rows, other=0.0)
+    k_lse2 = tl.load(K_LSE2 + columns, mask=in_columns, other=0.0)
+    a_pull2 = tl.load(A_PULL2 + rows, mask=in_rows, other=0.0)
+    k_pull2 = tl.load(K_PULL2 + columns, mask=in_columns, other=0.0)
     positive = _tile_positive(
         ANCHOR_LABELS, KEY_LABELS, rows, columns, in_rows, in_columns, counting, EXCLUDE_SELF
     )
-    # What a loss makes no use of is not loaded.
     loss2, slopes = pair_terms(
         x2, positive,
         tl.load(A_POSITIVE + rows, mask=in_rows, other=0.0), tl.load(A_OTHER + rows, mask=in_rows, other=0.0),
-        tl.load(A_LSE2 + rows, mask=in_rows, other=0.0), tl.load(A_PULL2 + rows, mask=in_rows, other=0.0),
+        a_lse2, a_pull2,
         tl.load(K_POSITIVE + columns, mask=in_columns, other=0.0),
-        tl.load(K_OTHER + columns, mask=in_columns, other=0.0),
-        tl.load(K_LSE2 + columns, mask=in_columns, other=0.0),
-        tl.load(K_PULL2 + columns, mask=in_columns, other=0.0),
+        tl.load(K_OTHER + columns, mask=in_columns, other=0.0), k_lse2, k_pull2,
         LOSS, True, SYMMETRIC,
     )  # fmt: skip
     sums = SUMS + tl.program_id(0) * 3
-    tl.store(sums, tl.sum(tl.sum(loss2, 1), 0) * LN2)
+    if SUM:
+        tl.store(sums, tl.sum(tl.sum(loss2, 1), 0) * LN2)
     if GRADIENT:
         # The cosine again from x, rather than kept: registers are what this kernel is short of.
         cosines = (x2 + tl.log2(tl.load(SCALES + 1))) * (tl.load(SCALES) * LN2)

@@ -18,7 +18,7 @@ def narrow_kernel(
     """A tile of OWN rows against one part of the OTHERS, once over.
 
     PARTS [parts, own, WIDTH] gets the sum over the others of slope times their unit rows, over the own norm
-    and times GAIN; SUMS [parts, tiles, 3] the loss and, BY_SCALES, slope times cosine and slope.
+    and times GAIN; SUMS [parts, tiles, 3], with SUM, the loss and, BY_SCALES, slope times cosine and slope.
     """
     part = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -77,12 +77,12 @@ def narrow_kernel(
         if GRADIENT:
             scaled = slopes * (other_inverse * gain)[None, :]
             gradient = dot(scaled.to(others.dtype), others, gradient, PRECISION)
+    sums = SUMS + (part * tl.num_programs(0) + tl.program_id(0)) * 3
     if SUM:
-        sums = SUMS + (part * tl.num_programs(0) + tl.program_id(0)) * 3
         tl.store(sums, tl.sum(tl.where(in_rows, loss2, 0.0), 0) * LN2)
-        if BY_SCALES:
-            tl.store(sums + 1, tl.sum(along * own_inverse, 0))
-            tl.store(sums + 2, tl.sum(tl.where(in_rows, total, 0.0), 0))
+    if BY_SCALES:
+        tl.store(sums + 1, tl.sum(tl.where(in_rows, along * own_inverse, 0.0), 0))
+        tl.store(sums + 2, tl.sum(tl.where(in_rows, total, 0.0), 0))
     if GRADIENT:
         tl.store(
             PARTS + part.to(tl.int64) * num_own * WIDTH + offsets, gradient * own_inverse[:, None],

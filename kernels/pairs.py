@@ -103,11 +103,11 @@ def weights(counts, num_others, mean, negatives, LOSS: tl.constexpr, ALL_NEGATIV
 
 @triton.jit
 def any_terms(others2, positives2):
-    """What the pairs of a row need of its log-sum-exps with positives taken together: the loss of the row, its
-    lse2, and pull2 (see `info_nce_pair`).
+    """From the log-sum-exps of a row's pairs that are not positive and of those that are: the loss of the row
+    with positives taken together (base 2), its lse2, and pull2 (see `info_nce_pair`).
 
-    The loss is softplus of the logit that the row finds no positive: the difference of the log-sum-exps of all
-    pairs and of the positives would cancel in a solved row.
+    The loss is the softplus of the odds against a positive: the difference of the log-sum-exps of all pairs
+    and of the positives would cancel in a solved row.
     """
     odds2 = others2 - positives2
     rest2 = log2(1.0 + tl.exp2(-tl.abs(odds2)))
@@ -134,16 +134,16 @@ def nce_pair(x2, positive, on_positive, on_negative):
 def info_nce_pair(x2, positive, on_positive, on_row, lse2, pull2, LOSS: tl.constexpr):
     """The weighted InfoNCE loss of a pair in base 2, and its derivative by x.
 
-    With positives taken together `on_positive` has the loss of the row in it, and a positive pair is pulled by
-    its share among the positives times the chance of the others: one power, 2^(x2 - pull2), as the difference
-    of two would cancel in a solved row.
+    With positives taken together the loss is that of rows, see `any_terms`. A positive pair is pulled by its
+    share among the positives times the chance of the others: one power, 2^(x2 - pull2), as the difference of
+    two would cancel in a solved row.
     """
     if LOSS == "info_nce":
         loss = tl.where(positive, on_positive * (lse2 - x2), 0.0)
         slope = on_row * tl.exp2(x2 - lse2) - tl.where(positive, on_positive, 0.0)
     else:
-        loss = tl.where(positive, on_positive, 0.0)
-        slope = on_row * tl.exp2(x2 - tl.where(positive, pull2, lse2))
+        loss = tl.zeros_like(x2)
+        slope = on_row * tl.exp2(tl.where(positive, x2 - pull2, x2 - lse2))
         slope = tl.where(positive, -slope, slope)
     return loss, slope
 

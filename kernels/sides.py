@@ -12,7 +12,7 @@ from mim4dd.reference import Objective, saved_dtype
 
 from .block_kernels import sums_kernel
 from .launch import choose, dot_precision, precision_of
-from .pairs import LOG_SUMS
+from .pairs import LEFT_OUT, LOG_SUMS
 from .side_kernels import gradient_kernel, rows_kernel
 
 # Rows and columns looked at by one launch where pairs are walked in blocks.
@@ -42,8 +42,9 @@ def prepare(
     key_labels: Tensor,
     anchors: Tensor,
     keys: Tensor,
-) -> tuple[Side, Side, Tensor]:
-    """Both sides, and the largest weight of a pair, [1]; arguments as in `kernels.contrast`."""
+) -> tuple[Side, Side, Tensor, Tensor | None]:
+    """Both sides; the largest weight of a pair, [1]; and the loss, [1], if it is one of rows and so known before
+    the pairs. Arguments as in `kernels.contrast`."""
     negatives = objective.negatives
     labels = _ranks(anchor_labels, key_labels)
     counts = _counts(*labels)
@@ -67,13 +68,19 @@ def prepare(
             rows, others, width, float(negatives or 0),
             LOSS=objective.name, ALL_NEGATIVES=negatives is None, BLOCK_M=32, BLOCK_D=128,
         )  # fmt: skip
-        # NCE has no log-sum-exps: any vector holds their place.
+        # A loss without log-sum-exps reads none: any vector holds their place.
         sides.append(Side(features[index], labels[index], inverse, on_positive, on_other, inverse, inverse))
+    losses = []
     if LOG_SUMS[objective.name]:
         for index, sums in enumerate(_log_sums2(objective, scales, *sides)):
-            sides[index] = _with_sums(sides[index], sums)
+            if len(sums) == 1:
+                sides[index] = sides[index]._replace(lse2=sums[0])
+            else:
+                sides[index], loss = _taken_together(sides[index], *sums)
+                losses.append(loss)
     largest = means.sum(0, keepdim=True) if objective.symmetric else means[:1]
-    return sides[0], sides[1], largest * max(1.0, negatives or 0.0)
+    largest = largest * max(1.0, negatives or 0.0)
+    return sides[0], sides[1], largest, torch.stack(losses).sum(0) if losses else None
 
 
 def gain(dtype: torch.dtype, largest: Tensor) -> Tensor:
@@ -141,13 +148,12 @@ def _counts(anchor_labels: Tensor, key_labels: Tensor) -> tuple[Tensor, Tensor]:
     return counts[0], counts[1]
 
 
-def _with_sums(side: Side, sums: Tensor) -> Side:
-    """What the pairs need of the log-sum-exps of a side, [1 or 2, rows]; two as in `pairs.any_terms`."""
-    if len(sums) == 1:
-        return side._replace(lse2=sums[0])
-    odds2, lse2 = sums[0] - sums[1], torch.logaddexp2(*sums)
+def _taken_together(side: Side, others2: Tensor, positives2: Tensor) -> tuple[Side, Tensor]:
+    """The side with what `pairs.any_terms` makes of log-sum-exps [rows], and the loss of its rows, [1]."""
+    odds2, lse2 = others2 - positives2, torch.logaddexp2(others2, positives2)
     loss2 = torch.logaddexp2(odds2, torch.zeros_like(odds2))
-    return side._replace(on_positive=side.on_positive * loss2, lse2=lse2, pull2=lse2 - odds2)
+    loss = (side.on_other * loss2).sum(0, keepdim=True) * math.log(2)
+    return side._replace(lse2=lse2, pull2=lse2 - odds2), loss
 
 
 def _log_sums2(objective: Objective, scales: Tensor, a: Side, k: Side) -> list[Tensor]:
@@ -166,7 +172,9 @@ def _log_sums2(objective: Objective, scales: Tensor, a: Side, k: Side) -> list[T
         lambda t: triton.cdiv(min(m, BLOCK), t.m) * triton.cdiv(min(n, BLOCK), t.n),
     )
     lengths = (m, n) if objective.symmetric else (m,)
-    sums = [torch.full((num_sums, length), -torch.inf, device=scales.device) for length in lengths]
+    # What a sum of no pair stays at: above the logits left out, for one less the other must not overflow.
+    least = LEFT_OUT.value / 2
+    sums = [torch.full((num_sums, length), least, device=scales.device) for length in lengths]
     for rows, columns in walk(m, n):
         anchors, keys = a.of(rows), k.of(columns)
         num_rows, num_columns = len(anchors.features), len(keys.features)

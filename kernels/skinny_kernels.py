@@ -180,7 +180,7 @@ def _row_terms(
     COUNTS, LSE2, MEAN, rows, in_rows, num_rows, num_others, layer, negatives,
     LOSS: tl.constexpr, ALL_NEGATIVES: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """What the rows of a side bring to `pair_terms`: two weights, lse2 and pull2."""
+    """What the rows of a side bring to `pair_terms`, two weights, lse2 and pull2; and a loss of theirs alone."""
     counts = tl.load(COUNTS + rows, mask=in_rows, other=0)
     if LOSS == "nce":
         mean = 1.0 / num_rows
@@ -189,13 +189,14 @@ def _row_terms(
     on_positive, on_other = weights(counts, num_others, mean, negatives, LOSS, ALL_NEGATIVES)
     lse2 = on_other
     pull2 = on_other
+    loss2 = on_other
     if LOSS != "nce":
         lse2 = tl.load(LSE2 + layer * num_rows + rows, mask=in_rows, other=0.0)
     if LOSS == "info_nce_any":
         positives2 = tl.load(LSE2 + (L + layer) * num_rows + rows, mask=in_rows, other=0.0)
         loss2, lse2, pull2 = any_terms(lse2, positives2)
-        on_positive *= loss2
-    return on_positive, on_other, lse2, pull2
+        loss2 *= on_other
+    return on_positive, on_other, lse2, pull2, loss2
 
 
 @triton.jit(do_not_specialize=["M", "N"])
@@ -225,13 +226,13 @@ def pairs_kernel(
         PRODUCTS, rows, columns, in_rows, in_columns, a_inverse, k_inverse, M, N, low, high, SCALES, layer,
         L, EXCLUDE_SELF, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    a_positive, a_other, a_lse2, a_pull2 = _row_terms(
+    a_positive, a_other, a_lse2, a_pull2, a_loss2 = _row_terms(
         A_COUNTS, A_LSE2, MEANS, rows, in_rows, M, N - EXCLUDE_SELF, layer, negatives,
         LOSS, ALL_NEGATIVES, L,
     )  # fmt: skip
-    k_positive, k_other, k_lse2, k_pull2 = a_positive, a_other, a_lse2, a_pull2
+    k_positive, k_other, k_lse2, k_pull2, k_loss2 = a_positive, a_other, a_lse2, a_pull2, a_loss2
     if SYMMETRIC:
-        k_positive, k_other, k_lse2, k_pull2 = _row_terms(
+        k_positive, k_other, k_lse2, k_pull2, k_loss2 = _row_terms(
             K_COUNTS, K_LSE2, MEANS + 1, columns, in_columns, N, M - EXCLUDE_SELF, layer, negatives,
             LOSS, ALL_NEGATIVES, L,
         )  # fmt: skip
@@ -241,6 +242,11 @@ def pairs_kernel(
         x2, (a_labels[:, None] == k_labels[None, :]) & counting,
         a_positive, a_other, a_lse2, a_pull2, k_positive, k_other, k_lse2, k_pull2, LOSS, True, SYMMETRIC,
     )  # fmt: skip
+    loss2 = tl.sum(tl.sum(loss2, 1), 0)
+    if LOSS == "info_nce_any":
+        loss2 = tl.where(tile_n == 0, tl.sum(a_loss2, 0), 0.0)
+        if SYMMETRIC:
+            loss2 += tl.where(tile_m == 0, tl.sum(k_loss2, 0), 0.0)
     along = slopes * cosines
     base = layer.to(tl.int64) * M * N
     tl.store(
@@ -254,6 +260,6 @@ def pairs_kernel(
     if tile_m == 0:
         tl.store(K_INVERSE + layer * N + columns, k_inverse, mask=in_columns)
     sums = SUMS + (layer * tiles_m * tiles_n + tl.program_id(0)) * 3
-    tl.store(sums, tl.sum(tl.sum(loss2, 1), 0) * LN2)
+    tl.store(sums, loss2 * LN2)
     tl.store(sums + 1, tl.sum(tl.sum(along, 1), 0))
     tl.store(sums + 2, tl.sum(tl.sum(slopes, 1), 0))
