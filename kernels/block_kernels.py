@@ -123,8 +123,8 @@ def pairs_kernel(
     GRADIENT: tl.constexpr, BY_SCALES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """SUMS [tiles, 3], with SUM, of loss and, BY_SCALES, of slope times cosine and slope; with GRADIENT the SLOPES
-    [M, N] of the block, dL/dx over both norms, times GAIN."""
+    """SUMS [tiles, 3], with SUM of the loss and BY_SCALES of slope times cosine and slope; with GRADIENT the
+    SLOPES [M, N] of the block, dL/dx over both norms, times GAIN."""
     _, _, rows, columns, in_rows, in_columns, counting, a_inverse, k_inverse, x2 = _tile_logits2(
         A, K, A_INVERSE, K_INVERSE, SCALES, M, N, width, ahead,
         EXCLUDE_SELF, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, GROUP,

@@ -18,7 +18,7 @@ def narrow_kernel(
     """A tile of OWN rows against one part of the OTHERS, once over.
 
     PARTS [parts, own, WIDTH] gets the sum over the others of slope times their unit rows, over the own norm
-    and times GAIN; SUMS [parts, tiles, 3], with SUM, the loss and, BY_SCALES, slope times cosine and slope.
+    and times GAIN; SUMS [parts, tiles, 3], with SUM the loss and BY_SCALES slope times cosine and slope.
     """
     part = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -13,8 +13,8 @@ from triton.language.extra import libdevice
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# How many log-sum-exps over its pairs a row needs: none, of all, or of those that are not positive and of those
-# that are. The last two apart, each with its own maximum: the positives may be far below the nearest other.
+# How many log-sum-exps a row needs: none; over all its pairs; or over those that are not positive and over
+# those that are, each with a maximum of its own, as the positives may be far below the nearest other.
 LOG_SUMS = {"nce": 0, "info_nce": 1, "info_nce_any": 2}
 
 # The logit of a pair that does not count. Finite, so that no sum or product over it is NaN.

@@ -43,8 +43,10 @@ def prepare(
     anchors: Tensor,
     keys: Tensor,
 ) -> tuple[Side, Side, Tensor, Tensor | None]:
-    """Both sides; the largest weight of a pair, [1]; and the loss, [1], if it is one of rows and so known before
-    the pairs. Arguments as in `kernels.contrast`."""
+    """Both sides, the largest weight of a pair, [1], and the loss, [1], if it is known before the pairs.
+
+    Arguments as in `kernels.contrast`.
+    """
     negatives = objective.negatives
     labels = _ranks(anchor_labels, key_labels)
     counts = _counts(*labels)
@@ -157,8 +159,8 @@ def _taken_together(side: Side, others2: Tensor, positives2: Tensor) -> tuple[Si
 
 
 def _log_sums2(objective: Objective, scales: Tensor, a: Side, k: Side) -> list[Tensor]:
-    """log2 of the sums of 2^x2 of each anchor over the keys, [1 or 2, M] (see `pairs.LOG_SUMS`), and, if symmetric,
-    of each key over the anchors, [1 or 2, N].
+    """log2 of the sums of 2^x2 (see `pairs.LOG_SUMS`) of each anchor over the keys, [sums, M], and, if
+    symmetric, of each key over the anchors, [sums, N].
 
     One pass over the logits, which are not kept: of a block only its sums by tile.
     """

@@ -4,7 +4,7 @@ The logits are smaller than the keys, so they may be scratch. Three launches, fo
 number of layers, and both gradients with them:
 
     dots    products and squares of rows, the features split over programs; label counts
-    sums    (InfoNCE) log-sum-exp of rows and columns
+    sums    (InfoNCE) log-sum-exps of rows and columns
     pairs   norms, loss, derivative by each logit
     finish  the gradients by features, as products with an epilogue; sums over tiles
 
@@ -100,8 +100,9 @@ def contrast(
         products, a_squares, k_squares, a_counts, k_counts, a_lse2, k_lse2, means, scales,
         anchor_labels, key_labels, first_slot, num_slots,
         slopes, a_along, k_along, a_inverse, k_inverse, sums, m, n, float(objective.negatives or 0),
-        L=layers, LOSS=objective.name, SYMMETRIC=objective.symmetric, ALL_NEGATIVES=objective.negatives is None,
-        EXCLUDE_SELF=objective.exclude_self, BLOCK_M=block_m, BLOCK_N=block_n,
+        L=layers, LOSS=objective.name, SYMMETRIC=objective.symmetric,
+        ALL_NEGATIVES=objective.negatives is None, EXCLUDE_SELF=objective.exclude_self,
+        BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
 
     _, want_anchors, want_keys = wanted

@@ -5,8 +5,16 @@ import triton.language as tl
 
 from .layers import at, pick
 from .pairs import (
-    LEFT_OUT, LN2, LOG2E, any_terms, count_equal, inverse_norm, pair_terms, row_products, weights,
-)  # fmt: skip
+    LEFT_OUT,
+    LN2,
+    LOG2E,
+    any_terms,
+    count_equal,
+    inverse_norm,
+    pair_terms,
+    row_products,
+    weights,
+)
 
 
 @triton.jit
@@ -96,8 +104,8 @@ def _log_sum_exp2(
     OF_KEYS: tl.constexpr, NUM_SUMS: tl.constexpr, L: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
     OWN: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of OWN anchors over the keys that count in the sum `index` (see `pairs.LOG_SUMS`), or OF_KEYS
-    the other way round, stored to LSE2 [NUM_SUMS, L, *]."""
+    """The log-sum-exp `index` (see `pairs.LOG_SUMS`) of OWN anchors over the keys, or OF_KEYS the other way
+    round, stored to LSE2 [NUM_SUMS, L, *]."""
     num_own = N if OF_KEYS else M
     num_others = M if OF_KEYS else N
     OWN_SQUARES = K_SQUARES if OF_KEYS else A_SQUARES
@@ -152,8 +160,9 @@ def sums_kernel(
     NUM_SUMS: tl.constexpr, L: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
     OWN: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exps (base 2) of each anchor over the keys: A_LSE2 [NUM_SUMS, L, M]; with programs past those of
-    the anchors also of each key over the anchors: K_LSE2 [NUM_SUMS, L, N]. The first program finds MEANS [2]."""
+    """Log-sum-exps (base 2) of each anchor over the keys: A_LSE2 [NUM_SUMS, L, M]; with programs past those
+    of the anchors also of each key over the anchors: K_LSE2 [NUM_SUMS, L, N]. The first program finds MEANS
+    [2]."""
     tile = tl.program_id(0)
     layer = tl.program_id(1)
     index = tl.program_id(2)
@@ -180,12 +189,9 @@ def _row_terms(
     COUNTS, LSE2, MEAN, rows, in_rows, num_rows, num_others, layer, negatives,
     LOSS: tl.constexpr, ALL_NEGATIVES: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """What the rows of a side bring to `pair_terms`, two weights, lse2 and pull2; and a loss of theirs alone."""
+    """What `pair_terms` needs of the rows of a side, and their losses where these are known before the pairs."""
     counts = tl.load(COUNTS + rows, mask=in_rows, other=0)
-    if LOSS == "nce":
-        mean = 1.0 / num_rows
-    else:
-        mean = tl.load(MEAN)
+    mean = 1.0 / num_rows if LOSS == "nce" else tl.load(MEAN)
     on_positive, on_other = weights(counts, num_others, mean, negatives, LOSS, ALL_NEGATIVES)
     lse2 = on_other
     pull2 = on_other
@@ -243,7 +249,7 @@ def pairs_kernel(
         a_positive, a_other, a_lse2, a_pull2, k_positive, k_other, k_lse2, k_pull2, LOSS, True, SYMMETRIC,
     )  # fmt: skip
     loss2 = tl.sum(tl.sum(loss2, 1), 0)
-    if LOSS == "info_nce_any":
+    if LOSS == "info_nce_any":  # the losses of rows, each once
         loss2 = tl.where(tile_n == 0, tl.sum(a_loss2, 0), 0.0)
         if SYMMETRIC:
             loss2 += tl.where(tile_m == 0, tl.sum(k_loss2, 0), 0.0)
