@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 import triton
 from mim4dd.kernels import contrast, launch
+from mim4dd.kernels.pairs import LOG_SUMS
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -31,8 +32,9 @@ from mim4dd.reference import Objective
 # Shared memory a program may have and the number of multiprocessors: A100 and H100.
 DEVICES = {80: (166_912, 108), 90: (232_448, 132)}
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
-# The objectives each table is compiled with, and whether the gradients by the scales are wanted.
+LOSS_OF_SUMS = {sums: loss for loss, sums in LOG_SUMS.items()}
 INFO_NCE = ("info_nce", "info_nce_any")
+# The objectives each table is compiled with, and whether the gradients by the scales are wanted.
 ALONE = [(Objective("nce"), False), *((Objective(name, exclude_self=True), False) for name in INFO_NCE)]
 LONG = [
     (Objective("nce", symmetric=True), True),
@@ -139,7 +141,7 @@ def rows(capability: int, precision: str) -> Iterator[dict]:
                         options.get("BLOCK_N"),
                         options.get("BLOCK_D"),
                     ],
-                    "loss": options.get("LOSS") or dict(enumerate(INFO_NCE, 1)).get(options.get("NUM_SUMS")),
+                    "loss": options.get("LOSS") or LOSS_OF_SUMS.get(options.get("NUM_SUMS")),
                     "symmetric": options.get(
                         "SYMMETRIC", options.get("BY_OWN", 0) + options.get("BY_OTHER", 0) > 1
                     ),

@@ -129,7 +129,7 @@ def pairs_kernel(
         A, K, A_INVERSE, K_INVERSE, SCALES, M, N, width, ahead,
         EXCLUDE_SELF, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, GROUP,
     )  # fmt: skip
-    # What a loss makes no use of is not loaded.
+    # What the loss makes no use of the compiler drops.
     a_lse2 = tl.load(A_LSE2 + rows, mask=in_rows, other=0.0)
     k_lse2 = tl.load(K_LSE2 + columns, mask=in_columns, other=0.0)
     a_pull2 = tl.load(A_PULL2 + rows, mask=in_rows, other=0.0)

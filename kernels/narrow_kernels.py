@@ -32,7 +32,7 @@ def narrow_kernel(
     own_scale2 = own_inverse * (LOG2E / tl.load(SCALES))
     bias2 = -tl.log2(tl.load(SCALES + 1))
     gain = tl.load(GAIN)
-    # Of these, and of the others', only what the loss makes use of is loaded.
+    # What the loss makes no use of, here and of the others, the compiler drops.
     own_positive = tl.load(OWN_POSITIVE + rows, mask=in_rows, other=0.0)
     own_other = tl.load(OWN_OTHER + rows, mask=in_rows, other=0.0)
     own_lse2 = tl.load(OWN_LSE2 + rows, mask=in_rows, other=0.0)

@@ -189,7 +189,7 @@ def _row_terms(
     COUNTS, LSE2, MEAN, rows, in_rows, num_rows, num_others, layer, negatives,
     LOSS: tl.constexpr, ALL_NEGATIVES: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """What `pair_terms` needs of the rows of a side, and their losses where these are known before the pairs."""
+    """What `pair_terms` needs of the rows of a side, and their losses if these are known before the pairs."""
     counts = tl.load(COUNTS + rows, mask=in_rows, other=0)
     mean = 1.0 / num_rows if LOSS == "nce" else tl.load(MEAN)
     on_positive, on_other = weights(counts, num_others, mean, negatives, LOSS, ALL_NEGATIVES)
