@@ -178,17 +178,33 @@ def test_no_temperature_overflows(path, temperature):
         check(objective, torch.full_like(scales, temperature), *rest)
 
 
+def two_classes(sign):
+    """Keys that lie where the anchors of their class do, or (-1) where those of the other class do."""
+    scales, anchor_labels, key_labels, (a,), (k,) = problem(40, 70, [16], classes=2)
+    centre = 2 * torch.randn(16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    places = [(1.0 - 2 * labels)[:, None] * centre for labels in (anchor_labels, key_labels)]
+    return scales, anchor_labels, key_labels, [places[0] + 0.3 * a], [sign * places[1] + 0.3 * k]
+
+
 @pytest.mark.parametrize("temperature", [0.01, 0.1])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_any_positive_far_below_the_nearest_key_and_far_above(path, symmetric, temperature):
-    # One power of the largest cosine for both would underflow, the difference of two sums cancel.
-    scales, anchor_labels, key_labels, (a,), (k,) = problem(40, 70, [16])
-    centre = torch.randn(16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    for sign in (-1, 1):
-        same = sign * torch.where(key_labels == 0, 2.0, -2.0)[:, None]
-        arguments = anchor_labels * 0, key_labels, [centre + 0.3 * a], [same * centre + 0.3 * k]
-        objective = Objective("info_nce_any", symmetric=symmetric)
-        check(objective, torch.full_like(scales, temperature), *arguments)
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_any_positive_far_below_or_above_all_others(path, sign, symmetric, temperature):
+    scales, *rest = two_classes(sign)
+    check(Objective("info_nce_any", symmetric=symmetric), torch.full_like(scales, temperature), *rest)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_any_positive_keeps_the_gradient_of_solved_rows(path, symmetric):
+    objective = Objective("info_nce_any", symmetric=symmetric)
+    scales, *labels, (a,), (k,) = two_classes(1)
+    scales[0] = 0.1
+    _, _, *actual = kernels.contrast(objective, scales, *labels, [a], [k], (True, True, True))
+    leaves = [value.double().requires_grad_() for value in (a, k)]
+    loss = reference.plain(objective, scales[:, 0].double(), *labels, *leaves)
+    assert loss < 1e-7
+    for value, wish in zip(actual, torch.autograd.grad(loss, leaves), strict=True):
+        agree(value / wish.abs().max(), wish / wish.abs().max(), 1e-4)
 
 
 def test_float16_holds_gradients_of_few_positives_and_of_unlike_norms(path):
