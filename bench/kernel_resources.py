@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 import triton
 from mim4dd.kernels import contrast, launch
+from mim4dd.kernels.pairs import LOG_SUMS
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -31,13 +32,18 @@ from mim4dd.reference import Objective
 # Shared memory a program may have and the number of multiprocessors: A100 and H100.
 DEVICES = {80: (166_912, 108), 90: (232_448, 132)}
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
+LOSS_OF_SUMS = {sums: loss for loss, sums in LOG_SUMS.items()}
+INFO_NCE = ("info_nce", "info_nce_any")
 # The objectives each table is compiled with, and whether the gradients by the scales are wanted.
-ALONE = [(Objective("nce"), False), (Objective("info_nce", exclude_self=True), False)]
-LONG = [(Objective("nce", symmetric=True), True), (Objective("info_nce", None, True, True), True)]
+ALONE = [(Objective("nce"), False), *((Objective(name, exclude_self=True), False) for name in INFO_NCE)]
+LONG = [
+    (Objective("nce", symmetric=True), True),
+    *((Objective(name, None, True, True), True) for name in INFO_NCE),
+]
 CALLS = {
     "DOTS": [(Objective("nce"), True)],
-    "PRODUCT": [(Objective("nce"), True), (Objective("info_nce", symmetric=True), True)],
-    "SUMS": [(Objective("info_nce", None, True, True), False)],
+    "PRODUCT": [(Objective("nce"), True), *((Objective(name, symmetric=True), True) for name in INFO_NCE)],
+    "SUMS": [(objective, False) for objective, _ in LONG[1:]],
     "BLOCKS": ALONE,
     "LONG_BLOCKS": LONG,
     "NARROW_64": LONG,
@@ -135,7 +141,7 @@ def rows(capability: int, precision: str) -> Iterator[dict]:
                         options.get("BLOCK_N"),
                         options.get("BLOCK_D"),
                     ],
-                    "loss": {True: "nce", False: "info_nce"}.get(options.get("NCE")),
+                    "loss": options.get("LOSS") or LOSS_OF_SUMS.get(options.get("NUM_SUMS")),
                     "symmetric": options.get(
                         "SYMMETRIC", options.get("BY_OWN", 0) + options.get("BY_OTHER", 0) > 1
                     ),

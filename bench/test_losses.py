@@ -64,12 +64,14 @@ if torch.cuda.is_available():
     skinny = ((100, 2560, LAYERS), (100, 2560, (2048,)), (500, 2560, (32768,)))
     # What matters most first: the time may be up before the end.
     CASES += [Case("cuda", *size, "bfloat16", passes) for size in skinny for passes in ("anchors", "none")]
+    CASES += [Case("cuda", *skinny[0], "bfloat16", passes, "info_nce_any") for passes in ("anchors", "none")]
     CASES += [
         Case("cuda", size, size, (512,), "bfloat16", passes, loss)
         for size, loss in (
             (16384, "nce"),
             (262144, "nce"),
             (16384, "info_nce"),
+            (16384, "info_nce_any"),
             (16384, "info_nce symmetric"),
         )
         for passes in ("both", "none")
@@ -100,12 +102,13 @@ def steps(case: Case) -> dict[str, Callable[[], Tensor]]:
     leaves = [value for value in (*anchors, *keys) if value.requires_grad]
     scales = torch.tensor([0.1, 1.0], device=case.device)
     name, symmetric = case.loss.split()[0], case.loss.endswith("symmetric")
+    function = name.removesuffix("_any")
+    options = {"symmetric": symmetric} | ({"positives": "any"} if name.endswith("_any") else {})
 
     def ours() -> Tensor:
         if len(case.widths) > 1:
-            return mim4dd.nce_losses(anchors, keys, *labels).sum()
-        function = mim4dd.nce_loss if name == "nce" else mim4dd.info_nce_loss
-        return function(*anchors, *keys, *labels, symmetric=symmetric)
+            return getattr(mim4dd, f"{function}_losses")(anchors, keys, *labels, **options).sum()
+        return getattr(mim4dd, f"{function}_loss")(*anchors, *keys, *labels, **options)
 
     def formula() -> Tensor:
         objective = Objective(name, symmetric=symmetric)

@@ -35,8 +35,10 @@ def contrast(
     Features are contiguous, aligned, of a width that is a multiple of 16; other arguments as in
     `kernels.contrast`.
     """
-    a, k, largest = sides.prepare(objective, scales, anchor_labels, key_labels, anchors, keys)
+    a, k, largest, loss = sides.prepare(objective, scales, anchor_labels, key_labels, anchors, keys)
     gradient = any(wanted)
+    if loss is not None and not gradient:
+        return [loss, *[loss.new_empty(0)] * 3]
     _, want_anchors, want_keys = wanted
     m, n, width, device = len(anchors), len(keys), anchors.shape[1], anchors.device
     block_m, block_n = min(m, sides.BLOCK), min(n, sides.BLOCK)
@@ -63,10 +65,11 @@ def contrast(
         block_sums = torch.zeros(_tiles(tile, *shape), 3, device=device)
         pairs_kernel[(_tiles(tile, *shape),)](
             row.features, column.features, row.inverse, column.inverse, row.labels, column.labels,
-            row.on_positive, row.on_other, row.lse2, column.on_positive, column.on_other, column.lse2,
+            row.on_positive, row.on_other, row.lse2, row.pull2,
+            column.on_positive, column.on_other, column.lse2, column.pull2,
             scales, gain, slopes, block_sums, *shape, width, rows.start - columns.start,
-            NCE=objective.name == "nce", SYMMETRIC=objective.symmetric, EXCLUDE_SELF=objective.exclude_self,
-            GRADIENT=gradient, BY_SCALES=wanted[0], PRECISION=dot_precision(precision),
+            LOSS=objective.name, SYMMETRIC=objective.symmetric, EXCLUDE_SELF=objective.exclude_self,
+            SUM=loss is None, GRADIENT=gradient, BY_SCALES=wanted[0], PRECISION=dot_precision(precision),
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_D=tile.d, GROUP=8,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -76,7 +79,7 @@ def contrast(
         if want_keys:
             _add_product(by_keys[columns], slopes.T, row.features)
     return [
-        sums[:1],
+        sums[:1] if loss is None else loss,
         sides.scale_gradient(sums, scales),
         sides.feature_gradient(by_anchors[None], a, scales, gain) if want_anchors else by_anchors,
         sides.feature_gradient(by_keys[None], k, scales, gain) if want_keys else by_keys,

@@ -38,7 +38,9 @@ def contrast(
     `kernels.contrast`.
     """
     want_scales, *want_sides = wanted
-    a, k, largest = sides.prepare(objective, scales, anchor_labels, key_labels, anchors, keys)
+    a, k, largest, loss = sides.prepare(objective, scales, anchor_labels, key_labels, anchors, keys)
+    if loss is not None and not any(wanted):
+        return [loss, *[loss.new_empty(0)] * 3]
     pair = a, k
     width, device = anchors.shape[1], anchors.device
     precision = precision_of(anchors.dtype)
@@ -62,12 +64,13 @@ def contrast(
         sums = torch.zeros(num_parts * tiles, 3, device=device)
         narrow_kernel[(tiles, num_parts)](
             own.features, others.features, own.inverse, others.inverse, own.labels, others.labels,
-            own.on_positive, own.on_other, own.lse2, others.on_positive, others.on_other, others.lse2,
+            own.on_positive, own.on_other, own.lse2, own.pull2,
+            others.on_positive, others.on_other, others.lse2, others.pull2,
             scales, gain, parts, sums, num_own, num_others, steps * tile.n,
-            WIDTH=width, NCE=objective.name == "nce",
+            WIDTH=width, LOSS=objective.name,
             BY_OWN=objective.symmetric or index == 0, BY_OTHER=objective.symmetric or index == 1,
             EXCLUDE_SELF=objective.exclude_self,
-            SUM=summing, BY_SCALES=summing and want_scales, GRADIENT=gradient,
+            SUM=summing and loss is None, BY_SCALES=summing and want_scales, GRADIENT=gradient,
             PRECISION=dot_precision(precision), BLOCK_M=tile.m, BLOCK_N=tile.n,
             BLOCK_D=triton.next_power_of_2(width), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -79,7 +82,8 @@ def contrast(
     by_side = {0: anchors.new_empty(0), 1: anchors.new_empty(0), first: by_first}
     for index in more:
         _, by_side[index] = one_pass(index, False)
-    return [sums[:1], sides.scale_gradient(sums, scales), by_side[0], by_side[1]]
+    loss = sums[:1] if loss is None else loss
+    return [loss, sides.scale_gradient(sums, scales), by_side[0], by_side[1]]
 
 
 def table_name(objective: Objective, wanted: Sequence[bool], width: int) -> str:

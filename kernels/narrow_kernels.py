@@ -9,16 +9,16 @@ from .pairs import LEFT_OUT, LN2, LOG2E, dot, pair_terms
 @triton.jit(do_not_specialize=["num_own", "num_others", "others_per_part"])
 def narrow_kernel(
     OWN, OTHERS, OWN_INVERSE, OTHER_INVERSE, OWN_LABELS, OTHER_LABELS,
-    OWN_POSITIVE, OWN_OTHER, OWN_LSE2, OTHER_POSITIVE, OTHER_OTHER, OTHER_LSE2,
+    OWN_POSITIVE, OWN_OTHER, OWN_LSE2, OWN_PULL2, OTHER_POSITIVE, OTHER_OTHER, OTHER_LSE2, OTHER_PULL2,
     SCALES, GAIN, PARTS, SUMS, num_own, num_others, others_per_part,
-    WIDTH: tl.constexpr, NCE: tl.constexpr, BY_OWN: tl.constexpr, BY_OTHER: tl.constexpr,
+    WIDTH: tl.constexpr, LOSS: tl.constexpr, BY_OWN: tl.constexpr, BY_OTHER: tl.constexpr,
     EXCLUDE_SELF: tl.constexpr, SUM: tl.constexpr, BY_SCALES: tl.constexpr, GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A tile of OWN rows against one part of the OTHERS, once over.
 
     PARTS [parts, own, WIDTH] gets the sum over the others of slope times their unit rows, over the own norm
-    and times GAIN; SUMS [parts, tiles, 3] the loss and, BY_SCALES, slope times cosine and slope.
+    and times GAIN; SUMS [parts, tiles, 3], with SUM the loss and BY_SCALES slope times cosine and slope.
     """
     part = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -32,14 +32,11 @@ def narrow_kernel(
     own_scale2 = own_inverse * (LOG2E / tl.load(SCALES))
     bias2 = -tl.log2(tl.load(SCALES + 1))
     gain = tl.load(GAIN)
-    own_positive = own_inverse
-    own_other = own_inverse
-    own_lse2 = own_inverse
-    if BY_OWN:
-        own_positive = tl.load(OWN_POSITIVE + rows, mask=in_rows, other=0.0)
-        own_other = tl.load(OWN_OTHER + rows, mask=in_rows, other=0.0)
-        if not NCE:
-            own_lse2 = tl.load(OWN_LSE2 + rows, mask=in_rows, other=0.0)
+    # What the loss makes no use of, here and of the others, the compiler drops.
+    own_positive = tl.load(OWN_POSITIVE + rows, mask=in_rows, other=0.0)
+    own_other = tl.load(OWN_OTHER + rows, mask=in_rows, other=0.0)
+    own_lse2 = tl.load(OWN_LSE2 + rows, mask=in_rows, other=0.0)
+    own_pull2 = tl.load(OWN_PULL2 + rows, mask=in_rows, other=0.0)
     loss2 = tl.zeros((BLOCK_M,), dtype=tl.float32)
     along = tl.zeros((BLOCK_M,), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -54,14 +51,10 @@ def narrow_kernel(
         pointers += BLOCK_N * WIDTH
         other_inverse = tl.load(OTHER_INVERSE + columns, mask=in_columns, other=0.0)
         other_labels = tl.load(OTHER_LABELS + columns, mask=in_columns, other=-1)
-        other_positive = other_inverse
-        other_other = other_inverse
-        other_lse2 = other_inverse
-        if BY_OTHER:
-            other_positive = tl.load(OTHER_POSITIVE + columns, mask=in_columns, other=0.0)
-            other_other = tl.load(OTHER_OTHER + columns, mask=in_columns, other=0.0)
-            if not NCE:
-                other_lse2 = tl.load(OTHER_LSE2 + columns, mask=in_columns, other=0.0)
+        other_positive = tl.load(OTHER_POSITIVE + columns, mask=in_columns, other=0.0)
+        other_other = tl.load(OTHER_OTHER + columns, mask=in_columns, other=0.0)
+        other_lse2 = tl.load(OTHER_LSE2 + columns, mask=in_columns, other=0.0)
+        other_pull2 = tl.load(OTHER_PULL2 + columns, mask=in_columns, other=0.0)
         products = dot(own, tl.trans(others), tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), PRECISION)
         # Cosines, but for the own norm.
         products = products * other_inverse[None, :]
@@ -73,8 +66,8 @@ def narrow_kernel(
             x2 = tl.where(different, x2, LEFT_OUT)
             positive = positive & different
         pair_loss2, slopes = pair_terms(
-            x2, positive, own_positive, own_other, own_lse2, other_positive, other_other, other_lse2,
-            NCE, BY_OWN, BY_OTHER,
+            x2, positive, own_positive, own_other, own_lse2, own_pull2,
+            other_positive, other_other, other_lse2, other_pull2, LOSS, BY_OWN, BY_OTHER,
         )  # fmt: skip
         if SUM:
             loss2 += tl.sum(pair_loss2, 1)
@@ -84,12 +77,12 @@ def narrow_kernel(
         if GRADIENT:
             scaled = slopes * (other_inverse * gain)[None, :]
             gradient = dot(scaled.to(others.dtype), others, gradient, PRECISION)
+    sums = SUMS + (part * tl.num_programs(0) + tl.program_id(0)) * 3
     if SUM:
-        sums = SUMS + (part * tl.num_programs(0) + tl.program_id(0)) * 3
         tl.store(sums, tl.sum(tl.where(in_rows, loss2, 0.0), 0) * LN2)
-        if BY_SCALES:
-            tl.store(sums + 1, tl.sum(along * own_inverse, 0))
-            tl.store(sums + 2, tl.sum(tl.where(in_rows, total, 0.0), 0))
+    if BY_SCALES:
+        tl.store(sums + 1, tl.sum(tl.where(in_rows, along * own_inverse, 0.0), 0))
+        tl.store(sums + 2, tl.sum(tl.where(in_rows, total, 0.0), 0))
     if GRADIENT:
         tl.store(
             PARTS + part.to(tl.int64) * num_own * WIDTH + offsets, gradient * own_inverse[:, None],

@@ -1,4 +1,4 @@
-"""What the kernels share: products of rows, label counts, and the two losses of a pair with their gradients.
+"""What the kernels share: products of rows, label counts, and the losses of a pair with their gradients.
 
 Everything works in base 2 (x2 = x log2 e), since exp2 and log2 are single instructions and exp and log are
 not. Scales are applied to the accumulated products, never to the features.
@@ -12,6 +12,10 @@ from triton.language.extra import libdevice
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+# How many log-sum-exps a row needs: none; over all its pairs; or over those that are not positive and over
+# those that are, each with a maximum of its own, as the positives may be far below the nearest other.
+LOG_SUMS = {"nce": 0, "info_nce": 1, "info_nce_any": 2}
 
 # The logit of a pair that does not count. Finite, so that no sum or product over it is NaN.
 LEFT_OUT = tl.constexpr(-1e30)
@@ -83,10 +87,10 @@ def count_equal(labels, OTHERS, num_others, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def weights(counts, num_others, mean, negatives, NCE: tl.constexpr, ALL_NEGATIVES: tl.constexpr):
+def weights(counts, num_others, mean, negatives, LOSS: tl.constexpr, ALL_NEGATIVES: tl.constexpr):
     """What a positive pair of each row counts, and beside it: NCE a negative pair, InfoNCE the whole row."""
     on_positive = mean / tl.maximum(counts, 1).to(tl.float32)
-    if NCE:
+    if LOSS == "nce":
         if ALL_NEGATIVES:
             on_other = tl.zeros_like(on_positive) + mean
         else:
@@ -95,6 +99,20 @@ def weights(counts, num_others, mean, negatives, NCE: tl.constexpr, ALL_NEGATIVE
         on_positive = tl.where(counts > 0, on_positive, 0.0)
         on_other = tl.where(counts > 0, mean, 0.0)
     return on_positive, on_other
+
+
+@triton.jit
+def any_terms(others2, positives2):
+    """From the log-sum-exps of a row's pairs that are not positive and of those that are: the loss of the row
+    with positives taken together (base 2), its lse2, and pull2 (see `info_nce_pair`).
+
+    The loss is the softplus of the odds against a positive: the difference of the log-sum-exps of all pairs
+    and of the positives would cancel in a solved row.
+    """
+    odds2 = others2 - positives2
+    rest2 = log2(1.0 + tl.exp2(-tl.abs(odds2)))
+    lse2 = tl.maximum(others2, positives2) + rest2
+    return tl.maximum(odds2, 0.0) + rest2, lse2, lse2 - odds2
 
 
 @triton.jit
@@ -113,10 +131,21 @@ def nce_pair(x2, positive, on_positive, on_negative):
 
 
 @triton.jit
-def info_nce_pair(x2, positive, on_positive, on_row, lse2):
-    """The weighted InfoNCE loss of a pair in base 2, and its derivative by x."""
-    loss = tl.where(positive, on_positive * (lse2 - x2), 0.0)
-    return loss, on_row * tl.exp2(x2 - lse2) - tl.where(positive, on_positive, 0.0)
+def info_nce_pair(x2, positive, on_positive, on_row, lse2, pull2, LOSS: tl.constexpr):
+    """The weighted InfoNCE loss of a pair in base 2, and its derivative by x.
+
+    With positives taken together the loss is that of rows, see `any_terms`. A positive pair is pulled by its
+    share among the positives times the chance of the others: one power, 2^(x2 - pull2), as the difference of
+    two would cancel in a solved row.
+    """
+    if LOSS == "info_nce":
+        loss = tl.where(positive, on_positive * (lse2 - x2), 0.0)
+        slope = on_row * tl.exp2(x2 - lse2) - tl.where(positive, on_positive, 0.0)
+    else:
+        loss = tl.zeros_like(x2)
+        slope = on_row * tl.exp2(tl.where(positive, x2 - pull2, x2 - lse2))
+        slope = tl.where(positive, -slope, slope)
+    return loss, slope
 
 
 @triton.jit
@@ -131,14 +160,15 @@ def _of_pairs(row, column, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr):
 
 @triton.jit
 def pair_terms(
-    x2, positive, row_positive, row_other, row_lse2, column_positive, column_other, column_lse2,
-    NCE: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
+    x2, positive, row_positive, row_other, row_lse2, row_pull2,
+    column_positive, column_other, column_lse2, column_pull2,
+    LOSS: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
 ):  # fmt: skip
     """Loss (base 2) and derivative by x of the pairs of a tile, of the losses of rows, columns, or both.
 
     A pair that does not count has x2 = LEFT_OUT and is not positive: both its terms are 0.
     """
-    if NCE:
+    if LOSS == "nce":
         # Both directions see the same x, so their weights add.
         on_positive = _of_pairs(row_positive, column_positive, BY_ROW, BY_COLUMN)
         on_negative = _of_pairs(row_other, column_other, BY_ROW, BY_COLUMN)
@@ -146,12 +176,14 @@ def pair_terms(
     else:
         if BY_ROW:
             loss, slope = info_nce_pair(
-                x2, positive, row_positive[:, None], row_other[:, None], row_lse2[:, None]
-            )
+                x2, positive, row_positive[:, None], row_other[:, None],
+                row_lse2[:, None], row_pull2[:, None], LOSS,
+            )  # fmt: skip
         if BY_COLUMN:
             more_loss, more_slope = info_nce_pair(
-                x2, positive, column_positive[None, :], column_other[None, :], column_lse2[None, :]
-            )
+                x2, positive, column_positive[None, :], column_other[None, :],
+                column_lse2[None, :], column_pull2[None, :], LOSS,
+            )  # fmt: skip
             if BY_ROW:
                 loss += more_loss
                 slope += more_slope

@@ -9,7 +9,7 @@ from .pairs import inverse_norm, weights
 @triton.jit(do_not_specialize=["rows", "num_others"])
 def rows_kernel(
     FEATURES, COUNTS, MEAN, INVERSE, ON_POSITIVE, ON_OTHER, rows, num_others, width, negatives,
-    NCE: tl.constexpr, ALL_NEGATIVES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    LOSS: tl.constexpr, ALL_NEGATIVES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Of each row its inverse norm and, from the COUNTS of its positives, the weights of its pairs."""
     own = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -23,7 +23,7 @@ def rows_kernel(
         ).to(tl.float32)  # fmt: skip
         squares += tl.sum(values * values, 1)
     counts = tl.load(COUNTS + own, mask=in_rows, other=0)
-    on_positive, on_other = weights(counts, num_others, tl.load(MEAN), negatives, NCE, ALL_NEGATIVES)
+    on_positive, on_other = weights(counts, num_others, tl.load(MEAN), negatives, LOSS, ALL_NEGATIVES)
     tl.store(INVERSE + own, inverse_norm(squares), mask=in_rows)
     tl.store(ON_POSITIVE + own, on_positive, mask=in_rows)
     tl.store(ON_OTHER + own, on_other, mask=in_rows)

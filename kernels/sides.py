@@ -12,6 +12,7 @@ from mim4dd.reference import Objective, saved_dtype
 
 from .block_kernels import sums_kernel
 from .launch import choose, dot_precision, precision_of
+from .pairs import LEFT_OUT, LOG_SUMS
 from .side_kernels import gradient_kernel, rows_kernel
 
 # Rows and columns looked at by one launch where pairs are walked in blocks.
@@ -27,6 +28,7 @@ class Side(NamedTuple):
     on_positive: Tensor  # what a positive pair of the row counts in the loss of this side
     on_other: Tensor  # NCE: what a negative pair counts; InfoNCE: the whole row
     lse2: Tensor  # InfoNCE: log2 of the sum of 2^x2 over the pairs of the row
+    pull2: Tensor  # InfoNCE of any positive: see `pairs.info_nce_pair`
 
     def of(self, rows: slice) -> "Side":
         """Some of the rows."""
@@ -40,9 +42,12 @@ def prepare(
     key_labels: Tensor,
     anchors: Tensor,
     keys: Tensor,
-) -> tuple[Side, Side, Tensor]:
-    """Both sides, and the largest weight of a pair, [1]; arguments as in `kernels.contrast`."""
-    nce, negatives = objective.name == "nce", objective.negatives
+) -> tuple[Side, Side, Tensor, Tensor | None]:
+    """Both sides, the largest weight of a pair, [1], and the loss, [1], if it is known before the pairs.
+
+    Arguments as in `kernels.contrast`.
+    """
+    negatives = objective.negatives
     labels = _ranks(anchor_labels, key_labels)
     counts = _counts(*labels)
     if objective.exclude_self:
@@ -55,7 +60,7 @@ def prepare(
     for index in (0, 1):
         rows, width = features[index].shape
         others = len(features[1 - index]) - objective.exclude_self
-        if nce:
+        if objective.name == "nce":
             means[index].fill_(1 / rows)
         else:
             means[index].copy_((counts[index] > 0).sum().clamp_min(1).reciprocal())
@@ -63,14 +68,21 @@ def prepare(
         rows_kernel[(triton.cdiv(rows, 32),)](
             features[index], counts[index], means[index], inverse, on_positive, on_other,
             rows, others, width, float(negatives or 0),
-            NCE=nce, ALL_NEGATIVES=negatives is None, BLOCK_M=32, BLOCK_D=128,
+            LOSS=objective.name, ALL_NEGATIVES=negatives is None, BLOCK_M=32, BLOCK_D=128,
         )  # fmt: skip
-        sides.append(Side(features[index], labels[index], inverse, on_positive, on_other, inverse))
-    if not nce:
-        sums = _log_sums2(objective, scales, *sides)
-        sides = [side._replace(lse2=lse2) for side, lse2 in zip(sides, sums, strict=True)]
+        # A loss without log-sum-exps reads none: any vector holds their place.
+        sides.append(Side(features[index], labels[index], inverse, on_positive, on_other, inverse, inverse))
+    losses = []
+    if LOG_SUMS[objective.name]:
+        for index, sums in enumerate(_log_sums2(objective, scales, *sides)):
+            if len(sums) == 1:
+                sides[index] = sides[index]._replace(lse2=sums[0])
+            else:
+                sides[index], loss = _taken_together(sides[index], *sums)
+                losses.append(loss)
     largest = means.sum(0, keepdim=True) if objective.symmetric else means[:1]
-    return sides[0], sides[1], largest * max(1.0, negatives or 0.0)
+    largest = largest * max(1.0, negatives or 0.0)
+    return sides[0], sides[1], largest, torch.stack(losses).sum(0) if losses else None
 
 
 def gain(dtype: torch.dtype, largest: Tensor) -> Tensor:
@@ -138,12 +150,21 @@ def _counts(anchor_labels: Tensor, key_labels: Tensor) -> tuple[Tensor, Tensor]:
     return counts[0], counts[1]
 
 
-def _log_sums2(objective: Objective, scales: Tensor, a: Side, k: Side) -> tuple[Tensor, Tensor]:
-    """log2 of the sum of 2^x2 of each anchor over the keys and, if symmetric, of each key over the anchors.
+def _taken_together(side: Side, others2: Tensor, positives2: Tensor) -> tuple[Side, Tensor]:
+    """The side with what `pairs.any_terms` makes of log-sum-exps [rows], and the loss of its rows, [1]."""
+    odds2, lse2 = others2 - positives2, torch.logaddexp2(others2, positives2)
+    loss2 = torch.logaddexp2(odds2, torch.zeros_like(odds2))
+    loss = (side.on_other * loss2).sum(0, keepdim=True) * math.log(2)
+    return side._replace(lse2=lse2, pull2=lse2 - odds2), loss
+
+
+def _log_sums2(objective: Objective, scales: Tensor, a: Side, k: Side) -> list[Tensor]:
+    """log2 of the sums of 2^x2 (see `pairs.LOG_SUMS`) of each anchor over the keys, [sums, M], and, if
+    symmetric, of each key over the anchors, [sums, N].
 
     One pass over the logits, which are not kept: of a block only its sums by tile.
     """
-    precision = precision_of(a.features.dtype)
+    precision, num_sums = precision_of(a.features.dtype), LOG_SUMS[objective.name]
     m, n, width = len(a.features), len(k.features), a.features.shape[1]
     tile = choose(
         "SUMS",
@@ -152,27 +173,30 @@ def _log_sums2(objective: Objective, scales: Tensor, a: Side, k: Side) -> tuple[
         scales.device,
         lambda t: triton.cdiv(min(m, BLOCK), t.m) * triton.cdiv(min(n, BLOCK), t.n),
     )
-    sums = [torch.full((rows,), -torch.inf, device=scales.device) for rows in (m, n)]
+    lengths = (m, n) if objective.symmetric else (m,)
+    # What a sum of no pair stays at: above the logits left out, for one less the other must not overflow.
+    least = LEFT_OUT.value / 2
+    sums = [torch.full((num_sums, length), least, device=scales.device) for length in lengths]
     for rows, columns in walk(m, n):
         anchors, keys = a.of(rows), k.of(columns)
         num_rows, num_columns = len(anchors.features), len(keys.features)
         tiles_m, tiles_n = triton.cdiv(num_rows, tile.m), triton.cdiv(num_columns, tile.n)
-        row_parts = torch.empty(tiles_n, num_rows, device=scales.device)
-        column_parts = torch.empty(tiles_m, num_columns, device=scales.device)
+        row_parts = torch.empty(tiles_n, num_sums, num_rows, device=scales.device)
+        column_parts = torch.empty(tiles_m, num_sums, num_columns, device=scales.device)
         sums_kernel[(tiles_m * tiles_n,)](
-            anchors.features, keys.features, anchors.inverse, keys.inverse, scales, row_parts, column_parts,
-            num_rows, num_columns, width, rows.start - columns.start,
-            SYMMETRIC=objective.symmetric, EXCLUDE_SELF=objective.exclude_self,
+            anchors.features, keys.features, anchors.inverse, keys.inverse, anchors.labels, keys.labels,
+            scales, row_parts, column_parts, num_rows, num_columns, width, rows.start - columns.start,
+            NUM_SUMS=num_sums, SYMMETRIC=objective.symmetric, EXCLUDE_SELF=objective.exclude_self,
             PRECISION=dot_precision(precision), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_D=tile.d, GROUP=8,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        _add_log_sums2(sums[0][rows], row_parts)
+        _add_log_sums2(sums[0][:, rows], row_parts)
         if objective.symmetric:
-            _add_log_sums2(sums[1][columns], column_parts)
-    return sums[0], sums[1]
+            _add_log_sums2(sums[1][:, columns], column_parts)
+    return sums
 
 
 def _add_log_sums2(total: Tensor, parts: Tensor) -> None:
-    """Put log2 of the sum of 2^total [rows] and 2^parts [tiles, rows] into `total`."""
+    """Put log2 of the sum of 2^total [..., rows] and 2^parts [tiles, ..., rows] into `total`."""
     log2 = math.log(2)
     total.copy_(torch.cat([total[None], parts]).mul_(log2).logsumexp(0).div_(log2))

@@ -4,7 +4,7 @@ The logits are smaller than the keys, so they may be scratch. Three launches, fo
 number of layers, and both gradients with them:
 
     dots    products and squares of rows, the features split over programs; label counts
-    sums    (InfoNCE) log-sum-exp of rows and columns
+    sums    (InfoNCE) log-sum-exps of rows and columns
     pairs   norms, loss, derivative by each logit
     finish  the gradients by features, as products with an epilogue; sums over tiles
 
@@ -24,6 +24,7 @@ from mim4dd.reference import Objective, saved_dtype
 from . import launch
 from .finish_kernels import finish_kernel
 from .launch import Tile, choose, dot_precision, precision_of
+from .pairs import LOG_SUMS
 from .skinny_kernels import dots_kernel, pairs_kernel, sums_kernel
 
 # What a program of `pairs_kernel` and `sums_kernel` looks at; both only read scratch once.
@@ -45,7 +46,7 @@ def contrast(
     Features are contiguous, aligned, of widths that are multiples of 16; other arguments as in
     `kernels.contrast`.
     """
-    nce, layers = objective.name == "nce", len(anchors)
+    num_sums, layers = LOG_SUMS[objective.name], len(anchors)
     m, n, device, dtype = len(anchors[0]), len(keys[0]), anchors[0].device, anchors[0].dtype
     widths = tuple(a.shape[1] for a in anchors)
     precision = precision_of(dtype)
@@ -80,15 +81,14 @@ def contrast(
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_D=tile.d, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
-    a_lse2, k_lse2, means = (
-        (empty(0), empty(0), empty(0)) if nce else (empty(layers, m), empty(layers, n), empty(2))
-    )
-    if not nce:
+    a_lse2, k_lse2, means = empty(num_sums, layers, m), empty(num_sums, layers, n), empty(2)
+    if num_sums:
         own, other = SUMS_TILE
         programs = triton.cdiv(m, own) + (triton.cdiv(n, own) if objective.symmetric else 0)
-        sums_kernel[(programs, layers)](
-            products, a_squares, k_squares, a_counts, k_counts, scales, first_slot, num_slots,
-            a_lse2, k_lse2, means, m, n, L=layers, EXCLUDE_SELF=objective.exclude_self, OWN=own, OTHER=other,
+        sums_kernel[(programs, layers, num_sums)](
+            products, a_squares, k_squares, anchor_labels, key_labels, a_counts, k_counts, scales,
+            first_slot, num_slots, a_lse2, k_lse2, means, m, n,
+            NUM_SUMS=num_sums, L=layers, EXCLUDE_SELF=objective.exclude_self, OWN=own, OTHER=other,
         )  # fmt: skip
 
     block_m, block_n = PAIRS_TILE
@@ -100,8 +100,9 @@ def contrast(
         products, a_squares, k_squares, a_counts, k_counts, a_lse2, k_lse2, means, scales,
         anchor_labels, key_labels, first_slot, num_slots,
         slopes, a_along, k_along, a_inverse, k_inverse, sums, m, n, float(objective.negatives or 0),
-        L=layers, NCE=nce, SYMMETRIC=objective.symmetric, ALL_NEGATIVES=objective.negatives is None,
-        EXCLUDE_SELF=objective.exclude_self, BLOCK_M=block_m, BLOCK_N=block_n,
+        L=layers, LOSS=objective.name, SYMMETRIC=objective.symmetric,
+        ALL_NEGATIVES=objective.negatives is None, EXCLUDE_SELF=objective.exclude_self,
+        BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
 
     _, want_anchors, want_keys = wanted

@@ -4,7 +4,17 @@ import triton
 import triton.language as tl
 
 from .layers import at, pick
-from .pairs import LEFT_OUT, LN2, LOG2E, count_equal, inverse_norm, pair_terms, row_products, weights
+from .pairs import (
+    LEFT_OUT,
+    LN2,
+    LOG2E,
+    any_terms,
+    count_equal,
+    inverse_norm,
+    pair_terms,
+    row_products,
+    weights,
+)
 
 
 @triton.jit
@@ -89,17 +99,22 @@ def _logits2(
 
 @triton.jit
 def _log_sum_exp2(
-    PRODUCTS, A_SQUARES, K_SQUARES, SCALES, LSE2, tile, M, N, slot_low, slot_high, layer,
-    OF_KEYS: tl.constexpr, L: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
+    PRODUCTS, A_SQUARES, K_SQUARES, ANCHOR_LABELS, KEY_LABELS, SCALES, LSE2, tile,
+    M, N, slot_low, slot_high, layer, index,
+    OF_KEYS: tl.constexpr, NUM_SUMS: tl.constexpr, L: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
     OWN: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of OWN anchors over all keys, or OF_KEYS the other way round, stored to LSE2 [L, *]."""
+    """The log-sum-exp `index` (see `pairs.LOG_SUMS`) of OWN anchors over the keys, or OF_KEYS the other way
+    round, stored to LSE2 [NUM_SUMS, L, *]."""
     num_own = N if OF_KEYS else M
     num_others = M if OF_KEYS else N
     OWN_SQUARES = K_SQUARES if OF_KEYS else A_SQUARES
     OTHER_SQUARES = A_SQUARES if OF_KEYS else K_SQUARES
+    OWN_LABELS = KEY_LABELS if OF_KEYS else ANCHOR_LABELS
+    OTHER_LABELS = ANCHOR_LABELS if OF_KEYS else KEY_LABELS
     own = tile * OWN + tl.arange(0, OWN)
     in_own = own < num_own
+    own_labels = tl.load(OWN_LABELS + own, mask=in_own, other=0)
     own_inverse = _inverse_norms(OWN_SQUARES, own, in_own, num_own, slot_low, slot_high, OWN)
     largest = tl.full((OWN,), LEFT_OUT, dtype=tl.float32)
     total = tl.zeros((OWN,), dtype=tl.float32)
@@ -118,10 +133,14 @@ def _log_sum_exp2(
                 PRODUCTS, own, other, in_own, in_other, own_inverse, other_inverse,
                 M, N, slot_low, slot_high, SCALES, layer, L, EXCLUDE_SELF, OWN, OTHER,
             )  # fmt: skip
+        if NUM_SUMS == 2:
+            other_labels = tl.load(OTHER_LABELS + other, mask=in_other, other=0)
+            positive = own_labels[:, None] == other_labels[None, :]
+            x2 = tl.where(positive == (index == 1), x2, LEFT_OUT)
         larger = tl.maximum(largest, tl.max(x2, 1))
         total = total * tl.exp2(largest - larger) + tl.sum(tl.exp2(x2 - larger[:, None]), 1)
         largest = larger
-    tl.store(LSE2 + layer * num_own + own, largest + tl.log2(total), mask=in_own)
+    tl.store(LSE2 + (index * L + layer) * num_own + own, largest + tl.log2(total), mask=in_own)
 
 
 @triton.jit
@@ -136,30 +155,54 @@ def _mean_over_positives(COUNTS, length):
 
 @triton.jit(do_not_specialize=["M", "N"])
 def sums_kernel(
-    PRODUCTS, A_SQUARES, K_SQUARES, A_COUNTS, K_COUNTS, SCALES, first_slot, num_slots,
-    A_LSE2, K_LSE2, MEANS, M, N,
-    L: tl.constexpr, EXCLUDE_SELF: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
+    PRODUCTS, A_SQUARES, K_SQUARES, ANCHOR_LABELS, KEY_LABELS, A_COUNTS, K_COUNTS, SCALES,
+    first_slot, num_slots, A_LSE2, K_LSE2, MEANS, M, N,
+    NUM_SUMS: tl.constexpr, L: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
+    OWN: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp (base 2) of each anchor over the keys: A_LSE2 [L, M]; with programs past those of the
-    anchors also of each key over the anchors: K_LSE2 [L, N]. The first program finds MEANS [2]."""
+    """Log-sum-exps (base 2) of each anchor over the keys: A_LSE2 [NUM_SUMS, L, M]; with programs past those
+    of the anchors also of each key over the anchors: K_LSE2 [NUM_SUMS, L, N]. The first program finds MEANS
+    [2]."""
     tile = tl.program_id(0)
     layer = tl.program_id(1)
+    index = tl.program_id(2)
     low = at(first_slot, layer, L)
     high = low + at(num_slots, layer, L)
     tiles_m = tl.cdiv(M, OWN)
-    if (tile == 0) & (layer == 0):
+    if (tile == 0) & (layer == 0) & (index == 0):
         tl.store(MEANS, _mean_over_positives(A_COUNTS, M))
         tl.store(MEANS + 1, _mean_over_positives(K_COUNTS, N))
     if tile < tiles_m:
         _log_sum_exp2(
-            PRODUCTS, A_SQUARES, K_SQUARES, SCALES, A_LSE2, tile, M, N, low, high, layer,
-            False, L, EXCLUDE_SELF, OWN, OTHER,
+            PRODUCTS, A_SQUARES, K_SQUARES, ANCHOR_LABELS, KEY_LABELS, SCALES, A_LSE2, tile,
+            M, N, low, high, layer, index, False, NUM_SUMS, L, EXCLUDE_SELF, OWN, OTHER,
         )  # fmt: skip
     else:
         _log_sum_exp2(
-            PRODUCTS, A_SQUARES, K_SQUARES, SCALES, K_LSE2, tile - tiles_m, M, N, low, high, layer,
-            True, L, EXCLUDE_SELF, OWN, OTHER,
+            PRODUCTS, A_SQUARES, K_SQUARES, ANCHOR_LABELS, KEY_LABELS, SCALES, K_LSE2, tile - tiles_m,
+            M, N, low, high, layer, index, True, NUM_SUMS, L, EXCLUDE_SELF, OWN, OTHER,
         )  # fmt: skip
+
+
+@triton.jit
+def _row_terms(
+    COUNTS, LSE2, MEAN, rows, in_rows, num_rows, num_others, layer, negatives,
+    LOSS: tl.constexpr, ALL_NEGATIVES: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """What `pair_terms` needs of the rows of a side, and their losses if these are known before the pairs."""
+    counts = tl.load(COUNTS + rows, mask=in_rows, other=0)
+    mean = 1.0 / num_rows if LOSS == "nce" else tl.load(MEAN)
+    on_positive, on_other = weights(counts, num_others, mean, negatives, LOSS, ALL_NEGATIVES)
+    lse2 = on_other
+    pull2 = on_other
+    loss2 = on_other
+    if LOSS != "nce":
+        lse2 = tl.load(LSE2 + layer * num_rows + rows, mask=in_rows, other=0.0)
+    if LOSS == "info_nce_any":
+        positives2 = tl.load(LSE2 + (L + layer) * num_rows + rows, mask=in_rows, other=0.0)
+        loss2, lse2, pull2 = any_terms(lse2, positives2)
+        loss2 *= on_other
+    return on_positive, on_other, lse2, pull2, loss2
 
 
 @triton.jit(do_not_specialize=["M", "N"])
@@ -167,7 +210,7 @@ def pairs_kernel(
     PRODUCTS, A_SQUARES, K_SQUARES, A_COUNTS, K_COUNTS, A_LSE2, K_LSE2, MEANS, SCALES,
     ANCHOR_LABELS, KEY_LABELS, first_slot, num_slots,
     SLOPES, A_ALONG, K_ALONG, A_INVERSE, K_INVERSE, SUMS, M, N, negatives,
-    L: tl.constexpr, NCE: tl.constexpr, SYMMETRIC: tl.constexpr, ALL_NEGATIVES: tl.constexpr,
+    L: tl.constexpr, LOSS: tl.constexpr, SYMMETRIC: tl.constexpr, ALL_NEGATIVES: tl.constexpr,
     EXCLUDE_SELF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """SLOPES [L, M, N] dL/dx; of each tile its sums by row A_ALONG [L, tiles, M] and column K_ALONG of slope
@@ -189,28 +232,27 @@ def pairs_kernel(
         PRODUCTS, rows, columns, in_rows, in_columns, a_inverse, k_inverse, M, N, low, high, SCALES, layer,
         L, EXCLUDE_SELF, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    if NCE:
-        a_mean = 1.0 / M
-        k_mean = 1.0 / N
-        a_lse2 = a_inverse
-        k_lse2 = k_inverse
-    else:
-        a_mean = tl.load(MEANS)
-        k_mean = tl.load(MEANS + 1)
-        a_lse2 = tl.load(A_LSE2 + layer * M + rows, mask=in_rows, other=0.0)
-        k_lse2 = a_lse2
-        if SYMMETRIC:
-            k_lse2 = tl.load(K_LSE2 + layer * N + columns, mask=in_columns, other=0.0)
-    a_counts = tl.load(A_COUNTS + rows, mask=in_rows, other=0)
-    k_counts = tl.load(K_COUNTS + columns, mask=in_columns, other=0)
-    a_positive, a_other = weights(a_counts, N - EXCLUDE_SELF, a_mean, negatives, NCE, ALL_NEGATIVES)
-    k_positive, k_other = weights(k_counts, M - EXCLUDE_SELF, k_mean, negatives, NCE, ALL_NEGATIVES)
+    a_positive, a_other, a_lse2, a_pull2, a_loss2 = _row_terms(
+        A_COUNTS, A_LSE2, MEANS, rows, in_rows, M, N - EXCLUDE_SELF, layer, negatives,
+        LOSS, ALL_NEGATIVES, L,
+    )  # fmt: skip
+    k_positive, k_other, k_lse2, k_pull2, k_loss2 = a_positive, a_other, a_lse2, a_pull2, a_loss2
+    if SYMMETRIC:
+        k_positive, k_other, k_lse2, k_pull2, k_loss2 = _row_terms(
+            K_COUNTS, K_LSE2, MEANS + 1, columns, in_columns, N, M - EXCLUDE_SELF, layer, negatives,
+            LOSS, ALL_NEGATIVES, L,
+        )  # fmt: skip
     a_labels = tl.load(ANCHOR_LABELS + rows, mask=in_rows, other=0)
     k_labels = tl.load(KEY_LABELS + columns, mask=in_columns, other=0)
     loss2, slopes = pair_terms(
         x2, (a_labels[:, None] == k_labels[None, :]) & counting,
-        a_positive, a_other, a_lse2, k_positive, k_other, k_lse2, NCE, True, SYMMETRIC,
+        a_positive, a_other, a_lse2, a_pull2, k_positive, k_other, k_lse2, k_pull2, LOSS, True, SYMMETRIC,
     )  # fmt: skip
+    loss2 = tl.sum(tl.sum(loss2, 1), 0)
+    if LOSS == "info_nce_any":  # the losses of rows, each once
+        loss2 = tl.where(tile_n == 0, tl.sum(a_loss2, 0), 0.0)
+        if SYMMETRIC:
+            loss2 += tl.where(tile_m == 0, tl.sum(k_loss2, 0), 0.0)
     along = slopes * cosines
     base = layer.to(tl.int64) * M * N
     tl.store(
@@ -224,6 +266,6 @@ def pairs_kernel(
     if tile_m == 0:
         tl.store(K_INVERSE + layer * N + columns, k_inverse, mask=in_columns)
     sums = SUMS + (layer * tiles_m * tiles_n + tl.program_id(0)) * 3
-    tl.store(sums, tl.sum(tl.sum(loss2, 1), 0) * LN2)
+    tl.store(sums, loss2 * LN2)
     tl.store(sums + 1, tl.sum(tl.sum(along, 1), 0))
     tl.store(sums + 2, tl.sum(tl.sum(slopes, 1), 0))

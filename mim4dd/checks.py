@@ -9,8 +9,6 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .reference import Objective
-
 
 def check_features(function: str, anchors: Tensor, keys: Tensor) -> None:
     """Both [rows, width], floating, of one width, on one device."""
@@ -100,10 +98,8 @@ def _readable(value: Tensor) -> bool:
     return plain and value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def fused_obstacle(dtype: torch.dtype, device: torch.device, objective: Objective) -> str | None:
+def fused_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the fused kernels cannot run on features of this dtype and device, or None if they can."""
-    if objective.name == "info_nce_any":
-        return "the kernels have no positives='any'"
     if find_spec("triton") is None:
         return "triton is not installed"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -115,9 +111,7 @@ def fused_obstacle(dtype: torch.dtype, device: torch.device, objective: Objectiv
     return f"the kernels need a CUDA device, or TRITON_INTERPRET=1 on a CPU, and the features are on {device}"
 
 
-def resolve_backend(
-    function: str, backend: str | None, dtype: torch.dtype, device: torch.device, objective: Objective
-) -> str:
+def resolve_backend(function: str, backend: str | None, dtype: torch.dtype, device: torch.device) -> str:
     """Return "reference" or "fused": what `backend` asks for, or for None the best that runs here.
 
     Raises:
@@ -128,7 +122,7 @@ def resolve_backend(
         raise ValueError(f"mim4dd.{function}: backend is {backend!r}, expected 'reference', 'fused' or None")
     if backend == "reference" or (backend is None and device.type == "cpu"):
         return "reference"
-    obstacle = fused_obstacle(dtype, device, objective)
+    obstacle = fused_obstacle(dtype, device)
     if backend == "fused" and obstacle:
         raise RuntimeError(f"mim4dd.{function}: backend='fused' cannot run, {obstacle}; use None")
     return "reference" if obstacle else "fused"

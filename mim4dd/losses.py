@@ -292,7 +292,7 @@ def _losses(
     features = one_dtype(*anchors, *keys)
     return contrastive_losses(
         objective,
-        resolve_backend(function, backend, features[0].dtype, features[0].device, objective),
+        resolve_backend(function, backend, features[0].dtype, features[0].device),
         scales_of(function, features[0], temperature, noise_ratios),
         *labels,
         features[: len(anchors)],

@@ -24,7 +24,10 @@ OBJECTIVES = [
     Objective("nce", negatives=3.0, symmetric=True),
     Objective("info_nce"),
     Objective("info_nce", symmetric=True),
+    Objective("info_nce_any"),
+    Objective("info_nce_any", symmetric=True),
 ]
+ONE_OF_EACH = OBJECTIVES[1], OBJECTIVES[2], OBJECTIVES[5]
 # Relative errors by dtype; half precision against the formula on the same rounded features.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
@@ -97,17 +100,20 @@ def test_loss_and_gradients(path, objective, sizes):
     check(objective, *problem(m, n, [width]))
 
 
+@pytest.mark.parametrize("temperature", [0.01, 0.3])
 @pytest.mark.parametrize("rows", [1, 65])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-def test_pairs_with_itself_left_out(path, objective, rows):
-    check(replace(objective, exclude_self=True), *problem(rows, rows, [24]))
+def test_pairs_with_itself_left_out(path, objective, rows, temperature):
+    scales, *rest = problem(rows, rows, [24])
+    scales[0] = temperature
+    check(replace(objective, exclude_self=True), scales, *rest)
 
 
 @pytest.mark.parametrize("path", ["narrow"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("width", [3, 16, 31, 64, 100, 128])
 def test_every_width_of_the_narrow_path(path, dtype, width):
-    for objective in OBJECTIVES[1:3]:
+    for objective in ONE_OF_EACH:
         check(objective, *problem(70, 45, [width], dtype))
 
 
@@ -119,7 +125,7 @@ def test_parts_of_the_other_side_are_made_where_rows_are_few():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("objective", OBJECTIVES[1:3], ids=str)
+@pytest.mark.parametrize("objective", ONE_OF_EACH, ids=str)
 def test_half_precision(path, objective, dtype):
     check(objective, *problem(20, 75, [48], dtype))
 
@@ -132,7 +138,7 @@ def test_labels_of_any_value(path, label_dtype):
 
 
 def test_layers_share_their_launches():
-    for objective in OBJECTIVES[1:3]:
+    for objective in ONE_OF_EACH:
         check(objective, *problem(7, 40, [100, 16, 33]))
 
 
@@ -140,7 +146,8 @@ def test_layers_share_their_launches():
     "wanted", [(False, True, False), (False, False, True), (True, False, False), (False,) * 3]
 )
 def test_only_what_is_wanted_is_made(path, wanted):
-    check(OBJECTIVES[0], *problem(9, 33, [16]), wanted)
+    for objective in (OBJECTIVES[0], *ONE_OF_EACH[1:]):
+        check(objective, *problem(9, 33, [16]), wanted)
 
 
 def test_features_split_over_programs(monkeypatch):
@@ -154,6 +161,9 @@ def test_without_positives_without_negatives_and_zero_rows(path):
     for objective in OBJECTIVES:
         for others in (torch.full_like(key_labels, 7), torch.zeros_like(key_labels), key_labels):
             check(objective, scales, torch.zeros_like(anchor_labels), others, [a], [k])
+    for objective in OBJECTIVES[2:]:
+        nothing = kernels.contrast(objective, scales, anchor_labels, key_labels + 7, [a], [k], (True,) * 3)
+        assert not any(value.any() for value in nothing)
     _, _, by_a, by_k = kernels.contrast(
         OBJECTIVES[0], scales, anchor_labels, key_labels, [a], [k], (True, True, True)
     )
@@ -168,6 +178,35 @@ def test_no_temperature_overflows(path, temperature):
         check(objective, torch.full_like(scales, temperature), *rest)
 
 
+def two_classes(sign):
+    """Keys that lie where the anchors of their class do, or (-1) where those of the other class do."""
+    scales, anchor_labels, key_labels, (a,), (k,) = problem(40, 70, [16], classes=2)
+    centre = 2 * torch.randn(16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    places = [(1.0 - 2 * labels)[:, None] * centre for labels in (anchor_labels, key_labels)]
+    return scales, anchor_labels, key_labels, [places[0] + 0.3 * a], [sign * places[1] + 0.3 * k]
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_any_positive_far_below_or_above_all_others(path, sign, symmetric, temperature):
+    scales, *rest = two_classes(sign)
+    check(Objective("info_nce_any", symmetric=symmetric), torch.full_like(scales, temperature), *rest)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_any_positive_keeps_the_gradient_of_solved_rows(path, symmetric):
+    objective = Objective("info_nce_any", symmetric=symmetric)
+    scales, *labels, (a,), (k,) = two_classes(1)
+    scales[0] = 0.1
+    _, _, *actual = kernels.contrast(objective, scales, *labels, [a], [k], (True, True, True))
+    leaves = [value.double().requires_grad_() for value in (a, k)]
+    loss = reference.plain(objective, scales[:, 0].double(), *labels, *leaves)
+    assert loss < 1e-7
+    for value, wish in zip(actual, torch.autograd.grad(loss, leaves), strict=True):
+        agree(value / wish.abs().max(), wish / wish.abs().max(), 1e-4)
+
+
 def test_float16_holds_gradients_of_few_positives_and_of_unlike_norms(path):
     # One anchor of 100 has a positive, so InfoNCE weighs it 100 times; norms are large and differ by 100.
     scales, anchor_labels, key_labels, (a,), (k,) = problem(100, 20, [16], torch.float16)
@@ -180,28 +219,30 @@ def test_float16_holds_gradients_of_few_positives_and_of_unlike_norms(path):
 
 
 def test_empty_sides_give_zero(path):
-    for m, n in ((0, 4), (4, 0)):
-        losses, *gradients = kernels.contrast(OBJECTIVES[0], *problem(m, n, [8]), (True, True, True))
-        assert losses.tolist() == [0]
-        assert not any(gradient.any() for gradient in gradients)
+    for objective in (OBJECTIVES[0], *ONE_OF_EACH):
+        for m, n in ((0, 4), (4, 0)):
+            losses, *gradients = kernels.contrast(objective, *problem(m, n, [8]), (True, True, True))
+            assert losses.tolist() == [0]
+            assert not any(gradient.any() for gradient in gradients)
 
 
 def test_runs_are_identical(path):
     arguments = problem(40, 70, [48])
-    first, second = (kernels.contrast(OBJECTIVES[3], *arguments, (True, True, True)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for objective in (OBJECTIVES[3], OBJECTIVES[5]):
+        first, second = (kernels.contrast(objective, *arguments, (True, True, True)) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_autotune_keeps_its_choice_on_disk(path, monkeypatch, tmp_path):
     monkeypatch.setenv("MIM4DD_AUTOTUNE", "1")
     monkeypatch.setenv("MIM4DD_CACHE", str(tmp_path))
     monkeypatch.setattr(autotune, "REPEATS", 1)
-    check(OBJECTIVES[0], *problem(4, 9, [16]))
+    check(OBJECTIVES[4], *problem(4, 9, [16]))
     (file,) = tmp_path.iterdir()
     choice = json.loads(file.read_text())
     assert len(choice) == 1
     monkeypatch.setattr(autotune, "_seconds", None)  # a second call of the kind does not search
-    check(OBJECTIVES[0], *problem(4, 9, [16]))
+    check(OBJECTIVES[4], *problem(4, 9, [16]))
     assert json.loads(file.read_text()) == choice
 
 
@@ -232,7 +273,10 @@ def test_public_functions_agree_on_both_backends():
         )
         info = mim4dd.info_nce_loss(a, k, la, lk, temperature=temperature, backend=backend)
         pairs = mim4dd.info_nce_loss(a, k[:6], backend=backend)
-        total = nce * 2 + info + pairs
+        some = mim4dd.info_nce_loss(
+            a, k, la, lk, temperature=temperature, positives="any", symmetric=True, backend=backend
+        )
+        total = nce * 2 + info + pairs + some
         results.append([total, *torch.autograd.grad(total, (a, k, temperature, noise_ratio))])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 

@@ -36,6 +36,9 @@ def test_no_spills_within_shared_memory_on_tensor_cores(capability):
     for precision in ("half", "tf32", "ieee"):
         only = set() if precision == "ieee" else {"narrow_kernels.narrow_kernel"}
         assert {row["kernel"] for row in rows if row["precision"] == precision} == kernels | only
+        for kernel in kernels | only:
+            losses = {r["loss"] for r in rows if r["precision"] == precision and r["kernel"] == kernel}
+            assert losses in ({None}, {"info_nce", "info_nce_any"}, {"nce", "info_nce", "info_nce_any"})
     assert [row for row in rows if row["spilled"]] == []
     for row in rows:
         assert row["shared"] <= row["shared_estimate"] <= SHARED_LIMIT[capability]
