@@ -79,9 +79,9 @@ class MimConfig:
     mim_loss: Literal["info-nce", "nce"] = "info-nce"
     """info-nce: every real image is to find its class among the synthetic ones. nce: the published term, a
     critic of every pair."""
-    mim_networks: Literal["trained", "base"] = "trained"
-    """Whose features it compares: those of networks of its own, trained on the real images for a moment, or
-    those of the networks that the base method looks through."""
+    mim_networks: Literal["synthetic", "real", "base"] = "synthetic"
+    """Whose features it compares: those of networks of its own, trained for a moment on the synthetic images
+    as they are by then, or on the real ones; or those of the networks that the base method looks through."""
     mim_pairs: Literal["class", "cluster"] = "class"
     """Which real images an image is paired with: those of its class, or of its cluster (k-means, one cluster
     of its class for every synthetic image)."""

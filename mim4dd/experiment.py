@@ -24,9 +24,11 @@ from .objectives import (
     METHODS,
     MutualInformation,
     Objective,
+    OwnNetworks,
     Problem,
-    TrainedNetworks,
-    through_trained,
+    TrainedOnReal,
+    TrainedOnSynthetic,
+    through,
 )
 from .objectives.mutual_information import layer_indices
 from .seeding import generator
@@ -163,9 +165,8 @@ class Experiment:
 
     def prepare_term(self) -> Iterator[tuple[int, int]]:
         """Train the networks of the add-on, if it has its own, yielding (steps done, steps in all)."""
-        mim = self.config.mim
-        own = mim.mim_weight and mim.mim_networks == "trained"
-        return self._mim_networks.train() if own else iter(())
+        networks = self._mim_networks if self.config.mim.mim_weight else None
+        return networks.train() if networks else iter(())
 
     def distill(self, on_progress: Callable[[Progress], None], *, with_mim: bool = True) -> SyntheticSet:
         """Return the distilled set; `with_mim=False` runs the base method alone.
@@ -192,15 +193,16 @@ class Experiment:
         return distilled
 
     def _objective(self, *, with_term: bool) -> Objective:
-        make = METHODS[self.config.distill.method].objective
-        if not with_term or self.config.mim.mim_networks == "base":
+        make, networks = METHODS[self.config.distill.method].objective, self._mim_networks
+        if not with_term or networks is None:
             return make(self.problem)
-        base = make(dataclasses.replace(self.problem, layers=()))
-        return through_trained(base, self.problem, self._mim_networks.weights)
+        return through(networks, make(dataclasses.replace(self.problem, layers=())), self.problem)
 
     @cached_property
-    def _mim_networks(self) -> TrainedNetworks:
-        return TrainedNetworks(self.problem)
+    def _mim_networks(self) -> OwnNetworks | None:
+        kinds = {"real": TrainedOnReal, "synthetic": TrainedOnSynthetic, "base": None}
+        kind = kinds[self.config.mim.mim_networks]
+        return kind(self.problem) if kind else None
 
     def with_soft_labels(self, synthetic: SyntheticSet) -> SyntheticSet:
         """Return the set with what a network trained on the real images says of it."""

@@ -15,7 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mim4dd import distill, evaluate, graph, networks, stacked
-from mim4dd.objectives import METHODS, Matched, MutualInformation, Objective
+from mim4dd.objectives import (
+    METHODS,
+    Matched,
+    MutualInformation,
+    Objective,
+    TrainedOnSynthetic,
+    own_networks,
+    through,
+)
 from mim4dd.seeding import generator
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
@@ -120,6 +128,24 @@ def test_a_replayed_distillation_is_the_same(method, stand_in, tmp_path, monkeyp
     plain, plain_looks = distilled(method, tmp_path)
     assert torch.equal(replayed.images, plain.images)
     assert looks == plain_looks
+
+
+def test_students_are_replayed_too(stand_in, monkeypatch):
+    monkeypatch.setattr(own_networks, "STUDENT_EVERY", 3)
+    monkeypatch.setattr(own_networks, "STUDENT_STEPS", (4, 6))
+    problem, start = digits_problem()
+    problem = dataclasses.replace(problem, layers=(0, 1), augmentation="crop")
+
+    def images():
+        objective = through(TrainedOnSynthetic(problem), METHODS["dm"].objective(problem), problem)
+        term = MutualInformation(loss="info_nce", weight=10.0, layers="all", temperature=0.03)
+        settings = {"iterations": 12, "lr": 1.0, "momentum": 0.5, "mutual_information": term}
+        return distill.distill(objective, start, **settings).images
+
+    replayed = images()
+    assert len(stand_in) == 2, "the image step, and the student's step once for all students"
+    monkeypatch.setattr(graph, "WARM_UP", 10**9)
+    assert torch.equal(replayed, images())
 
 
 def test_learned_soft_labels_are_replayed_too(stand_in, tmp_path, monkeypatch):

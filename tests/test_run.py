@@ -43,7 +43,6 @@ def test_run_leaves_four_files_and_a_table(finished):
     assert files(folder) == ["images.png", "report.html", "result.json", "synthetic.safetensors"]
     for text in ("Accuracy on the test set", "random real images", "dm with mutual information", "base "):
         assert text in done.stdout
-    assert done.stdout.count("train networks for the term 550/550") == 1, "once, although distilled twice"
 
 
 def test_result_holds_what_is_promised(finished):
@@ -124,6 +123,13 @@ def test_small_images_and_soft_labels_go_with_every_method(tmp_path, method, cap
     assert (image.shape, target.shape) == ((1, 8, 8), (10,))
     assert evaluate.main([str(out / "synthetic.safetensors"), "--num-eval", "1"]) == 0
     assert f"{100 * result['accuracy_mean']:.1f} ±" in capsys.readouterr().out.splitlines()[-2]
+
+
+def test_networks_for_the_term_are_trained_first(tmp_path, capsys):
+    arguments = [*QUICK, "--num-eval", "0", "--mim-networks", "real", "--out", str(tmp_path / "out")]
+    assert run.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("train networks for the term 550/550") < printed.index("distil 3/3")
 
 
 def test_pairs_by_cluster(tmp_path, capsys):

@@ -19,14 +19,15 @@ from mim4dd import distill, evaluate, experts, networks, stacked
 from mim4dd.objectives import (
     METHODS,
     MutualInformation,
-    TrainedNetworks,
+    TrainedOnReal,
+    TrainedOnSynthetic,
     TrajectoryMatching,
     characteristic,
     distribution,
     gradient,
-    through_trained,
-    trained,
+    own_networks,
     trajectory,
+    view,
 )
 from mim4dd.stacked import Stack
 
@@ -82,10 +83,17 @@ def guarded(step, generators, device):
 def device_without_values(monkeypatch):
     for sizes in (networks.CHUNK, stacked.AT_ONCE):
         monkeypatch.setitem(sizes, "meta", sizes["cuda"])
-    for module in (characteristic, distribution, gradient, trained, trajectory, experts):
+    for module in (characteristic, distribution, gradient, own_networks, trajectory, experts, view):
         monkeypatch.setattr(module, "generator", seeded)
     for module in (distill, stacked):
         monkeypatch.setattr(module, "replayed", guarded)
+    for name, value in {
+        "REAL_NETWORKS": 2,
+        "REAL_STEPS": 8,
+        "STUDENT_EVERY": 2,
+        "STUDENT_STEPS": (4, 6),
+    }.items():
+        monkeypatch.setattr(own_networks, name, value)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # has no "meta"
     monkeypatch.setattr(distill, "_read", lambda *_: {})
     monkeypatch.setattr(TrajectoryMatching, "network_lr", None)
@@ -103,9 +111,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("through", ["base", "trained"])
+@pytest.mark.parametrize("seen", [None, TrainedOnReal, TrainedOnSynthetic])
 @pytest.mark.parametrize(("method", "network"), CASES)
-def test_an_iteration_waits_for_nothing(method, network, through, tmp_path, monkeypatch):
+def test_an_iteration_waits_for_nothing(method, network, seen, tmp_path, monkeypatch):
     problem, start = digits_problem(ipc=2, factor=2)
     problem = dataclasses.replace(
         problem,
@@ -128,17 +136,15 @@ def test_an_iteration_waits_for_nothing(method, network, through, tmp_path, monk
     objective.calls, calls = 0, []
     match = objective.match
     objective.match = lambda *given: calls.append(given) or match(*given)
-    if through == "trained":
-        objective = through_trained(objective, problem, TrainedNetworks(problem).weights)
+    if seen:
+        objective = view.through(seen(problem), objective, problem)
     distill.distill(
         objective,
         start,
         iterations=4,
         lr=1.0,
         momentum=0.5,
-        mutual_information=MutualInformation(
-            weight=1.0, layers="all", loss="nce" if through == "base" else "info_nce"
-        ),
+        mutual_information=MutualInformation(weight=1.0, layers="all", loss="info_nce" if seen else "nce"),
     )
     assert len(calls) == 4
 

@@ -11,10 +11,11 @@ from .distribution import DistributionMatching, distribution_distance
 from .estimate import mutual_information_estimate
 from .gradient import GradientMatching, gradient_distance, loops
 from .mutual_information import MutualInformation
+from .own_networks import OwnNetworks, TrainedOnReal, TrainedOnSynthetic
 from .repeatable import Repeatable
 from .student import trajectory_distance
-from .trained import TrainedNetworks, through_trained
 from .trajectory import TrajectoryConfig, TrajectoryMatching, train_experts
+from .view import through
 
 __all__ = [
     "METHODS",
@@ -25,16 +26,18 @@ __all__ = [
     "Method",
     "MutualInformation",
     "Objective",
+    "OwnNetworks",
     "Problem",
     "Repeatable",
-    "TrainedNetworks",
+    "TrainedOnReal",
+    "TrainedOnSynthetic",
     "TrajectoryConfig",
     "TrajectoryMatching",
     "characteristic_distance",
     "distribution_distance",
     "gradient_distance",
     "mutual_information_estimate",
-    "through_trained",
+    "through",
     "trajectory_distance",
 ]
 

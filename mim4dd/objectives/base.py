@@ -101,6 +101,7 @@ class Problem:
             momenta = [norm.momentum for norm in norms]
             # Not by `torch.optim.swa_utils.update_bn`, which waits for the device.
             for norm in norms:
+                norm.reset_running_stats()  # of a new network they may be NaN, which times 0 is not 0
                 norm.momentum = 1.0
             with torch.no_grad():
                 network.train()(self.real.batch(index))

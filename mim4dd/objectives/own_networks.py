@@ -1,0 +1,139 @@
+"""The add-on's own networks: trained for a moment, they tell the classes apart as random ones cannot."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .. import augment
+from ..augment import AugmentParams
+from ..networks import Network, initialise
+from ..seeding import generator
+from ..stacked import Batch, Stack
+from .base import Problem
+
+LR = 0.01
+MOMENTUM = 0.9
+
+REAL_NETWORKS = 10
+REAL_STEPS = 100  # of the last network; the others take 1/10, 2/10, ... of them
+REAL_BATCH = 128
+
+STUDENT_EVERY = 20  # matches between one student and the next
+STUDENT_STEPS = (100, 400)  # the least and the most of one; no fewer would be as far as an evaluated network
+STUDENT_BATCH = 256
+
+
+class OwnNetworks(ABC):
+    """Networks for the add-on to look through.
+
+    Attributes:
+        weights: of those to choose from, float32 [K, all of one], always the same memory.
+    """
+
+    weights: Tensor
+
+    def train(self) -> Iterator[tuple[int, int]]:
+        """Do what comes before the first match, if it is not done, yielding (steps done, steps in all)."""
+        return iter(())
+
+    @abstractmethod
+    def renew(self, images: Tensor, targets: Tensor) -> None:
+        """See to it that there are networks for synthetic images [n, C, H, W] and targets, which come next.
+
+        Takes them as constants.
+        """
+
+
+class TrainedOnReal(OwnNetworks):
+    """Ten networks, trained on the real images once.
+
+    A few steps are enough: networks trained ten times as long helped no more.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self._network = problem.network()
+        self._finished = 0
+        self.weights = _flat(self._network).new_zeros(REAL_NETWORKS, _flat(self._network).numel())
+
+    def train(self) -> Iterator[tuple[int, int]]:
+        """Train the networks that are not trained yet, yielding (steps done, steps in all)."""
+        network, count = self._network, len(self.problem.real)
+        device = self.weights.device
+        steps = [REAL_STEPS * (k + 1) // REAL_NETWORKS for k in range(REAL_NETWORKS)]
+        for k in range(self._finished, REAL_NETWORKS):
+            random = generator(self.problem.seed, f"mim/network/{k}", device)
+            training = _Training(self.problem, network, random, self._batch)
+            training.restart()
+            for done in range(steps[k]):
+                training.step(torch.randint(count, (1, REAL_BATCH), generator=random, device=device))
+                yield sum(steps[:k]) + done + 1, sum(steps)
+            self.weights[k] = _flat(network)
+            self._finished = k + 1
+
+    def renew(self, images: Tensor, targets: Tensor) -> None:
+        """Train what is not trained yet."""
+        for _ in self.train():
+            pass
+
+    def _batch(self, index: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
+        real = self.problem.real
+        return real.augmented(index, params), real.labels[index]
+
+
+class TrainedOnSynthetic(OwnNetworks):
+    """A student: one network, trained on the synthetic images as they are, and every so often a new one.
+
+    What it cannot tell apart among the real images is what the synthetic ones do not teach yet.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        network, device = problem.network(), problem.real.images.device
+        self._matches = 0
+        self._network = network
+        self._lengths = generator(problem.seed, "mim/student/steps")  # on the CPU: they say what to do
+        self._random = generator(problem.seed, "mim/student", device)
+        self._training = _Training(problem, network, self._random, _synthetic_batch)
+        self.weights = torch.zeros_like(_flat(network))[None]
+
+    def renew(self, images: Tensor, targets: Tensor) -> None:
+        """Train a new student every `STUDENT_EVERY` calls, the first one included."""
+        if self._matches % STUDENT_EVERY == 0:
+            least, most = STUDENT_STEPS
+            self._training.restart()
+            for _ in range(int(torch.randint(least, most + 1, (), generator=self._lengths))):
+                order = torch.randperm(len(images), generator=self._random, device=images.device)
+                self._training.step(order[None, :STUDENT_BATCH], images, targets)
+            self.weights[0] = _flat(self._network)
+        self._matches += 1
+
+
+class _Training:
+    """Trains a network with SGD; over and over by the same step, so that a GPU records it only once."""
+
+    def __init__(self, problem: Problem, network: Network, random: torch.Generator, batch: Batch) -> None:
+        self.network = network.train()
+        self.random = random
+        stack = Stack.of(network, random)
+        self.optimizer = torch.optim.SGD(stack.weights.values(), lr=LR, momentum=MOMENTUM)
+        self.step = stack.step(self.optimizer, batch, problem.augmentation, problem.real.image_size)
+
+    def restart(self) -> None:
+        """Begin with new weights."""
+        initialise(self.network, self.random)
+        for state in self.optimizer.state.values():
+            state["momentum_buffer"].zero_()
+
+
+def _synthetic_batch(
+    index: Tensor, params: AugmentParams, images: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    return augment.apply(images[index[0]], params)[None], targets[index]
+
+
+def _flat(network: Network) -> Tensor:
+    return torch.cat([weight.detach().flatten() for weight in network.parameters()])

@@ -1,0 +1,193 @@
+"""The add-on's own networks."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import digits_problem
+
+from mim4dd import evaluate
+from mim4dd.data import load
+from mim4dd.distill import distill
+from mim4dd.networks import initialise
+from mim4dd.objectives import (
+    DistributionMatching,
+    Matched,
+    MutualInformation,
+    Objective,
+    TrainedOnReal,
+    TrainedOnSynthetic,
+    own_networks,
+    through,
+)
+from mim4dd.objectives.view import _load
+from mim4dd.seeding import generator
+
+
+@pytest.fixture
+def problem():
+    return dataclasses.replace(digits_problem()[0], width=16, layers=(0, 1))
+
+
+def network_of(problem, flat):
+    network = problem.network()
+    _load(network, flat)
+    return network
+
+
+def weights_of(networks, problem, images=None):
+    """The weights after what comes before a match."""
+    networks.renew(torch.zeros(10, 1, 8, 8) if images is None else images, problem.labels)
+    return networks.weights
+
+
+def test_networks_on_real_images_are_trained_the_later_the_longer(problem):
+    weights = weights_of(TrainedOnReal(problem), problem)
+    assert weights.shape == (
+        own_networks.REAL_NETWORKS,
+        sum(p.numel() for p in problem.network().parameters()),
+    )
+    _, test = load("digits")
+    first, last = (evaluate.accuracy(network_of(problem, weights[k]), test) for k in (0, -1))
+    assert last > 0.8
+    assert last > first > 0.1
+    assert torch.equal(weights_of(TrainedOnReal(problem), problem), weights), "the same seed"
+    other = dataclasses.replace(problem, seed=1)
+    assert not torch.equal(weights_of(TrainedOnReal(other), other), weights)
+
+
+def test_training_on_real_images_is_told_step_by_step_and_done_once(problem):
+    networks = TrainedOnReal(problem)
+    for _ in zip(range(30), networks.train(), strict=False):  # 10 and 20 steps: two networks
+        pass
+    told = [*networks.train()]
+    total = sum(10 * k for k in range(1, 11))
+    assert told == [(done, total) for done in range(11, total + 1)], "the second one is begun again"
+    assert [*networks.train()] == []
+    assert torch.equal(networks.weights, weights_of(TrainedOnReal(problem), problem))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("architecture", ["convnet", "convnet-bn"])
+def test_a_student_learns_the_synthetic_images_and_makes_room_for_the_next(problem, soft, architecture):
+    problem = dataclasses.replace(problem, architecture=architecture)
+    _, start = digits_problem()
+    images = start.images
+    targets = problem.labels
+    if soft:
+        targets = torch.nn.functional.one_hot(targets, 10) * 0.9 + 0.01
+    networks = TrainedOnSynthetic(problem)
+    students = []
+    for _ in range(2 * own_networks.STUDENT_EVERY + 1):
+        networks.renew(images, targets)
+        students.append(networks.weights[0].clone())
+    every = own_networks.STUDENT_EVERY
+    first, second, third = (students[k * every] for k in range(3))
+    assert all(torch.equal(student, first) for student in students[:every])
+    assert all(torch.equal(student, second) for student in students[every : 2 * every])
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+    for student in (first, second, third):
+        network = network_of(problem, student)
+        problem.settle(network, generator(0, "any"))
+        assert (network(images).argmax(1) == problem.labels).float().mean() > 0.9
+    again = TrainedOnSynthetic(problem)
+    again.renew(images, targets)
+    assert torch.equal(again.weights[0], first), "the same seed"
+
+
+def test_a_student_starts_from_nothing(problem, monkeypatch):
+    """Neither weights nor momentum of the one before are left in it."""
+    _, start = digits_problem()
+    monkeypatch.setattr(own_networks, "STUDENT_EVERY", 1)
+    monkeypatch.setattr(own_networks, "STUDENT_STEPS", (1, 1))
+    problem = dataclasses.replace(problem, augmentation="none")
+    networks = TrainedOnSynthetic(problem)
+    networks.renew(start.images, problem.labels)
+    state = networks._random.get_state()
+    networks.renew(start.images, problem.labels)
+    network = problem.network()
+    random = torch.Generator()
+    random.set_state(state)
+    initialise(network, random)
+    network.requires_grad_()
+    torch.nn.functional.cross_entropy(network(start.images), problem.labels).backward()
+    expected = torch.cat([(p - own_networks.LR * p.grad).detach().flatten() for p in network.parameters()])
+    torch.testing.assert_close(networks.weights[0], expected)
+
+
+@pytest.mark.parametrize("architecture", ["convnet", "convnet-bn"])
+def test_features_are_those_of_one_of_the_networks(problem, architecture):
+    problem = dataclasses.replace(problem, architecture=architecture, augmentation="none")
+    networks = TrainedOnReal(problem)
+    weights = weights_of(networks, problem)
+    alone = DistributionMatching(problem)
+    objective = through(networks, DistributionMatching(problem), problem)
+    images = torch.randn(10, 1, 8, 8, generator=generator(0, "images"), requires_grad=True)
+    all_of_them = [network_of(problem, flat) for flat in weights]
+    for network in all_of_them:
+        problem.settle(network, generator(0, "any"))
+    seen = set()
+    for _ in range(20):
+        matched = objective(images, problem.labels)
+        assert torch.equal(matched.loss, alone(images, problem.labels).loss), "the base is left as it is"
+        assert len(matched.real_labels) == 10 * problem.real_batch
+        if architecture == "convnet":
+            expected = [network.features(images) for network in all_of_them]
+            which = [
+                k for k, maps in enumerate(expected) if torch.equal(maps[-1], matched.synthetic_features[-1])
+            ]
+            seen |= set(which)
+            assert len(which) == 1
+            assert torch.equal(expected[which[0]][0], matched.synthetic_features[0])
+        assert matched.synthetic_features[-1].requires_grad
+        assert not matched.real_features[-1].requires_grad
+    assert architecture == "convnet-bn" or len(seen) > 3
+
+
+class Plain(Objective):
+    """Of a user's own, and not the same work at every call."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, images, targets):
+        self.calls += 1
+        return Matched(self.calls * images.square().sum(), [images], [images], targets, targets)
+
+
+@pytest.mark.parametrize("kind", [TrainedOnReal, TrainedOnSynthetic])
+def test_any_objective_can_be_seen_through_them(problem, kind):
+    _, start = digits_problem()
+    base = Plain()
+    objective = through(kind(problem), base, problem)
+    looks = []
+    distill(
+        objective,
+        start,
+        iterations=3,
+        lr=0.0,
+        momentum=0.0,
+        mutual_information=MutualInformation(loss="info_nce", layers="all", temperature=0.03),
+        on_progress=looks.append,
+    )
+    assert base.calls == 3
+    (look,) = looks
+    assert look.terms["base"] == pytest.approx(2 * start.images.square().sum().item(), rel=1e-5)
+    assert look.terms["mim"] > 0
+
+
+@pytest.mark.parametrize("kind", [TrainedOnReal, TrainedOnSynthetic])
+def test_the_loss_through_them_falls(problem, kind):
+    _, start = digits_problem()
+    looks = []
+    distill(
+        through(kind(problem), DistributionMatching(problem), problem),
+        start,
+        iterations=60,
+        lr=1.0,
+        momentum=0.5,
+        mutual_information=MutualInformation(weight=100, loss="info_nce", layers="all", temperature=0.03),
+        on_progress=looks.append,
+    )
+    assert looks[-1].terms["mim"] < 0.7 * looks[0].terms["mim"]
