@@ -24,7 +24,6 @@ from .objectives import (
     METHODS,
     MutualInformation,
     Objective,
-    OwnNetworks,
     Problem,
     TrainedOnReal,
     TrainedOnSynthetic,
@@ -164,9 +163,9 @@ class Experiment:
         return METHODS[self.config.distill.method].prepare(self.problem)
 
     def prepare_term(self) -> Iterator[tuple[int, int]]:
-        """Train the networks of the add-on, if it has its own, yielding (steps done, steps in all)."""
-        networks = self._mim_networks if self.config.mim.mim_weight else None
-        return networks.train() if networks else iter(())
+        """Train what the add-on looks through, if it can be before, yielding (steps done, steps in all)."""
+        mim = self.config.mim
+        return self._trained_on_real.train() if mim.mim_weight and mim.mim_networks == "real" else iter(())
 
     def distill(self, on_progress: Callable[[Progress], None], *, with_mim: bool = True) -> SyntheticSet:
         """Return the distilled set; `with_mim=False` runs the base method alone.
@@ -193,16 +192,15 @@ class Experiment:
         return distilled
 
     def _objective(self, *, with_term: bool) -> Objective:
-        make, networks = METHODS[self.config.distill.method].objective, self._mim_networks
-        if not with_term or networks is None:
+        make, seen = METHODS[self.config.distill.method].objective, self.config.mim.mim_networks
+        if not with_term or seen == "base":
             return make(self.problem)
+        networks = self._trained_on_real if seen == "real" else TrainedOnSynthetic(self.problem)
         return through(networks, make(dataclasses.replace(self.problem, layers=())), self.problem)
 
     @cached_property
-    def _mim_networks(self) -> OwnNetworks | None:
-        kinds = {"real": TrainedOnReal, "synthetic": TrainedOnSynthetic, "base": None}
-        kind = kinds[self.config.mim.mim_networks]
-        return kind(self.problem) if kind else None
+    def _trained_on_real(self) -> TrainedOnReal:
+        return TrainedOnReal(self.problem)
 
     def with_soft_labels(self, synthetic: SyntheticSet) -> SyntheticSet:
         """Return the set with what a network trained on the real images says of it."""

@@ -23,7 +23,7 @@ REAL_STEPS = 100  # of the last network; the others take 1/10, 2/10, ... of them
 REAL_BATCH = 128
 
 STUDENT_EVERY = 20  # matches between one student and the next
-STUDENT_STEPS = (100, 400)  # the least and the most of one; no fewer would be as far as an evaluated network
+STUDENT_STEPS = (100, 400)  # the least and the most of one; the last are about as far as an evaluated network
 STUDENT_BATCH = 256
 
 
@@ -35,10 +35,6 @@ class OwnNetworks(ABC):
     """
 
     weights: Tensor
-
-    def train(self) -> Iterator[tuple[int, int]]:
-        """Do what comes before the first match, if it is not done, yielding (steps done, steps in all)."""
-        return iter(())
 
     @abstractmethod
     def renew(self, images: Tensor, targets: Tensor) -> None:
