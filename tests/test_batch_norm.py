@@ -56,6 +56,20 @@ def test_initialisation_forgets_the_statistics():
     assert all(torch.equal(value, first[name]) for name, value in network.state_dict().items())
 
 
+def test_settled_statistics_do_not_depend_on_those_before():
+    problem, images = bn_problem()
+    network = problem.network()
+    networks.initialise(network, generator(0, "w"))
+    problem.settle(network, generator(0, "statistics"))
+    expected = network(images)
+    for before in (torch.nan, torch.inf, 5.0):  # what unset memory may hold
+        for k in (0, 1):
+            network.blocks[k][1].running_mean.fill_(before)
+            network.blocks[k][1].running_var.fill_(before)
+        problem.settle(network, generator(0, "statistics"))
+        assert torch.equal(network(images), expected)
+
+
 def test_settled_statistics_are_those_of_real_images():
     problem, _ = bn_problem()
     network = problem.network()
