@@ -41,6 +41,30 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+def pixels(count: int, *shape: int, seed: int = 0) -> np.ndarray:
+    """Random pictures, uint8 [count, *shape]."""
+    return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def labels_of(*counts: int) -> np.ndarray:
+    """Labels with these counts, in a random order."""
+    return np.random.default_rng(7).permutation(np.repeat(np.arange(len(counts)), counts))
+
+
+def picture(size: tuple[int, int], seed: int, grey: bool = False) -> np.ndarray:
+    """A picture of random pixels, uint8 [height, width, 3], or [height, width] if grey."""
+    return pixels(1, *size, *(() if grey else (3,)), seed=seed)[0]
+
+
+def write_pictures(folder: Path, count: int, size=(10, 10), seed: int = 0, grey: bool = False) -> None:
+    """Write the pictures of seeds `seed` and on as 0.png, 1.png, ..."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.fromarray(picture(size, seed + i, grey)).save(folder / f"{i}.png")
+
+
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
     """Assert a relative error in the largest norm of at most `tolerance`."""
     assert actual.shape == expected.shape

@@ -1,0 +1,203 @@
+"""Pictures in folders and in parquet files."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture, write_pictures
+
+from mim4dd.data import load
+from mim4dd.errors import InputError
+
+
+def test_folder(tmp_path):
+    for split, count in (("train", 4), ("test", 2)):
+        write_pictures(tmp_path / split / "dog", count, seed=10)
+        write_pictures(tmp_path / split / "cat", count, seed=20)
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("no picture")
+    (tmp_path / "train" / "cat" / "._0.png").write_text("no picture")
+    (tmp_path / "train" / ".hidden").mkdir()
+    train, test = load(str(tmp_path))
+    assert train.class_names == ("cat", "dog")
+    assert train.labels.tolist() == [0] * 4 + [1] * 4
+    assert test.labels.tolist() == [0, 0, 1, 1]
+    assert np.array_equal(train.images[5].permute(1, 2, 0), picture((10, 10), seed=11))
+    assert np.array_equal(test.images[0].permute(1, 2, 0), picture((10, 10), seed=20))
+
+
+@pytest.mark.parametrize("root", ["", "train"])
+def test_folder_without_test(tmp_path, root):
+    write_pictures(tmp_path / root / "a", 10, grey=True)
+    write_pictures(tmp_path / root / "b", 5, seed=50, grey=True)
+    train, test = load(str(tmp_path))
+    assert train.images.shape == (12, 1, 10, 10)
+    assert torch.bincount(test.labels).tolist() == [2, 1]
+    seeds = {0: range(10), 1: range(50, 55)}
+    for image, label in zip(train.images, train.labels.tolist(), strict=True):
+        assert any(np.array_equal(image[0], picture((10, 10), seed, grey=True)) for seed in seeds[label])
+
+
+@pytest.mark.parametrize("name", ["val", "validation"])
+def test_folder_of_grey_and_colour(tmp_path, name):
+    write_pictures(tmp_path / "train" / "a", 2, grey=True)
+    write_pictures(tmp_path / "train" / "b", 2)
+    write_pictures(tmp_path / name / "a", 1, grey=True)
+    write_pictures(tmp_path / name / "b", 1, grey=True)
+    train, test = load(str(tmp_path))
+    grey = picture((10, 10), seed=1, grey=True)
+    assert train.images.shape == (4, 3, 10, 10)
+    assert np.array_equal(train.images[1], np.stack([grey] * 3))
+    assert np.array_equal(train.images[2].permute(1, 2, 0), picture((10, 10), seed=0))
+    assert test.images.shape == (2, 3, 10, 10)
+
+
+def test_image_size_of_pictures(tmp_path):
+    write_pictures(tmp_path / "train" / "a", 2, (10, 12))
+    write_pictures(tmp_path / "train" / "b", 2, (30, 20))
+    write_pictures(tmp_path / "test" / "b", 2, (9, 9))
+    with pytest.raises(InputError, match=r"b/0\.png: 20x30 pixels, the ones before it 12x10.*--image-size"):
+        load(str(tmp_path))
+    train, test = load(str(tmp_path), image_size=16)
+    assert train.image_size == test.image_size == (16, 16)
+    with pytest.raises(InputError, match="image size 4: expected at least 8"):
+        load(str(tmp_path), image_size=4)
+
+
+def test_folder_mistakes(tmp_path):
+    from PIL import Image
+
+    with pytest.raises(InputError, match="no pictures; expected"):
+        load(str(tmp_path))
+    write_pictures(tmp_path / "train" / "a", 3)
+    write_pictures(tmp_path / "test" / "z", 1)
+    with pytest.raises(InputError, match=r"z/0\.png: its class has no folder"):
+        load(str(tmp_path))
+    (tmp_path / "test" / "z").rename(tmp_path / "test" / "a")
+    (tmp_path / "train" / "b").mkdir()
+    with pytest.raises(InputError, match="class 'b' has no training image"):
+        load(str(tmp_path))
+    file = tmp_path / "train" / "b" / "0.jpg"
+    file.write_bytes((tmp_path / "train" / "a" / "0.png").read_bytes()[:200])
+    with pytest.raises(InputError, match=r"0\.jpg: not a readable picture"):
+        load(str(tmp_path))
+    file.write_bytes(b"hello")
+    with pytest.raises(InputError, match=r"0\.jpg: not a readable picture"):
+        load(str(tmp_path))
+    file.unlink()
+    Image.fromarray(np.zeros((10, 10), np.uint16)).save(file.with_suffix(".png"))
+    with pytest.raises(InputError, match="more than 8 bits"):
+        load(str(tmp_path))
+    write_pictures(tmp_path / "oblong" / "a", 5, (10, 12))
+    with pytest.raises(InputError, match=r"images of 12x10; expected square ones \(--image-size"):
+        load(str(tmp_path / "oblong"))
+
+
+def parquet_table(
+    count: int, labels, size=(10, 10), names=None, columns=("img", "label"), seed: int = 0, **extra
+):
+    import pyarrow as pa
+    from PIL import Image
+
+    rows = []
+    for i in range(count):
+        file = io.BytesIO()
+        Image.fromarray(picture(size, seed + i)).save(file, "png")
+        rows.append({"bytes": file.getvalue(), "path": f"{i}.png"})
+    table = pa.table({columns[0]: rows, columns[1]: labels, **extra})
+    if names:
+        features = {columns[0]: {"_type": "Image"}, columns[1]: {"names": names, "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    return table
+
+
+def write_parquet(path: Path, *args, **kwargs) -> str:
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(parquet_table(*args, **kwargs), path, row_group_size=3)
+    return str(path)
+
+
+def test_parquet_file(tmp_path):
+    labels = [0, 1] * 5
+    train, test = load(write_parquet(tmp_path / "any.parquet", 10, labels, names=["cat", "dog"]))
+    assert (len(train), len(test)) == (8, 2)
+    assert train.class_names == ("cat", "dog")
+    for part in (train, test):
+        for image, label in zip(part.images, part.labels, strict=True):
+            source = [
+                i for i in range(10) if np.array_equal(image.permute(1, 2, 0), picture((10, 10), seed=i))
+            ]
+            assert label == labels[source[0]]
+
+
+@pytest.mark.parametrize(
+    ("train_names", "test_name"),
+    [
+        (("train.parquet",), "test.parquet"),
+        (
+            ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"),
+            "data/test-00000.parquet",
+        ),
+        (("train/0000.parquet", "train/0001.parquet"), "test/0000.parquet"),
+        (("train.parquet",), "validation.parquet"),
+    ],
+)
+def test_parquet_folder(tmp_path, train_names, test_name):
+    for i, name in enumerate(train_names):
+        write_parquet(tmp_path / name, 4, [0, 1, 2, 2], columns=("image", "labels"), seed=10 * i)
+    write_parquet(tmp_path / test_name, 2, [2, 1], columns=("image", "labels"), seed=50)
+    train, test = load(str(tmp_path))
+    assert train.labels.tolist() == [0, 1, 2, 2] * len(train_names)
+    assert np.array_equal(train.images[-1].permute(1, 2, 0), picture((10, 10), 10 * len(train_names) - 7))
+    assert test.labels.tolist() == [2, 1]
+    assert np.array_equal(test.images[0].permute(1, 2, 0), picture((10, 10), 50))
+    assert load(str(tmp_path), image_size=8)[0].image_size == (8, 8)
+
+
+def test_parquet_label_column(tmp_path):
+    path = tmp_path / "a.parquet"
+    labels = [0, 1] * 5
+    assert len(load(write_parquet(path, 10, labels, columns=("picture", "target")))[0]) == 8
+    train, _ = load(write_parquet(path, 10, labels, columns=("img", "fine_label"), coarse_label=[0] * 10))
+    assert train.num_classes == 2
+    with pytest.raises(InputError, match=r"found \['target', 'other'\] in .*call it 'label'"):
+        load(write_parquet(path, 10, labels, columns=("img", "target"), other=[0] * 10))
+    with pytest.raises(InputError, match="label column of integers: expected one, found none"):
+        load(write_parquet(path, 10, [0.5] * 10))
+    with pytest.raises(InputError, match="rows without a label"):
+        load(write_parquet(path, 10, [None, *labels[1:]]))
+    with pytest.raises(InputError, match="label 1 but only 1 class names"):
+        load(write_parquet(path, 10, labels, names=["a"]))
+    with pytest.raises(InputError, match="class 'c' has no training image"):
+        load(write_parquet(path, 10, labels, names=["a", "b", "c"]))
+
+
+def test_parquet_mistakes(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = Path(write_parquet(tmp_path / "a.parquet", 10, [0, 1] * 5))
+    with pytest.raises(InputError, match="do not start with 'train'"):
+        load(str(tmp_path))
+    table = pq.read_table(path)
+    rows = table.column("img").to_pylist()
+    rows[7] = {"bytes": b"no picture", "path": ""}
+    pq.write_table(table.set_column(0, "img", pa.array(rows)), path)
+    with pytest.raises(InputError, match=r"a\.parquet: img of row 7: not a readable picture"):
+        load(str(path))
+    pq.write_table(table.slice(0, 0), path)
+    with pytest.raises(InputError, match="no rows"):
+        load(str(path))
+    pq.write_table(table.select(["label"]), path)
+    with pytest.raises(InputError, match="image column, a struct with 'bytes': expected one, found none"):
+        load(str(path))
+    pq.write_table(table, path)
+    content = path.read_bytes()
+    for damaged in (content[:-100], b"", content[:200] + b"\xff" * 300 + content[500:]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"a\.parquet.*not a readable"):
+            load(str(path))
