@@ -319,6 +319,8 @@ def test_interruption_keeps_the_last_good_set(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # As from a terminal: what runs in the background may ignore the signal, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     # The last line before the first iteration.
     assert any("real images at a time" in line for line in iter(process.stdout.readline, ""))
