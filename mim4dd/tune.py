@@ -3,108 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .cells import Cell, rehearse
-from .config import Config, DataConfig, EvalConfig, MimConfig, check, to_json
+from .config import Config, MimConfig, check, to_json
 from .console import about, complain, console, guarded
 from .devices import pick_device
 from .distill import DivergenceError
 from .errors import InputError
 from .files import make_folder
-from .options import Hidden, plain, read, recast
+from .options import read, recast
 from .presets import with_presets
 from .seeding import generator
 from .tune_report import Trial, describe, show, write
+from .tuning import CHOICES, RANGES, SEARCHED, Tuning, check_tuning
 
 if TYPE_CHECKING:
     import optuna
 
 BASE = MimConfig(mim_weight=0.0)
 UNPRUNED = 5  # trials before any is given up
-
-
-@dataclass(frozen=True)
-class TunedDataConfig(DataConfig):
-    """The real images."""
-
-    validation: float = 0.1
-    """Share of the training images that is held out to tune on, drawn anew for every seed; the test set is
-    never looked at."""
-
-
-@dataclass(frozen=True)
-class TunedMimConfig(MimConfig):
-    """The mutual-information term: what is not searched."""
-
-    mim_weight: Hidden[float | None] = None
-    mim_layers: Hidden[str] = "all"
-    mim_temperature: Hidden[float | None] = None
-    mim_noise_ratio: Hidden[float | Literal["calibrated"]] = "calibrated"
-    mim_projection: Hidden[Literal["none", "random", "trained"]] = "none"
-
-
-@dataclass(frozen=True)
-class TunedEvalConfig(EvalConfig):
-    """The evaluation: networks trained from nothing on the synthetic images."""
-
-    baselines: Hidden[tuple[Literal["random", "kmeans", "base", "full"], ...]] = ()
-    eval_archs: Hidden[tuple[str, ...]] = ()
-
-
-@dataclass(frozen=True)
-class Tuning(Config):
-    """Choose weight, layers, temperature and noise ratio of the term for one method and IPC.
-
-    The base method alone comes first, then trials chosen by Optuna's TPE sampler, each on all seeds unless
-    the median of the trials before was better on the first ones. The same command goes on where it was cut
-    off; more --trials add to what is there. OUT/tune.json has the best settings, for run --config, and
-    OUT/tune.md the table. Needs Optuna: pip install 'mim4dd[tune]'.
-    """
-
-    trials: int = 30
-    """Trials, the base method not counted."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the runs of a trial; a single one gives no interval."""
-    weights: tuple[float, float] = (0.1, 1000.0)
-    """Range of the weight, searched on a logarithmic scale."""
-    layers: tuple[str, ...] = ("all", "last")
-    """Feature maps: all, last, or indices such as 0,2."""
-    temperatures: tuple[float, float] = (0.01, 1.0)
-    """Range of the temperature, searched on a logarithmic scale."""
-    noise_ratios: tuple[float | Literal["calibrated"], ...] = ("calibrated",)
-    """Noise ratios; only nce has one."""
-    projections: tuple[Literal["none", "random", "trained"], ...] = ("none",)
-    """Linear maps into a common space."""
-    out: Path | None = None
-    """Folder of the results; default: runs/tune-<dataset>-<method>-ipc<n>."""
-    seed: int = 0
-    """Of the search."""
-    data: TunedDataConfig = field(default_factory=TunedDataConfig)
-    mim: TunedMimConfig = field(default_factory=TunedMimConfig)
-    eval: TunedEvalConfig = field(default_factory=TunedEvalConfig)
-    overwrite: Hidden[bool] = False
-
-    def space(self) -> dict[str, Any]:
-        """Return what is searched, as JSON-able values."""
-        return {
-            name: list(getattr(self, name))
-            for name in ("weights", "layers", "temperatures", "noise_ratios", "projections")
-        }
-
-    def run_settings(self, mim: MimConfig, seed: int) -> Config:
-        """Return the settings of one run, as they were given."""
-        config = plain(self)
-        evaluation = dataclasses.replace(config.eval, baselines=(), eval_archs=())
-        return dataclasses.replace(config, mim=mim, eval=evaluation, seed=seed, out=None, overwrite=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,7 +49,7 @@ class Search:
     """
 
     def __init__(self, tuning: Tuning) -> None:
-        _check(tuning)
+        check_tuning(tuning)
         self.tuning = tuning
         self.device = str(pick_device(tuning.device))
         base = self._config(BASE, tuning.seeds[0])
@@ -149,6 +73,8 @@ class Search:
             done = len(trials)
             # A sampler of its own for every trial: a search that was cut off goes on as if it had not been.
             self.study.sampler = _sampler(self.tuning.seed, done)
+            if done == 1:
+                self.study.enqueue_trial(self._default())
             trial = self.study.ask()
             mim = self._suggest(trial) if done else BASE
             try:
@@ -208,17 +134,29 @@ class Search:
                 return
         self.study.tell(trial, statistics.fmean(differences))
 
+    def _default(self) -> dict[str, Any]:
+        """Return the default settings of the term, as far as they are among those to search."""
+        tuning = self.tuning
+        term = with_presets(tuning.run_settings(recast(MimConfig, tuning.mim), tuning.seeds[0])).mim
+        default = {setting: getattr(term, setting) for setting in SEARCHED.values()}
+        for option, setting in RANGES.items():
+            low, high = getattr(tuning, option)
+            if not low <= default[setting] <= high:
+                del default[setting]
+        for option, setting in CHOICES.items():
+            if default[setting] not in getattr(tuning, option):
+                del default[setting]
+        return default
+
     def _suggest(self, trial: optuna.Trial) -> MimConfig:
         """Return the settings to try, numbers rounded to three digits."""
-        tuning = self.tuning
-        values: dict[str, Any] = {
-            "mim_weight": _rounded(trial.suggest_float("weight", *tuning.weights, log=True)),
-            "mim_layers": trial.suggest_categorical("layers", tuning.layers),
-            "mim_temperature": _rounded(trial.suggest_float("temperature", *tuning.temperatures, log=True)),
-            "mim_noise_ratio": trial.suggest_categorical("noise_ratio", tuning.noise_ratios),
-            "mim_projection": trial.suggest_categorical("projection", tuning.projections),
-        }
-        return dataclasses.replace(recast(MimConfig, tuning.mim), **values)
+        values: dict[str, Any] = {}
+        for option, setting in RANGES.items():
+            low, high = getattr(self.tuning, option)
+            values[setting] = float(f"{trial.suggest_float(setting, low, high, log=True):.3g}")
+        for option, setting in CHOICES.items():
+            values[setting] = trial.suggest_categorical(setting, getattr(self.tuning, option))
+        return dataclasses.replace(recast(MimConfig, self.tuning.mim), **values)
 
     def _config(self, mim: MimConfig, seed: int) -> Config:
         config = dataclasses.replace(self.tuning.run_settings(mim, seed), device=self.device)
@@ -266,38 +204,8 @@ def _sampler(seed: int, number: int) -> optuna.samplers.TPESampler:
     return optuna.samplers.TPESampler(seed=int(torch.randint(2**31, (), generator=random)))
 
 
-def _check(tuning: Tuning) -> None:
-    if not tuning.data.validation:
-        raise InputError("--validation is 0: settings are never chosen on the test set; hold out 0.1, say")
-    if tuning.eval.num_eval == 0:
-        raise InputError("--num-eval is 0: nothing to choose by, expected at least 1")
-    if tuning.trials < 1:
-        raise InputError(f"--trials is {tuning.trials}, expected at least 1")
-    for option in ("seeds", "layers", "noise_ratios", "projections"):
-        if not getattr(tuning, option):
-            raise InputError(f"--{option.replace('_', '-')} names nothing, expected one or more")
-    for option in ("weights", "temperatures"):
-        low, high = getattr(tuning, option)
-        if not 0 < low <= high < float("inf"):
-            raise InputError(f"--{option} is {low} {high}, expected a range of positive numbers")
-    for layers, ratio in itertools.product(tuning.layers, tuning.noise_ratios):
-        mim = dataclasses.replace(
-            recast(MimConfig, tuning.mim), mim_weight=1.0, mim_layers=layers, mim_noise_ratio=ratio
-        )
-        check(tuning.run_settings(mim, tuning.seeds[0]))
-
-
 def _name(mim: MimConfig) -> str:
-    if not mim.mim_weight:
-        return "base"
-    return (
-        f"w{mim.mim_weight:g}-{mim.mim_layers}-t{mim.mim_temperature:g}-"
-        f"{mim.mim_noise_ratio}-{mim.mim_projection}"
-    )
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.3g}")
+    return "-".join(str(getattr(mim, setting)) for setting in SEARCHED.values()) if mim.mim_weight else "base"
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ BEST = 5  # trials in the table
 COLUMNS = (
     "trial",
     "weight",
-    "layers",
     "τ",
+    "layers",
+    "networks",
     "noise ratio",
     "projection",
     "accuracy, %",
@@ -152,17 +153,18 @@ def describe(mim: MimConfig) -> str:
     """Return the settings of the term that are searched, for people."""
     if not mim.mim_weight:
         return "base (weight 0)"
-    names = ("weight", "layers", "temperature", "noise ratio", "projection")
+    names = ("weight", "temperature", "layers", "networks", "noise ratio", "projection")
     return ", ".join(f"{name} {text}" for name, text in zip(names, _texts(mim), strict=True))
 
 
 def _texts(mim: MimConfig) -> tuple[str, ...]:
     if not mim.mim_weight:
-        return "0", "", "", "", ""
+        return "0", "", "", "", "", ""
     return (
         number(mim.mim_weight),
-        mim.mim_layers,
         number(settled(mim.mim_temperature)),
+        mim.mim_layers,
+        mim.mim_networks,
         str(mim.mim_noise_ratio),
         mim.mim_projection,
     )

@@ -84,6 +84,19 @@ def test_the_best_is_found_and_run_accepts_it(tmp_path, scored, capsys):
     }
 
 
+def test_the_default_settings_are_tried_first_as_far_as_they_are_searched(tmp_path, scored):
+    ran = scored()
+    arguments = [*QUICK, "--ipc", "10", "--trials", "1", "--seeds", "0", "--mim-pairs", "cluster"]
+    default = run.parse([*QUICK, "--ipc", "10", "--mim-pairs", "cluster"]).mim
+    assert tune.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    assert ran[1].mim == default
+    narrow = ["--temperatures", "0.2", "1", "--layers", "last", "--networks", "base"]
+    assert tune.main([*arguments, *narrow, "--out", str(tmp_path / "narrow")]) == 0
+    tried = ran[3].mim
+    assert (tried.mim_weight, tried.mim_layers, tried.mim_networks) == (default.mim_weight, "last", "base")
+    assert 0.2 <= tried.mim_temperature <= 1
+
+
 def test_poor_trials_are_given_up_early(tmp_path, scored):
     scored()
     out = tmp_path / "out"
@@ -207,7 +220,7 @@ def test_what_is_said_of_the_best():
     lines = table([base, worse, unfinished, clear])
     assert [line[0] for line in lines] == ["0", "3", "1"]
     assert lines[0][-2:] == ("60.00 ± 10.00", "")
-    assert lines[1][1:4] == ("1", "all", "0.1")
+    assert lines[1][1:5] == ("1", "0.1", "all", "synthetic")
 
 
 @pytest.mark.parametrize(

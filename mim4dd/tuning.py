@@ -1,0 +1,124 @@
+"""What `mim4dd.tune` is told: the method, the space it searches, the seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .config import Config, DataConfig, EvalConfig, MimConfig, check
+from .errors import InputError
+from .options import Hidden, plain, recast
+
+RANGES = {"weights": "mim_weight", "temperatures": "mim_temperature"}
+CHOICES = {
+    "layers": "mim_layers",
+    "networks": "mim_networks",
+    "noise_ratios": "mim_noise_ratio",
+    "projections": "mim_projection",
+}
+SEARCHED = RANGES | CHOICES  # option of the search -> setting of the term
+
+
+@dataclass(frozen=True)
+class TunedDataConfig(DataConfig):
+    """The real images."""
+
+    validation: float = 0.1
+    """Share of the training images that is held out to tune on, drawn anew for every seed; the test set is
+    never looked at."""
+
+
+@dataclass(frozen=True)
+class TunedMimConfig(MimConfig):
+    """The mutual-information term: what is not searched."""
+
+    mim_weight: Hidden[float | None] = None
+    mim_networks: Hidden[Literal["synthetic", "real", "base"]] = "synthetic"
+    mim_layers: Hidden[str] = "all"
+    mim_temperature: Hidden[float | None] = None
+    mim_noise_ratio: Hidden[float | Literal["calibrated"]] = "calibrated"
+    mim_projection: Hidden[Literal["none", "random", "trained"]] = "none"
+
+
+@dataclass(frozen=True)
+class TunedEvalConfig(EvalConfig):
+    """The evaluation: networks trained from nothing on the synthetic images."""
+
+    baselines: Hidden[tuple[Literal["random", "kmeans", "base", "full"], ...]] = ()
+    eval_archs: Hidden[tuple[str, ...]] = ()
+
+
+@dataclass(frozen=True)
+class Tuning(Config):
+    """Choose weight, temperature, layers and networks of the term for one method and IPC.
+
+    The base method alone comes first, then its default settings, then trials chosen by Optuna's TPE sampler,
+    each on all seeds unless the median of the trials before was better on the first ones. The same command
+    goes on where it was cut off; more --trials add to what is there. OUT/tune.json has the best settings,
+    for run --config, and OUT/tune.md the table. Needs Optuna: pip install 'mim4dd[tune]'.
+    """
+
+    trials: int = 30
+    """Trials, the base method not counted."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the runs of a trial; a single one gives no interval."""
+    weights: tuple[float, float] = (1.0, 3000.0)
+    """Range of the weight, searched on a logarithmic scale."""
+    temperatures: tuple[float, float] = (0.01, 1.0)
+    """Range of the temperature, searched on a logarithmic scale."""
+    layers: tuple[str, ...] = ("all", "last")
+    """Feature maps: all, last, or indices such as 0,2."""
+    networks: tuple[Literal["synthetic", "real", "base"], ...] = ("synthetic",)
+    """Whose features are compared: of networks trained on the synthetic or the real images, or of the base
+    method's own."""
+    noise_ratios: tuple[float | Literal["calibrated"], ...] = ("calibrated",)
+    """Noise ratios; only nce has one."""
+    projections: tuple[Literal["none", "random", "trained"], ...] = ("none",)
+    """Linear maps into a common space."""
+    out: Path | None = None
+    """Folder of the results; default: runs/tune-<dataset>-<method>-ipc<n>."""
+    seed: int = 0
+    """Of the search."""
+    data: TunedDataConfig = field(default_factory=TunedDataConfig)
+    mim: TunedMimConfig = field(default_factory=TunedMimConfig)
+    eval: TunedEvalConfig = field(default_factory=TunedEvalConfig)
+    overwrite: Hidden[bool] = False
+
+    def space(self) -> dict[str, Any]:
+        """Return what is searched, as JSON-able values."""
+        return {option: list(getattr(self, option)) for option in SEARCHED}
+
+    def run_settings(self, mim: MimConfig, seed: int) -> Config:
+        """Return the settings of one run, as they were given."""
+        config = plain(self)
+        evaluation = dataclasses.replace(config.eval, baselines=(), eval_archs=())
+        return dataclasses.replace(config, mim=mim, eval=evaluation, seed=seed, out=None, overwrite=False)
+
+
+def check_tuning(tuning: Tuning) -> None:
+    """Refuse a search that cannot be meant, before any work starts.
+
+    Raises:
+        InputError: naming the option, its value and what was expected.
+    """
+    if not tuning.data.validation:
+        raise InputError("--validation is 0: settings are never chosen on the test set; hold out 0.1, say")
+    if tuning.eval.num_eval == 0:
+        raise InputError("--num-eval is 0: nothing to choose by, expected at least 1")
+    if tuning.trials < 1:
+        raise InputError(f"--trials is {tuning.trials}, expected at least 1")
+    for option in ("seeds", *CHOICES):
+        if not getattr(tuning, option):
+            raise InputError(f"--{option.replace('_', '-')} names nothing, expected one or more")
+    for option in RANGES:
+        low, high = getattr(tuning, option)
+        if not 0 < low <= high < float("inf"):
+            raise InputError(f"--{option} is {low} {high}, expected a range of positive numbers")
+    for layers, ratio in itertools.product(tuning.layers, tuning.noise_ratios):
+        mim = dataclasses.replace(
+            recast(MimConfig, tuning.mim), mim_weight=1.0, mim_layers=layers, mim_noise_ratio=ratio
+        )
+        check(tuning.run_settings(mim, tuning.seeds[0]))
