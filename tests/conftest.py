@@ -1,10 +1,14 @@
+import dataclasses
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import QUICK, command
 
+from mim4dd import augment
+from mim4dd.augment import AugmentParams
 from mim4dd.data import load
 from mim4dd.objectives import Problem, TrajectoryConfig
 from mim4dd.seeding import generator as seeded
@@ -39,6 +43,15 @@ def golden():
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished quick run, as a subprocess in an empty folder, with nothing but the defaults."""
+    where = tmp_path_factory.mktemp("finished")
+    done = command(*QUICK, "--ipc", "2", "--baselines", "random", "kmeans", "base", "full", cwd=where)
+    assert done.returncode == 0, done.stderr
+    return where / "runs" / "digits-dm-ipc2-0", done
 
 
 def pixels(count: int, *shape: int, seed: int = 0) -> np.ndarray:
@@ -85,6 +98,16 @@ def derivatives(function, inputs: list[torch.Tensor], twice: int) -> list[torch.
     first = torch.autograd.grad(out, inputs, upstream, create_graph=True)
     mixed = torch.stack([(gradient * random(gradient, "mixture")).sum() for gradient in first]).sum()
     return [out, *first, *torch.autograd.grad(mixed, [*inputs[:twice], upstream])]
+
+
+def params_with(batch: int, **fields: torch.Tensor) -> AugmentParams:
+    """The identity but for these fields."""
+    return dataclasses.replace(AugmentParams.identity(batch), **fields)
+
+
+def random_params(batch: int, size: tuple[int, int], seed: int = 0) -> AugmentParams:
+    """Parameters of all parts at once."""
+    return augment.sample(augment.DSA, batch, size, generator=torch.Generator().manual_seed(seed), mode="all")
 
 
 def digits_problem(ipc: int = 1, factor: int = 1) -> tuple[Problem, SyntheticSet]:

@@ -1,25 +1,20 @@
 import dataclasses
-import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import close
+from conftest import close, params_with, random_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mim4dd import augment, extension
+from mim4dd import augment
 from mim4dd.augment import AugmentParams
 from mim4dd.augment_reference import resample
 
 BACKENDS = ["reference", "fused"]
 SHAPES = ["1x28x28", "3x32x32"]
 PARTS = augment.DSA.split("_")
-
-
-def params_with(batch: int, **fields: torch.Tensor) -> AugmentParams:
-    return dataclasses.replace(AugmentParams.identity(batch), **fields)
 
 
 def golden_params(case: str, golden: dict[str, torch.Tensor]) -> AugmentParams:
@@ -69,10 +64,6 @@ def test_colour_gradient_equals_the_published_one(golden, shape, backend):
     y = augment.apply(x, golden_params("color", file), backend=backend)
     (gradient,) = torch.autograd.grad(y, x, file["color.grad_y"])
     close(gradient, file["color.grad_x"])
-
-
-def random_params(batch: int, size: tuple[int, int], seed: int = 0) -> AugmentParams:
-    return augment.sample(augment.DSA, batch, size, generator=torch.Generator().manual_seed(seed), mode="all")
 
 
 @pytest.mark.parametrize(
@@ -281,63 +272,6 @@ def test_all_parts_compose_as_shift_after_flip_after_scale_after_rotate(generato
     close(augment.apply(x, params), by_hand, tolerance=1e-6)
 
 
-def test_single_mode_draws_one_part_per_call(generator):
-    identity = vars(AugmentParams.identity(32))
-    changed_by = {
-        "color": {"brightness", "saturation", "contrast"},
-        "crop": {"shift_y", "shift_x"},
-        "cutout": {"cutout"},
-        "flip": {"flip"},
-        "scale": {"scale_x", "scale_y"},
-        "rotate": {"degrees"},
-    }
-    seen = set()
-    for _ in range(100):
-        params = augment.sample(augment.DSA, 32, 16, generator=generator)
-        changed = {name for name, value in vars(params).items() if not torch.equal(value, identity[name])}
-        assert changed in changed_by.values()
-        seen.add(next(part for part, fields in changed_by.items() if fields == changed))
-    assert seen == set(PARTS)
-
-
-@pytest.mark.parametrize("size", [(8, 8), (28, 28), (9, 32)])
-def test_parameters_stay_in_the_published_ranges(size):
-    params = random_params(4000, size)
-    height, width = size
-    assert params.brightness.abs().max() <= 0.5
-    assert params.saturation.min() >= 0
-    assert params.saturation.max() < 2
-    assert params.contrast.min() >= 0.5
-    assert params.contrast.max() < 1.5
-    assert params.shift_y.unique().tolist() == list(range(-reach(height), reach(height) + 1))
-    assert params.shift_x.unique().tolist() == list(range(-reach(width), reach(width) + 1))
-    assert params.scale_x.min() >= 1 / 1.2 - 1e-6
-    assert params.scale_y.max() < 1.2
-    assert not torch.equal(params.scale_x, params.scale_y)
-    assert 14 < params.degrees.abs().max() <= 15
-    assert 0.4 < params.flip.float().mean() < 0.6
-    y0, y1, x0, x1 = params.cutout.T
-    for low, high, side in ((y0, y1, height), (x0, x1, width)):
-        box = int(side * 0.5 + 0.5)
-        assert (high - low + 1 == box).all()
-        low, high = low.clamp_min(0), high.clamp_max(side - 1)  # of what lies in the image
-        assert low.min() == 0
-        assert high.max() == side - 1
-        assert (high - low + 1).max() == box
-        assert (high - low + 1).min() == box // 2 if box % 2 == 0 else math.ceil(box / 2)
-
-
-def reach(side: int) -> int:
-    return int(side * 0.125 + 0.5)
-
-
-def test_siamese_rows_are_one_row_repeated(generator):
-    params = augment.sample(augment.DSA, 5, 16, generator=generator, siamese=True, mode="all")
-    assert len(params) == 5
-    for field in vars(params).values():
-        assert (field == field[:1]).all()
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_can_be_spread_over_images(generator, backend):
     per_class = random_params(3, (8, 8))
@@ -346,85 +280,6 @@ def test_rows_can_be_spread_over_images(generator, backend):
     together = augment.apply(x, per_class, rows=labels, backend=backend)
     alone = [augment.apply(x[i : i + 1], per_class[labels[i : i + 1]], backend=backend) for i in range(4)]
     torch.testing.assert_close(together, torch.cat(alone))
-
-
-def test_same_seed_same_parameters():
-    first, second, other = (random_params(8, (16, 16), seed) for seed in (1, 1, 2))
-    assert all(torch.equal(a, b) for a, b in zip(vars(first).values(), vars(second).values(), strict=True))
-    assert not torch.equal(first.brightness, other.brightness)
-
-
-@pytest.mark.parametrize("strategy", ["", "none"])
-def test_no_strategy_is_the_identity(generator, strategy):
-    params = augment.sample(strategy, 4, 8, generator=generator)
-    identity = AugmentParams.identity(4)
-    assert all(torch.equal(a, b) for a, b in zip(vars(params).values(), vars(identity).values(), strict=True))
-
-
-def test_bad_input_is_named(generator):
-    x, params = torch.zeros(2, 1, 8, 8), AugmentParams.identity(2)
-    with pytest.raises(ValueError, match="unknown part 'shear'"):
-        augment.sample("color_shear", 2, 8, generator=generator)
-    with pytest.raises(ValueError, match="mode is 'both'"):
-        augment.sample("color", 2, 8, generator=generator, mode="both")
-    for match, images, bad_params, options in (
-        (r"images is \[1, 8, 8\]", x[0], params, {}),
-        ("torch.int32, expected .* torch.uint8", x.int(), params, {}),
-        (r"images is \[2, 0, 8, 8\], expected sizes from 1", x[:, :0], params, {}),
-        (r"params.flip is \[3\], expected \[2\]", x, params_with(2, flip=torch.zeros(3).bool()), {}),
-        ("params.shift_x is of torch.float32", x, params_with(2, shift_x=torch.zeros(2)), {}),
-        ("params.degrees is on meta", x, params_with(2, degrees=torch.zeros(2, device="meta")), {}),
-        ("backend is 'gpu'", x, params, {"backend": "gpu"}),
-        ("rows is .* of torch.int32", x, params, {"rows": torch.zeros(2, dtype=torch.int32)}),
-        ("mean and std are given together", x, params, {"mean": torch.zeros(1)}),
-        (r"std is \[3\]", x, params, {"mean": torch.zeros(1), "std": torch.ones(3)}),
-    ):
-        with pytest.raises(ValueError, match=match):
-            augment.apply(images, bad_params, **options)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_bad_values_are_named_on_the_cpu(backend):
-    x, params = torch.zeros(2, 1, 8, 8), AugmentParams.identity(2)
-    for name in ("brightness", "saturation", "contrast", "scale_x", "scale_y", "degrees"):
-        for value in (math.nan, math.inf):
-            with pytest.raises(ValueError, match=f"augment.apply: params.{name} is not finite"):
-                augment.apply(x, params_with(2, **{name: torch.tensor([1.0, value])}), backend=backend)
-    for row in (-1, 2, 2**40):
-        with pytest.raises(ValueError, match=r"augment.apply: rows.* expected 0 to 1"):
-            augment.apply(x, params, rows=torch.tensor([0, row]), backend=backend)
-
-
-def test_op_called_directly_checks_for_itself():
-    x, fields = torch.zeros(2, 3, 8, 8), list(vars(AugmentParams.identity(2)).values())
-
-    def call(images=x, fields=fields, rows=None, mean=None, std=None, adjoint=False):
-        return torch.ops.mim4dd.augment(images, fields, rows, mean, std, True, adjoint)
-
-    for match, arguments in (
-        ("images must be", {"images": x[0]}),
-        ("images has a size", {"images": x[:, :, :0]}),
-        ("images is of an unsupported dtype", {"images": x.int()}),
-        ("images of bytes have no gradient", {"images": x.byte(), "adjoint": True}),
-        ("params has 9 fields", {"fields": fields[1:]}),
-        ("params has 1 rows for 2 images", {"fields": [field[:1] for field in fields]}),
-        ("params.saturation must hold a number", {"fields": [fields[0], fields[1][:1], *fields[2:]]}),
-        ("params.brightness must be of float32 or float64", {"fields": [fields[0].half(), *fields[1:]]}),
-        ("params.shift_y must be of int32 or int64", {"fields": [*fields[:3], fields[0], *fields[4:]]}),
-        ("params.flip must be of bool", {"fields": [*fields[:6], fields[3], *fields[7:]]}),
-        ("rows must be int64", {"rows": torch.zeros(3, dtype=torch.int64)}),
-        ("mean and std", {"mean": torch.zeros(3)}),
-        ("mean must be", {"mean": torch.zeros(1), "std": torch.ones(3)}),
-    ):
-        with pytest.raises(ValueError, match=match):
-            call(**arguments)
-
-
-def test_fused_says_why_it_cannot_run(monkeypatch):
-    monkeypatch.setattr(extension, "_C", None)
-    with pytest.raises(RuntimeError, match="not built"):
-        augment.apply(torch.zeros(1, 1, 8, 8), AugmentParams.identity(1), backend="fused")
-    augment.apply(torch.zeros(1, 1, 8, 8), AugmentParams.identity(1))
 
 
 def test_documented_example_runs():

@@ -1,11 +1,15 @@
+"""The evaluation, and its command line."""
+
 import dataclasses
+import json
 
 import pytest
 import torch
+from commands import npz
 
 from mim4dd import networks
 from mim4dd.data import load
-from mim4dd.evaluate import Protocol, Score, accuracy, evaluate, train
+from mim4dd.evaluate import Protocol, Score, accuracy, evaluate, main, train
 from mim4dd.seeding import generator
 from mim4dd.synthetic import initialise
 
@@ -111,3 +115,37 @@ def test_batches_cover_every_image_once_an_epoch(monkeypatch, digits):
     train(network, start.images, start.labels, protocol, generator(0, "t"))
     assert [int(s.sum()) for s in sizes] == [32, 32, 6]
     assert sum(sizes).tolist() == [7] * 10
+
+
+def test_evaluate_scores_a_saved_set(finished, capsys):
+    folder, _ = finished
+    path = str(folder / "synthetic.safetensors")
+    assert main([path, "--num-eval", "1", "--architectures", "convnet", "mlp"]) == 0
+    out = capsys.readouterr().out
+    result = json.loads((folder / "result.json").read_text())
+    assert f"convnet │ {100 * result['accuracies'][0]:.1f}" in out, "the same seed gives the same accuracy"
+    assert "mlp" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-eval", "0"], "--num-eval is 0, expected at least 1"),
+        (["--architectures", "mpl"], "unknown architecture 'mpl', did you mean mlp"),
+        (["--device", "toaster"], "--device toaster is not to be had here"),
+    ],
+)
+def test_evaluate_refuses_bad_input(finished, capsys, arguments, message):
+    folder, _ = finished
+    assert main([str(folder / "synthetic.safetensors"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_evaluate_refuses_files_and_data_that_do_not_fit(finished, tmp_path, capsys):
+    folder, _ = finished
+    (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
+    assert main([str(tmp_path / "bad.safetensors")]) == 2
+    assert "not a readable synthetic set" in capsys.readouterr().err
+    other = npz(tmp_path / "other.npz")
+    assert main([str(folder / "synthetic.safetensors"), "--dataset", other]) == 2
+    assert "name its data with --dataset" in capsys.readouterr().err

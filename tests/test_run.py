@@ -1,41 +1,19 @@
 """The command lines as a user meets them."""
 
 import json
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
+from commands import QUICK, files, npz
 from PIL import Image
 
 import mim4dd
 from mim4dd import evaluate, report, run
 from mim4dd.objectives import METHODS
 from mim4dd.synthetic import SyntheticSet
-
-QUICK = ["--quick", "--iterations", "3", "--eval-epochs", "2"]
-
-
-def command(*arguments, module="run", **options):
-    return subprocess.run(
-        [sys.executable, "-m", f"mim4dd.{module}", *arguments], capture_output=True, text=True, **options
-    )
-
-
-def files(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished quick run, as a subprocess in an empty folder, with nothing but the defaults."""
-    where = tmp_path_factory.mktemp("finished")
-    done = command(*QUICK, "--ipc", "2", "--baselines", "random", "kmeans", "base", "full", cwd=where)
-    assert done.returncode == 0, done.stderr
-    return where / "runs" / "digits-dm-ipc2-0", done
 
 
 def test_run_leaves_four_files_and_a_table(finished):
@@ -200,84 +178,6 @@ def test_validation_split_is_reported_as_such(tmp_path, capsys):
     assert "validation set of 287 images" in capsys.readouterr().out
 
 
-def test_results_are_never_overwritten_silently(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    quick = [*QUICK, "--num-eval", "0"]
-    for _ in range(2):
-        assert run.main(quick) == 0
-    assert files(tmp_path / "runs") == ["digits-dm-ipc1-0", "digits-dm-ipc1-0-2"]
-    named = [*quick, "--out", "runs/digits-dm-ipc1-0"]
-    before = (tmp_path / "runs/digits-dm-ipc1-0/result.json").read_bytes()
-    assert run.main([*named, "--seed", "5"]) == 2
-    assert "holds something already; give another folder, or --overwrite" in capsys.readouterr().err
-    assert (tmp_path / "runs/digits-dm-ipc1-0/result.json").read_bytes() == before
-    assert run.main([*named, "--seed", "5", "--overwrite"]) == 0
-    assert (tmp_path / "runs/digits-dm-ipc1-0/result.json").read_bytes() != before
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--dataset", "digts"], "unknown data set 'digts', did you mean digits"),
-        (["--method", "dn"], "unknown method 'dn', did you mean dm"),
-        (["--dataset", "mnist", "--data-dir", "nowhere"], "not found in nowhere"),
-        (["--dataset", "./nothing.npz"], "no such file or folder"),
-        (["--ipc", "0"], "--ipc is 0, expected at least 1"),
-        (["--factor", "3"], "--factor 3 does not divide images of 8x8"),
-        (["--ipc", "1000"], "fewer than the 1000 asked for"),
-        (["--ipc", "1000", "--mim-pairs", "cluster"], "fewer than the 1000 asked for"),
-        (["--device", "cuda"], "--device cuda is not to be had here"),
-        (["--device", "toaster"], "--device toaster is not to be had here"),
-        (["--device", "meta"], "--device meta is not to be had here"),
-        (["--mim-layers", "0,7"], "there is no layer 7, the network has 2"),
-        (
-            ["--eval-archs", "mlp,resnet"],
-            "unknown architecture in --eval-archs: 'resnet', did you mean resnet18",
-        ),
-        (["--config", "missing.json"], "--config missing.json cannot be read"),
-    ],
-)
-def test_bad_input_exits_with_2_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):
-    if "cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
-    monkeypatch.chdir(tmp_path)
-    assert run.main([*QUICK, *arguments]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.strip().splitlines()) <= 2
-    assert files(tmp_path) == []
-
-
-def npz(path, **changes):
-    rng = np.random.default_rng(0)
-    arrays = {
-        "x_train": rng.integers(0, 255, (40, 12, 12, 3), dtype=np.uint8),
-        "y_train": np.arange(40) % 4,
-        "x_test": rng.integers(0, 255, (8, 12, 12, 3), dtype=np.uint8),
-        "y_test": np.arange(8) % 4,
-    }
-    np.savez(path, **{**arrays, **changes})
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"y_train": np.linspace(0, 3, 40)}, "labels not integers"),
-        ({"y_train": np.arange(40) % 4 - 1}, "label -1"),
-        ({"y_test": np.arange(8)}, "label 7, but the training labels end at 3"),
-        ({"x_train": np.full((40, 12, 12, 3), np.nan, np.float32)}, "NaN"),
-        ({"x_train": np.zeros((40, 12, 16, 3), np.uint8)}, "square"),
-        ({"x_train": np.zeros((40, 6, 6, 3), np.uint8)}, "at least 8x8"),
-    ],
-)
-def test_bad_data_exit_with_2(tmp_path, capsys, changes, message):
-    path = npz(tmp_path / "data.npz", **changes)
-    assert run.main([*QUICK, "--dataset", path, "--out", str(tmp_path / "out")]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 def test_own_data_in_colour(tmp_path, capsys):
     path = npz(tmp_path / "mine.npz")
     assert run.main([*QUICK, "--dataset", path, "--ipc", "2", "--out", str(tmp_path / "out")]) == 0
@@ -285,94 +185,6 @@ def test_own_data_in_colour(tmp_path, capsys):
     synthetic = SyntheticSet.load(tmp_path / "out" / "synthetic.safetensors")
     assert synthetic.images.shape == (8, 3, 12, 12)
     assert evaluate.main([str(tmp_path / "out" / "synthetic.safetensors"), "--num-eval", "1"]) == 0
-
-
-def test_unwritable_out(tmp_path, capsys):
-    (tmp_path / "file").write_text("mine")
-    assert run.main([*QUICK, "--out", str(tmp_path / "file" / "below")]) == 2
-    assert "cannot be written" in capsys.readouterr().err
-    assert run.main([*QUICK, "--out", str(tmp_path / "file"), "--overwrite"]) == 2
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_unknown_option_exits_with_2_without_traceback():
-    done = command("--ipcs", "3")
-    assert done.returncode == 2
-    assert "--ipcs" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_divergence_exits_with_1_and_keeps_the_last_good_set(tmp_path, capsys):
-    out = tmp_path / "out"
-    assert run.main([*QUICK, "--iterations", "20", "--image-lr", "3e38", "--out", str(out)]) == 1
-    error = capsys.readouterr().err
-    assert "became" in error or "not finite" in error
-    assert "the last good set, of iteration" in error
-    assert SyntheticSet.load(out / "synthetic.safetensors").images.isfinite().all()
-
-
-def test_interruption_keeps_the_last_good_set(tmp_path):
-    arguments = ["--quick", "--mim-weight", "0", "--iterations", "100000", "--out", "out"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mim4dd.run", *arguments],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # As from a terminal: what runs in the background may ignore the signal, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    # The last line before the first iteration.
-    assert any("real images at a time" in line for line in iter(process.stdout.readline, ""))
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
-    assert "the last good set, of iteration" in error
-    assert len(SyntheticSet.load(tmp_path / "out" / "synthetic.safetensors")) == 10
-
-
-def test_output_that_nobody_reads_ends_quietly():
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mim4dd.run", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    process.stdout.close()  # what `| head` does when it has seen enough
-    assert process.stderr.read() == b""
-    assert process.wait(timeout=60) == 141
-
-
-def test_evaluate_scores_a_saved_set(finished, capsys):
-    folder, _ = finished
-    path = str(folder / "synthetic.safetensors")
-    assert evaluate.main([path, "--num-eval", "1", "--architectures", "convnet", "mlp"]) == 0
-    out = capsys.readouterr().out
-    result = json.loads((folder / "result.json").read_text())
-    assert f"convnet │ {100 * result['accuracies'][0]:.1f}" in out, "the same seed gives the same accuracy"
-    assert "mlp" in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--num-eval", "0"], "--num-eval is 0, expected at least 1"),
-        (["--architectures", "mpl"], "unknown architecture 'mpl', did you mean mlp"),
-        (["--device", "toaster"], "--device toaster is not to be had here"),
-    ],
-)
-def test_evaluate_refuses_bad_input(finished, capsys, arguments, message):
-    folder, _ = finished
-    assert evaluate.main([str(folder / "synthetic.safetensors"), *arguments]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_evaluate_refuses_files_and_data_that_do_not_fit(finished, tmp_path, capsys):
-    folder, _ = finished
-    (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
-    assert evaluate.main([str(tmp_path / "bad.safetensors")]) == 2
-    assert "not a readable synthetic set" in capsys.readouterr().err
-    other = npz(tmp_path / "other.npz")
-    assert evaluate.main([str(folder / "synthetic.safetensors"), "--dataset", other]) == 2
-    assert "name its data with --dataset" in capsys.readouterr().err
 
 
 def test_picture_shows_every_image_in_its_colours():

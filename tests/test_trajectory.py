@@ -1,4 +1,4 @@
-"""Trajectory matching: its experts and the objective. The distance alone is in test_objectives.py."""
+"""Trajectory matching: its experts and the objective. The distance alone is in test_distances.py."""
 
 import dataclasses
 import json

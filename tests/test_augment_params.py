@@ -1,0 +1,82 @@
+"""What `augment.sample` draws."""
+
+import math
+
+import pytest
+import torch
+from conftest import random_params
+
+from mim4dd import augment
+from mim4dd.augment import AugmentParams
+
+PARTS = augment.DSA.split("_")
+
+
+def test_single_mode_draws_one_part_per_call(generator):
+    identity = vars(AugmentParams.identity(32))
+    changed_by = {
+        "color": {"brightness", "saturation", "contrast"},
+        "crop": {"shift_y", "shift_x"},
+        "cutout": {"cutout"},
+        "flip": {"flip"},
+        "scale": {"scale_x", "scale_y"},
+        "rotate": {"degrees"},
+    }
+    seen = set()
+    for _ in range(100):
+        params = augment.sample(augment.DSA, 32, 16, generator=generator)
+        changed = {name for name, value in vars(params).items() if not torch.equal(value, identity[name])}
+        assert changed in changed_by.values()
+        seen.add(next(part for part, fields in changed_by.items() if fields == changed))
+    assert seen == set(PARTS)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (28, 28), (9, 32)])
+def test_parameters_stay_in_the_published_ranges(size):
+    params = random_params(4000, size)
+    height, width = size
+    assert params.brightness.abs().max() <= 0.5
+    assert params.saturation.min() >= 0
+    assert params.saturation.max() < 2
+    assert params.contrast.min() >= 0.5
+    assert params.contrast.max() < 1.5
+    assert params.shift_y.unique().tolist() == list(range(-reach(height), reach(height) + 1))
+    assert params.shift_x.unique().tolist() == list(range(-reach(width), reach(width) + 1))
+    assert params.scale_x.min() >= 1 / 1.2 - 1e-6
+    assert params.scale_y.max() < 1.2
+    assert not torch.equal(params.scale_x, params.scale_y)
+    assert 14 < params.degrees.abs().max() <= 15
+    assert 0.4 < params.flip.float().mean() < 0.6
+    y0, y1, x0, x1 = params.cutout.T
+    for low, high, side in ((y0, y1, height), (x0, x1, width)):
+        box = int(side * 0.5 + 0.5)
+        assert (high - low + 1 == box).all()
+        low, high = low.clamp_min(0), high.clamp_max(side - 1)  # of what lies in the image
+        assert low.min() == 0
+        assert high.max() == side - 1
+        assert (high - low + 1).max() == box
+        assert (high - low + 1).min() == box // 2 if box % 2 == 0 else math.ceil(box / 2)
+
+
+def reach(side: int) -> int:
+    return int(side * 0.125 + 0.5)
+
+
+def test_siamese_rows_are_one_row_repeated(generator):
+    params = augment.sample(augment.DSA, 5, 16, generator=generator, siamese=True, mode="all")
+    assert len(params) == 5
+    for field in vars(params).values():
+        assert (field == field[:1]).all()
+
+
+def test_same_seed_same_parameters():
+    first, second, other = (random_params(8, (16, 16), seed) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(vars(first).values(), vars(second).values(), strict=True))
+    assert not torch.equal(first.brightness, other.brightness)
+
+
+@pytest.mark.parametrize("strategy", ["", "none"])
+def test_no_strategy_is_the_identity(generator, strategy):
+    params = augment.sample(strategy, 4, 8, generator=generator)
+    identity = AugmentParams.identity(4)
+    assert all(torch.equal(a, b) for a, b in zip(vars(params).values(), vars(identity).values(), strict=True))

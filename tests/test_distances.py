@@ -1,0 +1,188 @@
+"""The distances of distribution, gradient and trajectory matching: published values, by hand, gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import close
+
+from mim4dd.networks import ConvNet
+from mim4dd.objectives import (
+    distribution_distance,
+    gradient_distance,
+    trajectory_distance,
+)
+
+SHAPES = ["1x28x28", "3x32x32"]
+
+
+def golden_network(shape, file):
+    """The golden file's network, and its weights by the network's names."""
+    channels, height, width = (int(n) for n in shape.split("x"))
+    network = ConvNet(channels, 10, width=16, image_size=(height, width))
+    names = [name for name, _ in network.named_parameters()]
+
+    def weights(prefix):
+        values = [value for name, value in file.items() if name.startswith(prefix)]
+        return dict(zip(names, values, strict=True))
+
+    network.load_state_dict(weights("w."))
+    return network, weights
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_distribution_matching_equals_the_published_one(golden, shape):
+    file = golden(f"objectives_{shape}")
+    network, _ = golden_network(shape, file)
+    synthetic = file["synthetic"].requires_grad_()
+    distance = distribution_distance(
+        network.embed(file["real"].flatten(0, 1)),
+        network.embed(synthetic),
+        torch.arange(3).repeat_interleave(5),
+        torch.arange(3).repeat_interleave(2),
+    )
+    close(distance, file["dm.loss"])
+    close(torch.autograd.grad(distance, synthetic)[0], file["dm.grad"])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("metric", "name"), [("rowwise", "ours"), ("mse", "mse"), ("cosine", "cos")])
+def test_gradient_matching_equals_the_published_one(golden, shape, metric, name):
+    file = golden(f"objectives_{shape}")
+    network, _ = golden_network(shape, file)
+    synthetic = file["synthetic"].requires_grad_()
+
+    def gradients(images, label, **options):
+        loss = F.cross_entropy(network(images), torch.full((len(images),), label))
+        return torch.autograd.grad(loss, [*network.parameters()], **options)
+
+    distance = sum(
+        gradient_distance(
+            gradients(synthetic[2 * c : 2 * c + 2], c, create_graph=True), gradients(real, c), metric
+        )
+        for c, real in enumerate(file["real"])
+    )
+    close(distance, file[f"dc_{name}.loss"])
+    close(torch.autograd.grad(distance, synthetic)[0], file[f"dc_{name}.grad"])
+
+
+def test_gradient_distance_by_hand():
+    one = [torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([5.0])]
+    other = [torch.tensor([[0.0, 3.0], [0.0, 4.0]]), torch.tensor([-5.0])]
+    assert gradient_distance(one, other).item() == pytest.approx(1, abs=1e-5), "vectors count for nothing"
+    assert gradient_distance(one, other, "mse").item() == 1 + 9 + 4 + 100
+    dot, norms = 8 - 25, ((1 + 4 + 25) * (9 + 16 + 25)) ** 0.5
+    assert gradient_distance(one, other, "cosine").item() == pytest.approx(1 - dot / norms, abs=1e-5)
+    assert gradient_distance(one[1:], other[1:]).item() == 0
+
+
+@pytest.mark.parametrize("metric", ["rowwise", "mse", "cosine"])
+def test_gradient_distance_gradcheck(generator, metric):
+    synthetic, real = (
+        [torch.randn(s, dtype=torch.float64, generator=generator) for s in ((2, 3), (4,), (2, 1, 2, 2))]
+        for _ in range(2)
+    )
+    for g in (*synthetic, *real):
+        g.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *s: gradient_distance(s, real, metric), synthetic)
+    assert torch.autograd.grad(gradient_distance(synthetic, real, metric), real, allow_unused=True) == (
+        None,
+        None,
+        None,
+    )
+
+
+def test_gradient_distance_names_bad_input():
+    with pytest.raises(ValueError, match=r"shapes \[\(2,\)\] and real_grads \[\(3,\)\]"):
+        gradient_distance([torch.zeros(2)], [torch.zeros(3)])
+    with pytest.raises(ValueError, match="metric is 'l2'"):
+        gradient_distance([], [], "l2")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("memory", ["constant", "unrolled"])
+def test_trajectory_matching_equals_the_published_one(golden, shape, memory):
+    file = golden(f"objectives_{shape}")
+    network, weights = golden_network(shape, file)
+    synthetic = file["synthetic"].requires_grad_()
+    step_size = file["mtt.lr"].float().requires_grad_()
+    distance = trajectory_distance(
+        network,
+        weights("w."),
+        weights("target."),
+        synthetic,
+        torch.arange(3).repeat_interleave(2),
+        steps=int(file["mtt.steps"]),
+        step_size=step_size,
+        memory=memory,
+    )
+    close(distance, file["mtt.loss"])
+    by_images, by_step = torch.autograd.grad(distance, [synthetic, step_size])
+    close(by_images, file["mtt.grad"])
+    close(by_step, file["mtt.grad_lr"])
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_constant_memory_is_exact(generator, steps):
+    """In float64 with large steps, where the terms across steps matter, the two forms agree to 1e-10."""
+    network = ConvNet(1, 3, width=4, depth=1, image_size=(8, 8)).double()
+    start, target = (
+        {n: torch.randn(p.shape, dtype=p.dtype, generator=generator) for n, p in network.named_parameters()}
+        for _ in range(2)
+    )
+    labels = torch.tensor([0, 1, 2, 0])
+    results = []
+    for memory in ("constant", "unrolled"):
+        x = torch.randn(4, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        inputs = [x.requires_grad_(), torch.tensor(0.5, dtype=torch.float64, requires_grad=True)]
+        distance = trajectory_distance(
+            network, start, target, x, labels, steps=steps, step_size=inputs[1], memory=memory
+        )
+        gradients = torch.autograd.grad(3 * distance, inputs)
+        results.append((distance, *gradients))
+    for constant, unrolled in zip(*results, strict=True):
+        torch.testing.assert_close(constant, unrolled, rtol=1e-10, atol=1e-12)
+    assert not any(value.requires_grad for value in start.values()), "the caller's weights stay as they are"
+
+
+def test_constant_memory_refuses_a_second_derivative(generator):
+    network = ConvNet(1, 2, width=2, depth=1, image_size=(8, 8))
+    weights = dict(network.named_parameters())
+    target = {name: value + 1 for name, value in weights.items()}
+    x = torch.randn(2, 1, 8, 8, generator=generator, requires_grad=True)
+    distance = trajectory_distance(network, weights, target, x, torch.tensor([0, 1]), steps=1, step_size=0.1)
+    (gradient,) = torch.autograd.grad(distance, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_trajectory_distance_names_bad_input(generator):
+    network = ConvNet(1, 2, width=2, depth=1, image_size=(8, 8))
+    weights = dict(network.named_parameters())
+    x, labels = torch.randn(2, 1, 8, 8, generator=generator), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="target does not fit the network, see weight 'blocks"):
+        trajectory_distance(network, weights, {}, x, labels, steps=1, step_size=0.1)
+    with pytest.raises(ValueError, match="memory is 'none', expected 'constant' or 'unrolled'"):
+        trajectory_distance(network, weights, weights, x, labels, steps=1, step_size=0.1, memory="none")
+
+
+def test_distribution_distance_by_hand_with_missing_classes():
+    real = torch.tensor([[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]])
+    synthetic = torch.tensor([[1.0, 1.0], [5.0, 5.0]])
+    # class 0: means (2, 3) and (1, 1); class 1 has no synthetic image, class 2 no real one
+    distance = distribution_distance(real, synthetic, torch.tensor([0, 0, 1]), torch.tensor([0, 2]))
+    assert distance.item() == 1 + 4
+    assert distribution_distance(real, synthetic[:0], torch.tensor([0, 0, 1]), torch.tensor([])) == 0
+
+
+def test_distribution_distance_gradcheck(generator):
+    real = torch.randn(5, 2, 3, dtype=torch.float64, generator=generator)
+    synthetic = torch.randn(4, 2, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    labels = torch.tensor([0, 1, 1, 0, 2]), torch.tensor([1, 0, 2, 1])
+    assert torch.autograd.gradcheck(lambda s: distribution_distance(real, s, *labels), synthetic)
+
+
+def test_distribution_distance_names_bad_input():
+    with pytest.raises(ValueError, match="real_features have width 3 and synthetic_features 4"):
+        distribution_distance(torch.zeros(1, 3), torch.zeros(1, 4), torch.zeros(1), torch.zeros(1))
+    with pytest.raises(ValueError, match=r"synthetic_labels is \[2\], expected \[1\]"):
+        distribution_distance(torch.zeros(1, 3), torch.zeros(1, 3), torch.zeros(1), torch.zeros(2))

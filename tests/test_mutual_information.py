@@ -1,0 +1,127 @@
+"""The add-on: `MutualInformation` over feature maps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mim4dd
+from mim4dd.losses import calibrated_noise_ratio
+from mim4dd.objectives import (
+    MutualInformation,
+)
+from mim4dd.objectives.mutual_information import layer_indices
+
+
+def maps(generator, rows, sizes=((4, 3, 3), (6, 2, 2))):
+    return [torch.randn(rows, *size, generator=generator) for size in sizes]
+
+
+def test_mutual_information_is_the_weighted_sum_over_layers(generator):
+    synthetic, real = maps(generator, 6), maps(generator, 20)
+    labels = torch.arange(6) % 3, torch.arange(20) % 3
+    losses = [
+        mim4dd.nce_loss(s.flatten(1), r.flatten(1), *labels, temperature=0.2, noise_ratio=3.0, symmetric=True)
+        for s, r in zip(synthetic, real, strict=True)
+    ]
+    options = {"temperature": 0.2, "noise_ratio": 3.0, "symmetric": True, "weight": 5.0, "layer_decay": 0.5}
+    for layers, expected in [
+        ("last", 5 * losses[1]),
+        ("all", 5 * (losses[1] + 0.5 * losses[0])),
+        ([-2], 5 * 0.5 * losses[0]),
+    ]:
+        term = MutualInformation(layers=layers, **options)
+        torch.testing.assert_close(term(synthetic, real, *labels), expected)
+    single = MutualInformation(**options)(synthetic[1], real[1], *labels)
+    torch.testing.assert_close(single, 5 * losses[1])
+
+
+def test_real_images_find_their_class_among_the_synthetic(generator):
+    synthetic, real = maps(generator, 6), maps(generator, 20)
+    labels = torch.arange(6) % 3, torch.arange(20) % 3
+    expected = []
+    for s, r in zip(synthetic, real, strict=True):
+        cosine = F.normalize(r.flatten(1)) @ F.normalize(s.flatten(1)).T
+        guess = (cosine / 0.2).softmax(1) @ F.one_hot(labels[0]).float()
+        expected.append(F.nll_loss(guess.log(), labels[1]))
+    term = MutualInformation(loss="info_nce", layers="all", temperature=0.2, weight=5.0, layer_decay=0.5)
+    torch.testing.assert_close(term(synthetic, real, *labels), 5 * (expected[1] + 0.5 * expected[0]))
+
+
+def test_mutual_information_is_calibrated_once_per_layer(generator):
+    labels = torch.arange(6) % 3, torch.arange(20) % 3
+    first, second = ((maps(generator, 6), maps(generator, 20)) for _ in range(2))
+    term = MutualInformation(layers="all")
+    term(*first, *labels)
+    expected = sum(
+        mim4dd.nce_loss(s2, r2, *labels, noise_ratio=calibrated_noise_ratio(s1, r1, *labels))
+        for s1, r1, s2, r2 in zip(
+            *([m.flatten(1) for m in side] for batch in (first, second) for side in batch), strict=True
+        )
+    )
+    torch.testing.assert_close(term(*second, *labels), expected)
+    copy = MutualInformation(layers="all")
+    copy.load_state_dict(term.state_dict())
+    torch.testing.assert_close(copy(*second, *labels), expected)
+
+
+@pytest.mark.parametrize("projection", ["random", "trained"])
+def test_projection_embeds_every_layer(generator, projection):
+    synthetic, real = maps(generator, 6), maps(generator, 20)
+    labels = torch.arange(6) % 3, torch.arange(20) % 3
+    term = MutualInformation(
+        layers="all",
+        projection=projection,
+        projection_size=5,
+        feature_sizes=(36, 24),
+        generator=generator,
+        noise_ratio=1.0,
+    )
+    shapes = [tuple(p.shape) for p in term.projections.values()]
+    assert shapes == [(36, 5), (24, 5)]
+    assert all(p.requires_grad == (projection == "trained") for p in term.parameters())
+    expected = sum(
+        mim4dd.nce_loss(s.flatten(1) @ p, r.flatten(1) @ p, *labels)
+        for s, r, p in zip(synthetic, real, term.projections.values(), strict=True)
+    )
+    torch.testing.assert_close(term(synthetic, real, *labels), expected)
+
+
+def test_mutual_information_pulls_images_to_their_class(generator):
+    """Descending on the term makes an anchor's nearest keys those of its label."""
+    centres = torch.randn(3, 16, generator=generator)
+    labels = torch.arange(30) % 3
+    real = centres[labels] + 0.3 * torch.randn(30, 16, generator=generator)
+    anchors = torch.randn(3, 16, generator=generator).requires_grad_()
+    term = MutualInformation()
+    optimizer = torch.optim.SGD([anchors], lr=1.0)
+    for _ in range(50):
+        optimizer.zero_grad()
+        term(anchors, real, torch.arange(3), labels).backward()
+        optimizer.step()
+    cosine = torch.nn.functional.cosine_similarity(anchors[:, None], real[None], dim=2)
+    assert torch.equal(labels[cosine.argmax(1)], torch.arange(3))
+    assert cosine[torch.arange(3)[:, None] == labels].min() > cosine[torch.arange(3)[:, None] != labels].max()
+
+
+def test_layer_indices():
+    assert layer_indices("all", 3) == [0, 1, 2]
+    assert layer_indices("last", 3) == [2]
+    assert layer_indices([-1, 0, 2], 3) == [0, 2]
+    with pytest.raises(ValueError, match="there is no layer 3, the network has 3"):
+        layer_indices([3], 3)
+    with pytest.raises(ValueError, match="layers is 'first'"):
+        layer_indices("first", 3)
+
+
+def test_mutual_information_names_bad_input(generator):
+    with pytest.raises(ValueError, match="noise_ratio is 'auto'"):
+        MutualInformation(noise_ratio="auto")
+    with pytest.raises(ValueError, match="projection is 'learned'"):
+        MutualInformation(projection="learned")
+    with pytest.raises(ValueError, match="loss is 'supcon', expected 'nce' or 'info_nce'"):
+        MutualInformation(loss="supcon")
+    with pytest.raises(ValueError, match="needs feature_sizes and a generator"):
+        MutualInformation(projection="random")
+    labels = torch.arange(2)
+    with pytest.raises(ValueError, match="2 synthetic maps, but 1 real ones"):
+        MutualInformation()(maps(generator, 2), maps(generator, 2)[:1], labels, labels)
