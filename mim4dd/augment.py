@@ -106,28 +106,30 @@ def sample(
         image_size: height and width, or one side.
         generator: the only source of randomness.
         siamese: draw one row and repeat it.
-        mode: "single" draws one part of the strategy per call, "all" applies every part.
+        mode: "single" draws one part of the strategy per call, "each" one per row (what the published siamese
+            augmentation does, a call per class), "all" applies every part.
 
     Raises:
         ValueError: an unknown part or mode.
     """
     parts = parts_of(strategy)
-    if mode not in ("single", "all"):
-        raise ValueError(f"mim4dd.augment.sample: mode is {mode!r}, expected 'single' or 'all'")
+    if mode not in ("single", "each", "all"):
+        raise ValueError(f"mim4dd.augment.sample: mode is {mode!r}, expected 'single', 'each' or 'all'")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     rows = 1 if siamese else batch
     fields = AugmentParams.identity(rows, device=generator.device).fields()
     if mode == "all" or not parts:
         for part in parts:
             fields |= _DRAW[part](rows, size, generator)
-    else:
-        chosen = torch.randint(len(parts), (), generator=generator, device=generator.device)
-        if generator.device.type == "cpu":
-            fields |= _DRAW[parts[int(chosen)]](rows, size, generator)
-        else:  # looking at the choice would wait for the device
-            for k, part in enumerate(parts):
-                for name, value in _DRAW[part](rows, size, generator).items():
-                    fields[name] = torch.where(chosen == k, value, fields[name])
+    elif mode == "single" and generator.device.type == "cpu":
+        fields |= _DRAW[parts[int(torch.randint(len(parts), (), generator=generator))]](rows, size, generator)
+    else:  # on a GPU, looking at the choice would wait for it
+        count = (1 if mode == "single" else rows, 1)
+        chosen = torch.randint(len(parts), count, generator=generator, device=generator.device)
+        for k, part in enumerate(parts):
+            for name, value in _DRAW[part](rows, size, generator).items():
+                mask = chosen == k
+                fields[name] = torch.where(mask if value.ndim > 1 else mask[:, 0], value, fields[name])
     params = AugmentParams(**fields)
     if siamese:
         params = params._map(lambda field: field.expand(batch, *field.shape[1:]))

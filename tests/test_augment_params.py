@@ -12,23 +12,39 @@ from mim4dd.augment import AugmentParams
 PARTS = augment.DSA.split("_")
 
 
+CHANGED_BY = {
+    "color": {"brightness", "saturation", "contrast"},
+    "crop": {"shift_y", "shift_x"},
+    "cutout": {"cutout"},
+    "flip": {"flip"},
+    "scale": {"scale_x", "scale_y"},
+    "rotate": {"degrees"},
+}
+
+
+def part_of(params: AugmentParams) -> str:
+    """The only part that is not the identity."""
+    identity = vars(AugmentParams.identity(len(params)))
+    changed = {name for name, value in vars(params).items() if not torch.equal(value, identity[name])}
+    (part,) = (part for part, fields in CHANGED_BY.items() if fields >= changed > set())
+    return part
+
+
 def test_single_mode_draws_one_part_per_call(generator):
-    identity = vars(AugmentParams.identity(32))
-    changed_by = {
-        "color": {"brightness", "saturation", "contrast"},
-        "crop": {"shift_y", "shift_x"},
-        "cutout": {"cutout"},
-        "flip": {"flip"},
-        "scale": {"scale_x", "scale_y"},
-        "rotate": {"degrees"},
-    }
-    seen = set()
-    for _ in range(100):
-        params = augment.sample(augment.DSA, 32, 16, generator=generator)
-        changed = {name for name, value in vars(params).items() if not torch.equal(value, identity[name])}
-        assert changed in changed_by.values()
-        seen.add(next(part for part, fields in changed_by.items() if fields == changed))
-    assert seen == set(PARTS)
+    drawn = (augment.sample(augment.DSA, 32, 16, generator=generator) for _ in range(100))
+    assert {part_of(params) for params in drawn} == set(PARTS)
+
+
+def test_each_mode_draws_one_part_per_row(generator):
+    """All parts as often, and with numbers as they are drawn alone."""
+    params = augment.sample("color_cutout_rotate", 3000, 16, generator=generator, mode="each")
+    parts = [part_of(params[torch.tensor([k])]) for k in range(len(params))]
+    assert all(900 < parts.count(part) < 1100 for part in ("color", "cutout", "rotate"))
+    rotated = params.degrees[params.degrees != 0]
+    assert rotated.abs().max() > 14
+    assert rotated.std() == pytest.approx(15 / 3**0.5, rel=0.1)
+    alike = augment.sample("color_cutout_rotate", 5, 16, generator=generator, siamese=True, mode="each")
+    assert len({part_of(alike[torch.tensor([k])]) for k in range(5)}) == 1
 
 
 @pytest.mark.parametrize("size", [(8, 8), (28, 28), (9, 32)])

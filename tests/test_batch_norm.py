@@ -129,7 +129,7 @@ def test_distribution_matching_normalises_each_side_by_itself():
     objective = DistributionMatching(problem)
     matched = objective(x, problem.labels)
     real, network = problem.real, objective.network
-    params = augment.sample("color_crop", 10, (8, 8), generator=generator(0, "dm/augmentation"))
+    params = augment.sample("color_crop", 10, (8, 8), generator=generator(0, "dm/augmentation"), mode="each")
     labels = torch.arange(10).repeat_interleave(problem.real_batch)
     real_images = real.batch(real.sample(problem.real_batch, generator(0, "dm/real")).flatten())
     assert len(real_images) > networks.CHUNK["cpu"]

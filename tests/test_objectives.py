@@ -60,7 +60,9 @@ def test_gradient_matching_sums_over_the_classes(augmentation):
     real, network = problem.real, objective.network.network
     parameters = [*network.requires_grad_().parameters()]
     index = real.sample(problem.real_batch, seeding.generator(0, "dc/real"))
-    params = augment.sample(augmentation, 10, (8, 8), generator=seeding.generator(0, "dc/augmentation"))
+    params = augment.sample(
+        augmentation, 10, (8, 8), generator=seeding.generator(0, "dc/augmentation"), mode="each"
+    )
     expected = 0
     for c in range(10):
         grads = []

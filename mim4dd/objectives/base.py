@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .. import augment
+from ..augment import AugmentParams
 from ..data import ImageSet
 from ..memory import per_image
 from ..networks import CHUNK, Network, create
@@ -75,6 +77,13 @@ class Problem:
             return CHUNK[self.real.images.device.type]
         image = (self.real.channels, *self.real.image_size)
         return max(1, self.memory // per_image(self.network(), image, gradients=gradients))
+
+    def class_augmentation(self, generator: torch.Generator) -> AugmentParams:
+        """Draw a row of parameters for every class, a part of the strategy for each, as DSA does."""
+        real = self.real
+        return augment.sample(
+            self.augmentation, real.num_classes, real.image_size, generator=generator, mode="each"
+        )
 
     def network(self) -> Network:
         """Return a network for these images with unset weights that want no gradient."""

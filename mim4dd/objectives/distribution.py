@@ -96,9 +96,7 @@ class DistributionMatching(Repeatable):
         problem = self.problem
         real, labels = problem.real, problem.labels
         initialise(self.network, self.weights)
-        params = augment.sample(
-            problem.augmentation, real.num_classes, real.image_size, generator=self.augmentations
-        )
+        params = problem.class_augmentation(self.augmentations)
         index = real.sample(problem.real_batch, self.draws).flatten()
         real_images = real.augmented(index, params, self.real_labels)
         real_maps = problem.real_features(self.network, real_images)

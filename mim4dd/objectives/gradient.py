@@ -115,9 +115,7 @@ class GradientMatching(Repeatable):
     def match(self, images: Tensor, targets: Tensor) -> Matched:
         """Return the distance for the synthetic images [n, C, H, W], and features of the same passes."""
         real = self.problem.real
-        params = augment.sample(
-            self.problem.augmentation, real.num_classes, real.image_size, generator=self.augmentations
-        )
+        params = self.problem.class_augmentation(self.augmentations)
         index = real.sample(self.problem.real_batch, self.draws)
         real_labels = _class_labels(real.num_classes, self.problem.real_batch, real.labels.device)
         real_images = real.augmented(index, params, real_labels)

@@ -168,9 +168,7 @@ class TrajectoryMatching(Repeatable):
         with torch.no_grad():
             for name, parameter in self.network.named_parameters():
                 parameter.copy_(weights[name])
-        params = augment.sample(
-            problem.augmentation, real.num_classes, real.image_size, generator=self.augmentations
-        )
+        params = problem.class_augmentation(self.augmentations)
         index = real.sample(problem.real_batch, self.draws).flatten()
         real_images = real.augmented(index, params, real.labels[index])
         real_maps = problem.real_features(self.network, real_images)

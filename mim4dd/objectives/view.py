@@ -57,9 +57,7 @@ class _Through(Objective):
         chosen = torch.randint(len(weights), (1,), generator=choice, device=weights.device)
         _load(self.network, weights.index_select(0, chosen)[0])
         problem.settle(self.network, statistics)
-        params = augment.sample(
-            problem.augmentation, real.num_classes, real.image_size, generator=augmentation
-        )
+        params = problem.class_augmentation(augmentation)
         index = real.sample(min(problem.real_batch, REAL_BATCH), draws).flatten()
         real_images = real.augmented(index, params, real.labels[index])
         return Matched(
