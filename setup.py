@@ -1,11 +1,12 @@
 """Builds the extension with CMake; everything else about the package is in pyproject.toml.
 
 MIM4DD_NO_EXT=1   build no extension: a pure Python package that runs the PyTorch reference
-MIM4DD_CUDA=0|1   build without or with the CUDA kernels; default: with, if nvcc and a CUDA torch are there
+MIM4DD_CUDA=0|1   build without or with the CUDA kernels; default: with, where a CUDA torch and its nvcc are
 CMAKE_ARGS="..."  passed to CMake
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,11 +20,25 @@ from setuptools.command.build_ext import build_ext
 def wants_cuda() -> bool:
     if "MIM4DD_CUDA" in os.environ:
         return os.environ["MIM4DD_CUDA"] == "1"
-    if not shutil.which("nvcc") or not find_spec("torch"):
+    nvcc = shutil.which("nvcc")
+    if not nvcc or not find_spec("torch"):
         return False
     import torch
 
-    return torch.version.cuda is not None
+    if torch.version.cuda is None:
+        return False
+    # Another major version may ask for a newer driver than torch does; one before 12 knows no C++20.
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release (\d+)\.", said)
+    wanted = int(torch.version.cuda.split(".")[0])
+    if found and 12 <= int(found[1]) == wanted:
+        return True
+    version = f"CUDA {found[1]}" if found else "an unknown version"
+    sys.stderr.write(
+        f"Augmentation gets no CUDA kernels: {nvcc} is of {version}, torch of CUDA {wanted}; expected the "
+        "same, from 12 on. MIM4DD_CUDA=1 builds them in any case.\n"
+    )
+    return False
 
 
 class CMakeBuild(build_ext):
@@ -39,6 +54,7 @@ class CMakeBuild(build_ext):
         configure = [
             "cmake",
             str(Path(__file__).resolve().parent),
+            "--fresh",  # what an earlier build noted may be gone, such as the ninja of an isolated one
             "-GNinja",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DMIM4DD_OUTPUT_DIR={target.parent}",

@@ -190,9 +190,9 @@ def apply(
         backend: "reference", "fused" (compiled), or None for the best that is built.
 
     Returns:
-        A new tensor [B, C, H, W] of the images' dtype (float32 for uint8) and memory format. On CUDA, where
-        looking at values would wait for the device, an image whose parameters are not finite, or whose row is
-        out of range, is all NaN; on the CPU it is an error.
+        A new tensor [B, C, H, W] of the images' dtype (float32 for uint8) and memory format. Where
+        looking at values would wait for the device, the compiled op on CUDA makes all NaN of an image whose
+        parameters are not finite or whose row is out of range; on the CPU that is an error.
 
     Raises:
         ValueError: wrong rank, size, dtype, device or number of rows; parameters that are not finite or rows

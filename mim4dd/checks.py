@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -88,8 +89,8 @@ def assert_positive(function: str, scales: Tensor, **values: float | Tensor) -> 
     """
     names = [name for name, value in values.items() if isinstance(value, Tensor) and not _readable(value)]
     if names:
-        message = f"mim4dd.{function}: {' or '.join(names)} is not positive, expected a positive number"
-        torch._assert_async((scales > 0).all(), message)
+        message = f"mim4dd.{function}: {' or '.join(names)} is not a positive number"
+        torch._assert_async(((scales > 0) & scales.isfinite()).all(), message)
 
 
 def _readable(value: Tensor) -> bool:
@@ -105,10 +106,21 @@ def fused_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the kernels have no {dtype}"
     if device.type == "cuda":
-        return None
+        return _gpu_obstacle(dtype, device)
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"the kernels need a CUDA device, or TRITON_INTERPRET=1 on a CPU, and the features are on {device}"
+
+
+@cache
+def _gpu_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "the kernels are written for NVIDIA GPUs"
+    needed = (8, 0) if dtype == torch.bfloat16 else (7, 0)
+    found = torch.cuda.get_device_capability(device)
+    if found < needed:
+        return f"of {dtype} they need compute capability {needed[0]}.{needed[1]}, and {device} has {found}"
+    return None
 
 
 def resolve_backend(function: str, backend: str | None, dtype: torch.dtype, device: torch.device) -> str:

@@ -201,8 +201,10 @@ def check(config: Config) -> None:
         "--mim-layer-decay": config.mim.mim_layer_decay,
     }
     for option, number in above_zero.items():
-        if isinstance(number, float) and not 0 < number < FLOAT32_MAX:
+        if isinstance(number, int | float) and not 0 < number < FLOAT32_MAX:
             raise InputError(f"{option} is {number}, expected a positive number")
+    if not 0 <= config.distill.image_momentum < 1:
+        raise InputError(f"--image-momentum is {config.distill.image_momentum}, expected 0 up to 1")
     if config.mim.mim_loss != "nce" and config.mim.mim_noise_ratio != "calibrated":
         raise InputError(
             f"--mim-noise-ratio is {config.mim.mim_noise_ratio}, but only --mim-loss nce has one, and it is "

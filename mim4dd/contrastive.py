@@ -85,7 +85,8 @@ def _evaluate(
         by_scales.append(by_scale)
         by_anchors.append(by_anchor)
         by_keys.append(by_key)
-    return [torch.stack(losses), torch.stack(by_scales, -1), *by_anchors, *by_keys]
+    by_all_scales = torch.stack(by_scales, -1) if wanted[0] else scales.new_empty(0)
+    return [torch.stack(losses), by_all_scales, *by_anchors, *by_keys]
 
 
 # ------------------------------------------------------------------------------------------------ gradients

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,7 @@ class ImageSet:
     mean: Tensor  # float32 [C], of pixels scaled to [0, 1]
     std: Tensor  # float32 [C]
     whitening: Whitening | None = None  # that the images went through
+    unwhitened: str | None = None  # the fingerprint that they had before
 
     def __len__(self) -> int:
         return len(self.images)
@@ -133,8 +135,29 @@ class ImageSet:
         """The same set with every image whitened."""
         zeros = torch.zeros_like(self.mean)
         return replace(
-            self, images=whitening.apply(self.images), mean=zeros, std=zeros + 1, whitening=whitening
+            self,
+            images=whitening.apply(self.images),
+            mean=zeros,
+            std=zeros + 1,
+            whitening=whitening,
+            unwhitened=self.fingerprint,
         )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells these images and labels from others.
+
+        Of whitened images it is made of those before, since the last bits of whitening differ from machine to
+        machine.
+        """
+        digest = hashlib.sha256()
+        if self.unwhitened is not None:
+            digest.update(f"whitened {self.unwhitened}".encode())
+        else:
+            for tensor in (self.images, self.labels, self.mean, self.std):
+                digest.update(str(tuple(tensor.shape)).encode())
+                digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:16]
 
     def _shuffled(self, k: int, generator: torch.Generator) -> Tensor:
         """`k` images of each class in random order, [num_classes, k]; a smaller class ends in zeros."""
@@ -144,7 +167,7 @@ class ImageSet:
         return table.gather(1, keys.masked_fill_(padding, -1).topk(k, dim=1).indices)
 
     def _subset(self, index: Tensor) -> ImageSet:
-        return replace(self, images=self.images[index], labels=self.labels[index])
+        return replace(self, images=self.images[index], labels=self.labels[index], unwhitened=None)
 
     @cached_property
     def _affine(self) -> tuple[Tensor, Tensor]:

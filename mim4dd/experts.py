@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -72,16 +71,11 @@ class Recipe:
         """Batches between two snapshots."""
         return self.config.expert_batches or math.ceil(len(self.real) / BATCH)
 
-    @cached_property
-    def data(self) -> str:
-        """A fingerprint of the real images."""
-        return _fingerprint(self.real)
-
     def facts(self) -> dict[str, Any]:
         """What must agree for experts to be the same; JSON-able."""
         return {
             "format": FORMAT,
-            "data": self.data,
+            "data": self.real.fingerprint,
             "architecture": self.architecture,
             "width": self.width,
             "precision": self.network.precision,
@@ -229,14 +223,6 @@ def _table(path: Path, recipe: Recipe, shape: tuple[int, int, int]) -> np.memmap
             file.write(len(header).to_bytes(8, "little") + header)
             file.truncate(start + size)
     return np.memmap(path, "<f4", "r+", start, shape)
-
-
-def _fingerprint(real: ImageSet) -> str:
-    digest = hashlib.sha256()
-    for tensor in (real.images, real.labels, real.mean, real.std):
-        digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(tensor.cpu().contiguous().numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def _short(value: Any) -> str:

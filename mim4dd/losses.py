@@ -233,7 +233,8 @@ def calibrated_noise_ratio(
     """The noise ratio at which the critic starts at its prior 1 / (1 + negatives): a 0-d tensor, detached.
 
     It is negatives * mean_ij exp(cosine_ij / temperature) over these features; `negatives=None` takes the
-    mean number of other-label keys per anchor. Shapes and errors as in `nce_loss`.
+    mean number of other-label keys per anchor. Shapes and errors as in `nce_loss`; on the CPU also a
+    ValueError if the ratio is not finite: of empty sides, or at too low a temperature.
     """
     check_features("calibrated_noise_ratio", anchors, keys)
     anchor_labels, key_labels = check_labels(
@@ -241,7 +242,7 @@ def calibrated_noise_ratio(
     )
     check_self("calibrated_noise_ratio", exclude_self, anchors, keys)
     m, n = len(anchors), len(keys)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(anchors.device.type, enabled=False):
         units, other_units = unit_rows(anchors), unit_rows(keys)
         total, num_negatives = units.new_zeros(()), units.new_zeros(())
         step = max(1, CHUNK_PAIRS // max(1, n))
@@ -255,7 +256,10 @@ def calibrated_noise_ratio(
             total += critic.sum()
             num_negatives += negative.sum()
         mean = total / (m * (n - exclude_self))
-        return mean * (num_negatives / m).clamp_min(1) if negatives is None else mean * negatives
+        ratio = mean * ((num_negatives / m).clamp_min(1) if negatives is None else negatives)
+    # Empty sides have no mean, and at a temperature below about 1/88 that of like features has no float32.
+    check_positive("calibrated_noise_ratio", ratio=ratio)
+    return ratio
 
 
 def _info_nce(function: str, positives: str, symmetric: bool, exclude_self: bool) -> Objective:

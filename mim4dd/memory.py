@@ -15,18 +15,28 @@ GIB = 2**30
 SHARE = 0.5  # of a GPU's free memory, where no budget is given
 
 
-def per_image(network: Network, image: tuple[int, ...], *, gradients: bool) -> int:
+def per_image(network: Network, image: tuple[int, ...], *, gradients: bool, transformed: bool = False) -> int:
     """Return the bytes that an image [C, H, W] takes on its way through, worked out from shapes alone.
 
     Without gradients that is the largest input and output of an operator together, with them what all
     operators give. Weights, the workspace of a library and fragmentation come on top.
+
+    Args:
+        network: with its precision, on the device it is to run on.
+        image: shape of the image.
+        gradients: whether maps are kept for gradients by the weights.
+        transformed: whether these are made by `torch.func`, which keeps the maps of the way back as well.
     """
     shapes = copy.deepcopy(network).to("meta")
     shapes.precision = "fp32"
     with _Operators() as operators, torch.no_grad():
         shapes.features(torch.empty(1, *image, device="meta"))
+    on_cpu = next(network.parameters()).device.type == "cpu"
     numbers = sum(operators.outputs) if gradients else max(operators.both)
-    return numbers * (2 if network.precision == "bf16" else 4)
+    if not on_cpu and not gradients:
+        numbers = numbers * 3 // 2  # the operators around a normalisation are not fused there
+    # On a GPU autocast normalises in float32, whatever the precision.
+    return numbers * (2 if on_cpu and network.precision == "bf16" else 4) * (2 if transformed else 1)
 
 
 class _Operators(TorchDispatchMode):

@@ -15,6 +15,10 @@ def to_unit(train: Tensor, test: Tensor, source: str) -> tuple[Tensor, Tensor]:
     """Bring floats to [0, 1]: as they are, from [0, 255], or from the training images' range; uint8 stays."""
     if train.dtype == test.dtype == torch.uint8:
         return train, test
+    if torch.uint8 in (train.dtype, test.dtype) and min(float(train.max()), float(test.max())) <= 1:
+        raise InputError(
+            f"{source}: training images of {_kind(train)}, test images of {_kind(test)}; scale them alike"
+        )
     train, test = train.float(), test.float()
     low, high = float(train.min()), float(train.max())
     for top in (1, 255):
@@ -27,6 +31,11 @@ def to_unit(train: Tensor, test: Tensor, source: str) -> tuple[Tensor, Tensor]:
             return (train, test) if top == 1 else (train / top, test / top)
     span = max(high - low, torch.finfo(torch.float32).tiny)
     return (train - low) / span, ((test - low) / span).clamp(0, 1)
+
+
+def _kind(images: Tensor) -> str:
+    name = "bytes" if images.dtype == torch.uint8 else "floats"
+    return f"{name} within [{float(images.min()):g}, {float(images.max()):g}]"
 
 
 def resized(images: Tensor, size: int) -> Tensor:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from .augment import DSA
+from .augment import DSA, parts_of
 from .config import Config
 from .objectives import METHODS
 
@@ -77,20 +77,24 @@ def with_presets(config: Config) -> Config:
     ipc = config.distill.ipc
     preset = QUICK if config.quick else PAPER if config.preset == "paper" else SHORT
     method = METHODS[config.distill.method]
+    augmentation = config.distill.augmentation
+    if augmentation is None and method.augmented:
+        augmentation = DSA.replace("_flip", "") if config.data.dataset in NO_FLIP else DSA
     if preset is PAPER:
-        preset = dataclasses.replace(PAPER, iterations=method.iterations(ipc))
+        iterations = method.iterations(ipc * config.distill.factor**2)
+        epochs = PAPER.eval_epochs if parts_of(augmentation or "none") else 300  # as published
+        preset = dataclasses.replace(PAPER, iterations=iterations, eval_epochs=epochs)
     weights = method.mim_weights[config.mim.mim_loss]
     weight = weights[max(least for least in weights if least <= ipc)]
     if config.mim.mim_loss == "nce" and config.data.dataset == "digits":
         weight /= 10  # of 8x8 pixels: smaller feature maps, and as much smaller a distance to balance
-    augmentation = DSA.replace("_flip", "") if config.data.dataset in NO_FLIP else DSA
     return dataclasses.replace(
         config,
         distill=_filled(
             config.distill,
             preset,
             image_lr=method.image_lr,
-            augmentation=augmentation if method.augmented else "none",
+            augmentation=augmentation or "none",
         ),
         mim=_filled(config.mim, preset, mim_weight=weight, mim_temperature=TEMPERATURES[config.mim.mim_loss]),
         trajectory=_filled(config.trajectory, preset),

@@ -183,7 +183,7 @@ def chunked(
             if want_side[column]:
                 by_unit[column].addmm_(by_x.T, units[row][chunk])
     by_side = [
-        _through_unit_rows(side, unit, gradient) if want else side.new_empty(0)
+        _through_unit_rows(side, unit, gradient) if want else side.new_empty(0, dtype=saved_dtype(side.dtype))
         for side, unit, gradient, want in zip(sides, units, by_unit, want_side, strict=True)
     ]
     return loss, [by_scales if want_scales else scales.new_empty(0), *by_side]
@@ -230,4 +230,4 @@ def _through_unit_rows(side: Tensor, unit: Tensor, by_unit: Tensor) -> Tensor:
     """The gradient by the rows of `side`, given that by their unit rows: what is left across the row."""
     along = (unit * by_unit).sum(1, keepdim=True)
     by_side = (by_unit - unit * along) * inverse_norms(side.to(unit))
-    return by_side.to(saved_dtype(side.dtype))
+    return by_side.to(saved_dtype(side.dtype)).contiguous()

@@ -21,6 +21,7 @@ SIDE = 64  # pixels an image is at least shown with
 GAP = 4
 TITLE = 18  # pixels of a class name's line
 ROW = 10  # images side by side
+FILES = ("result.json", "report.html", "images.png")
 
 
 def picture(synthetic: SyntheticSet) -> Image.Image:
@@ -97,8 +98,14 @@ def information(result: Mapping[str, Any]) -> str:
     return f"{nats['before']:.2f} nats before, {nats['after']:.2f} after, of at most {nats['cap']:.2f}"
 
 
+def remove(folder: Path) -> None:
+    """Remove what `write` has written there before."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
 def write(folder: Path, synthetic: SyntheticSet, result: Mapping[str, Any]) -> None:
-    """Write images.png, result.json and report.html into `folder`, each whole or not at all."""
+    """Write `FILES` into `folder`, each whole or not at all; the first one last, to say that all is there."""
     image = io.BytesIO()
     picture(synthetic).save(image, "png")
     environment = jinja2.Environment(
@@ -116,10 +123,8 @@ def write(folder: Path, synthetic: SyntheticSet, result: Mapping[str, Any]) -> N
     files = {
         "images.png": image.getvalue(),
         "report.html": page.encode(),
-        "result.json": json.dumps(
-            result, indent=2
-        ).encode(),  # the last one: where it is, the run is finished
+        "result.json": json.dumps(result, indent=2).encode(),
     }
-    for name, content in files.items():
+    for name in reversed(FILES):
         with atomic(folder / name) as temporary:
-            temporary.write_bytes(content)
+            temporary.write_bytes(files[name])

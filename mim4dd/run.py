@@ -176,6 +176,7 @@ class Keeper:
             "config": to_json(config),
         }
         synthetic = replace(self.synthetic.to("cpu"), metadata=facts)
+        report.remove(self.path.parent)  # of what is overwritten
         synthetic.save(self.path)
         self._saved = time.monotonic()
         return synthetic

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .checks import assert_positive
 
@@ -41,8 +42,11 @@ def scales_of(
 
 
 def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The values as a tensor, kept: copying numbers to a device costs more than a small loss."""
-    if torch.compiler.is_compiling():
+    """The values as a tensor, kept: copying numbers to a device costs more than a small loss.
+
+    Not where they are traced, or under a mode that makes other tensors of them, such as `FakeTensorMode`.
+    """
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return torch.tensor(values, dtype=dtype, device=device)
     return _kept_numbers(values, dtype, device)
 

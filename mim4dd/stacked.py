@@ -37,7 +37,7 @@ def at_once(network: Network, image: tuple[int, ...], batch: int, device: torch.
     most, free = AT_ONCE[device.type], budget(None, device)
     if free is None:
         return most
-    return max(1, min(most, free // (batch * per_image(network, image, gradients=True))))
+    return max(1, min(most, free // (batch * per_image(network, image, gradients=True, transformed=True))))
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,9 @@ def test_given_settings_go_before_the_preset():
     paper = settings(preset="paper")
     assert (paper.distill.iterations, paper.distill.real_batch, paper.distill.width) == (20_000, 256, 128)
     assert paper.eval.eval_epochs == 1000
+    plain = DistillConfig(augmentation="none")
+    assert settings(preset="paper", distill=plain).eval.eval_epochs == 300, "as published"
+    assert settings(preset="paper", distill=DistillConfig(method="dc")).eval.eval_epochs == 300
 
 
 def test_the_weight_falls_with_the_ipc():
@@ -103,6 +106,9 @@ def test_bad_files_are_named(tmp_path, content, message):
         ({"distill": DistillConfig(iterations=-1)}, "--iterations is -1"),
         ({"distill": DistillConfig(image_lr=float("nan"))}, "--image-lr is nan, expected a positive number"),
         ({"distill": DistillConfig(image_lr=1e300)}, "--image-lr is 1e\\+300, expected a positive number"),
+        ({"distill": DistillConfig(image_lr=-1)}, "--image-lr is -1, expected a positive number"),
+        ({"distill": DistillConfig(image_momentum=-0.5)}, "--image-momentum is -0.5, expected 0 up to 1"),
+        ({"distill": DistillConfig(image_momentum=1)}, "--image-momentum is 1, expected 0 up to 1"),
         ({"distill": DistillConfig(augmentation="color_shear")}, "unknown part 'shear'"),
         ({"mim": MimConfig(mim_weight=-2.0)}, "--mim-weight is -2.0, expected at least 0"),
         ({"mim": MimConfig(mim_temperature=0.0)}, "--mim-temperature is 0.0"),
@@ -130,10 +136,11 @@ def test_the_settings_of_the_term_go_with_its_loss():
 def test_the_published_protocol_counts_updates_by_method():
     """1,000 networks of gradient matching are as many times its outer steps in updates of the images."""
 
-    def iterations(method, ipc):
-        distill = config.DistillConfig(method=method, ipc=ipc)
+    def iterations(method, ipc, factor=1):
+        distill = config.DistillConfig(method=method, ipc=ipc, factor=factor)
         return presets.with_presets(Config(distill=distill, preset="paper")).distill.iterations
 
     assert [iterations("dm", ipc) for ipc in (1, 10)] == [20_000, 20_000]
     assert [iterations("dsa", ipc) for ipc in (1, 10, 50)] == [1000, 10_000, 50_000]
+    assert iterations("dsa", 10, factor=2) == 40_000, "the networks see 40 images a class"
     assert iterations("mtt", 10) == 5000

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from conftest import close
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import mim4dd
@@ -135,25 +136,53 @@ def test_compiled_calls_name_bad_input():
         compiled(a, k[:, :4])
 
 
-def op_arguments(backend, dtype=torch.float32):
+@pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
+def test_compiles_with_features_of_any_strides(engine):
+    a, k, la, lk = batch(40, 9, 6)
+    turned = a.detach().T.contiguous().T.requires_grad_()
+    compiled = torch.compile(lambda a: nce(a, k.detach(), la, lk), fullgraph=True, backend=engine)
+    (actual,), (expected,) = (
+        torch.autograd.grad(compiled(turned), turned),
+        torch.autograd.grad(nce(a, k, la, lk), a),
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+WANTED = pytest.mark.parametrize("wanted", [[True] * 3, [False, True, False], [False] * 3], ids=str)
+
+
+def op_arguments(backend, wanted, dtype=torch.float32):
+    scales = torch.tensor([[0.3], [2.0]])
     a, k, la, lk = batch(6, 9, 16, dtype=dtype)
-    scales = torch.tensor([[0.3], [2.0]], requires_grad=True)
-    return scales, la, lk, [a, k], "nce", 3.0, True, False, backend, [True, True, True]
+    for value, want in zip((scales, a, k), wanted, strict=True):
+        value.requires_grad_(want)
+    return scales, la, lk, [a, k], "nce", 3.0, True, False, backend, wanted
 
 
-def test_op_passes_opcheck():
-    result = torch.library.opcheck(torch.ops.mim4dd.contrastive.default, op_arguments("reference"))
+@WANTED
+def test_op_passes_opcheck(wanted):
+    result = torch.library.opcheck(torch.ops.mim4dd.contrastive.default, op_arguments("reference", wanted))
     assert set(result.values()) == {"SUCCESS"}
 
 
-def test_fake_tensors_have_the_shapes_of_real_ones():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    arguments = op_arguments("reference", torch.float16)
+@WANTED
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fake_tensors_are_like_real_ones(dtype, wanted):
+    arguments = op_arguments("reference", wanted, dtype)
     real = torch.ops.mim4dd.contrastive(*arguments)
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = torch.ops.mim4dd.contrastive(*arguments)
-    assert [(f.shape, f.dtype) for f in fake] == [(r.shape, r.dtype) for r in real]
+    assert [(f.shape, f.dtype, f.stride()) for f in fake] == [(r.shape, r.dtype, r.stride()) for r in real]
+
+
+def test_fake_losses_and_real_ones_do_not_mix():
+    """Numbers are kept as tensors; those made under one mode must not be met again under another."""
+    real = [value.detach() for value in batch(6, 9, 16)]
+    for _ in range(2):
+        with FakeTensorMode() as mode:
+            fake = [mode.from_tensor(value) for value in real]
+            assert mim4dd.nce_loss(*fake, temperature=0.123).shape == ()
+        assert mim4dd.nce_loss(*real, temperature=0.123).isfinite()
 
 
 def test_functional_gradient():

@@ -236,6 +236,26 @@ def test_module_freezes_its_calibration_and_keeps_it_in_its_state():
     torch.testing.assert_close(copy(*second).float(), value.float())
 
 
+def test_calibration_is_in_full_precision_under_autocast():
+    """float16 holds no sum of e^10."""
+    a, k, la, lk = batch(64, 64, 256, 4)
+    features = a.abs().float(), k.abs().float(), la, lk
+    plain = calibrated_noise_ratio(*features)
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(calibrated_noise_ratio(*features), plain)
+
+
+def test_a_batch_that_calibrates_nothing_is_refused_and_forgotten():
+    a, k, la, lk = batch(6, 20, 8, 3)
+    loss = mim4dd.NCELoss(noise_ratio="calibrated")
+    with pytest.raises(ValueError, match="calibrated_noise_ratio: ratio is nan, expected a positive number"):
+        loss(a[:0], k, la[:0], lk)
+    assert loss(a, k, la, lk).isfinite()
+    with pytest.raises(ValueError, match="calibrated_noise_ratio: ratio is inf"):
+        calibrated_noise_ratio(a.float().abs(), k.float().abs(), la, lk, temperature=0.005)
+
+
 def test_modules_learn_a_temperature():
     a, k, la, lk = batch(6, 9, 8, 3)
     temperature = torch.nn.Parameter(torch.tensor(0.2, dtype=torch.float64))

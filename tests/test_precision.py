@@ -113,6 +113,14 @@ def test_memory_is_predicted_from_shapes():
     assert 3 * first < memory.per_image(network, (1, 28, 28), gradients=True) < 6 * first
     half = networks.create("convnet", 1, 10, (28, 28), precision="bf16")
     assert memory.per_image(half, (1, 28, 28), gradients=False) == first
+    on_gpu = networks.create("convnet", 1, 10, (28, 28), precision="bf16", device=torch.device("meta"))
+    assert memory.per_image(on_gpu, (1, 28, 28), gradients=False) == 3 * first, "normalised in float32"
+    once, twice = (
+        memory.per_image(on_gpu, (1, 28, 28), gradients=True, transformed=transformed)
+        for transformed in (False, True)
+    )
+    assert once == memory.per_image(network, (1, 28, 28), gradients=True)
+    assert twice == 2 * once
     assert memory.budget(None, CPU) is None
     assert memory.budget(2, torch.device("cuda")) == 2 << 30
 

@@ -27,6 +27,9 @@ def test_results_are_never_overwritten_silently(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs/digits-dm-ipc1-0/result.json").read_bytes() == before
     assert run.main([*named, "--seed", "5", "--overwrite"]) == 0
     assert (tmp_path / "runs/digits-dm-ipc1-0/result.json").read_bytes() != before
+    assert run.main([*named, "--iterations", "20", "--image-lr", "3e38", "--overwrite"]) == 1
+    left = files(tmp_path / "runs" / "digits-dm-ipc1-0")
+    assert left == ["synthetic.safetensors"], "nothing tells of another set"
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,7 @@ def test_bad_input_exits_with_2_and_writes_nothing(tmp_path, monkeypatch, capsys
         ({"y_train": np.arange(40) % 4 - 1}, "label -1"),
         ({"y_test": np.arange(8)}, "label 7, but the training labels end at 3"),
         ({"x_train": np.full((40, 12, 12, 3), np.nan, np.float32)}, "NaN"),
+        ({"x_test": np.ones((8, 12, 12, 3), np.float32)}, "test images of floats within [1, 1]; scale"),
         ({"x_train": np.zeros((40, 12, 16, 3), np.uint8)}, "square"),
         ({"x_train": np.zeros((40, 6, 6, 3), np.uint8)}, "at least 8x8"),
     ],

@@ -73,7 +73,7 @@ def test_the_score_does_not_depend_on_how_many_are_trained_at_once(architecture,
 
 def test_as_many_are_trained_at_once_as_fit_in_memory(monkeypatch):
     network = networks.create("convnet", 1, 10, (8, 8), width=8)
-    batch = 256 * per_image(network, (1, 8, 8), gradients=True)
+    batch = 256 * per_image(network, (1, 8, 8), gradients=True, transformed=True)
     monkeypatch.setitem(stacked.AT_ONCE, "cpu", 10)
     for free, count in ((batch - 1, 1), (3 * batch, 3), (100 * batch, 10), (None, 10)):
         monkeypatch.setattr(stacked, "budget", lambda *_, free=free: free)

@@ -111,7 +111,12 @@ def test_an_experts_file_that_does_not_fit_is_refused(problem, tmp_path):
     with pytest.raises(InputError, match="holds 3 snapshots, but --max-start 4 with --span 2 needs 5"):
         train_experts(longer)
     with pytest.raises(InputError, match="--expert-snapshots is 3, but --max-start 3 with --span 2 needs 4"):
-        train_experts(with_options(problem, max_start=3))
+        train_experts(with_options(problem, max_start=3, expert_seed=5))
+    shorter = with_options(named, max_start=2, expert_snapshots=1)
+    assert list(train_experts(shorter)) == [], "what the file holds is what counts"
+    one_class = dataclasses.replace(problem.real, class_names=("all",))
+    with pytest.raises(InputError, match="there is only one class"):
+        train_experts(dataclasses.replace(problem, real=one_class))
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
     with pytest.raises(InputError, match=r"bad.safetensors cannot be read"):
         train_experts(with_options(problem, experts=tmp_path / "bad.safetensors"))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import torch
@@ -31,6 +32,17 @@ def test_bytes_are_fractions_of_255(generator):
     one, other = Whitening.fit(images), Whitening.fit(images.float() / 255)
     torch.testing.assert_close(one.matrix, other.matrix)
     torch.testing.assert_close(one.apply(images), other.apply(images.float() / 255))
+
+
+def test_rounding_does_not_make_other_data_of_whitened_images():
+    """Experts trained on one machine are found again by another, which whitens a little differently."""
+    images, _ = load("digits")
+    white = images.whitened(Whitening.fit(images.images))
+    elsewhere = dataclasses.replace(white, images=white.images * (1 + 1e-6))
+    assert elsewhere.fingerprint == white.fingerprint
+    other = dataclasses.replace(images, images=images.images.flip(0))
+    three = {images.fingerprint, white.fingerprint, other.whitened(white.whitening).fingerprint}
+    assert len(three) == 3
 
 
 def test_a_whitened_run_is_scored_in_its_own_space(tmp_path, capsys):

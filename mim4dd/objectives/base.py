@@ -76,7 +76,8 @@ class Problem:
         if self.memory is None:
             return CHUNK[self.real.images.device.type]
         image = (self.real.channels, *self.real.image_size)
-        return max(1, self.memory // per_image(self.network(), image, gradients=gradients))
+        each = per_image(self.network(), image, gradients=gradients, transformed=gradients)
+        return max(1, self.memory // each)
 
     def class_augmentation(self, generator: torch.Generator) -> AugmentParams:
         """Draw a row of parameters for every class, a part of the strategy for each, as DSA does."""

@@ -53,28 +53,38 @@ def recipe(problem: Problem) -> Recipe:
     """Return what shapes the experts of a problem.
 
     Raises:
-        InputError: a network that cannot be followed, or snapshots that end before a match would.
+        InputError: data or a network that cannot be followed.
     """
     config, network = settings(problem), problem.network()
+    if problem.real.num_classes == 1:
+        raise InputError("mtt follows networks that learn to tell classes apart, and there is only one class")
     if next(network.buffers(), None) is not None:
         raise InputError(
             "mtt follows weights only, and batch normalisation keeps more; use another --network"
-        )
-    needed = (config.max_start or 0) - 1 + config.span
-    if config.expert_snapshots is not None and needed > config.expert_snapshots:
-        raise InputError(
-            f"--expert-snapshots is {config.expert_snapshots}, but --max-start {config.max_start} "
-            f"with --span {config.span} needs {needed}"
         )
     return Recipe(network, problem.real, problem.architecture, problem.width, problem.augmentation, config)
 
 
 def train_experts(problem: Problem) -> Iterator[tuple[int, int]]:
-    """Train the experts of a problem if there are none yet; see `mim4dd.experts.train`."""
-    made = recipe(problem)
+    """Train the experts of a problem if there are none yet; see `mim4dd.experts.train`.
+
+    Raises:
+        InputError: trajectories that end before a match would, or what `recipe` and `open_experts` refuse.
+    """
+    made, config = recipe(problem), settings(problem)
     if made.path().exists():
         open_experts(problem, made)  # only to see whether it can be
+    elif config.expert_snapshots is not None and _last(config) > config.expert_snapshots:
+        raise InputError(
+            f"--expert-snapshots is {config.expert_snapshots}, but --max-start {config.max_start} "
+            f"with --span {config.span} needs {_last(config)}"
+        )
     return experts.train(made)
+
+
+def _last(config: TrajectoryConfig) -> int:
+    """Return the last snapshot that a match may lead to."""
+    return (config.max_start or 1) - 1 + config.span
 
 
 def open_experts(problem: Problem, made: Recipe) -> Experts:
@@ -85,11 +95,10 @@ def open_experts(problem: Problem, made: Recipe) -> Experts:
     """
     found = Experts(made.path(), made)
     config = settings(problem)
-    last = (config.max_start or 1) - 1 + config.span
-    if last > found.num_snapshots:
+    if _last(config) > found.num_snapshots:
         raise InputError(
             f"{made.path()} holds {found.num_snapshots} snapshots, but --max-start {config.max_start} with "
-            f"--span {config.span} needs {last}"
+            f"--span {config.span} needs {_last(config)}"
         )
     return found
 
