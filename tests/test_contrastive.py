@@ -250,12 +250,12 @@ def test_compiled_calls_name_a_tensor_that_is_not_positive(engine):
 
     compiled = torch.compile(loss, fullgraph=True, backend=engine)
     torch.testing.assert_close(compiled(right, right), loss(right, right))
-    with pytest.raises(RuntimeError, match="nce_loss: temperature or noise_ratio is not positive"):
+    with pytest.raises(RuntimeError, match="nce_loss: temperature or noise_ratio is not a positive"):
         compiled(wrong, right)
     learned = torch.compile(
         lambda t: mim4dd.info_nce_loss(a, k, la, lk, temperature=t), fullgraph=True, backend=engine
     )
-    with pytest.raises(RuntimeError, match="info_nce_loss: temperature is not positive"):
+    with pytest.raises(RuntimeError, match="info_nce_loss: temperature is not a positive"):
         learned(wrong)
 
 
