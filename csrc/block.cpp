@@ -15,6 +15,8 @@
 
 namespace {
 
+constexpr size_t kKeptScratch = 1 << 24;  // floats that a thread keeps from one call to the next, 64 MiB
+
 using mim4dd::BlockCall;
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
@@ -95,6 +97,7 @@ class Block {
       thread_local std::vector<float> scratch;  // fresh pages would cost as much as the work on them
       if (const size_t size = mim4dd::block_scratch(call); scratch.size() < size) scratch.resize(size);
       for (int64_t i = begin; i < end; ++i) image(call, i, scratch.data());
+      if (scratch.size() > kKeptScratch) scratch = {};
     });
   }
 
