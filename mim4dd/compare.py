@@ -107,8 +107,10 @@ def compare(comparison: Comparison) -> int:
     plan, folder, shared = cells(comparison), comparison.folder, comparison.shared()
     found = {key: cell.found() for key, cell in plan.items()}
     _refuse_others(folder, shared)
-    rehearse(max((cell.config for cell in plan.values()), key=lambda c: (c.distill.ipc, c.mim.mim_weight)))
-    make_folder(folder)
+    for method in comparison.methods:
+        runs = (cell.config for cell in plan.values() if cell.config.distill.method == method)
+        rehearse(max(runs, key=lambda c: (c.distill.ipc, c.mim.mim_weight)))
+    make_folder(folder, comparison.data.dataset)
     outcomes = {key: outcome for key, outcome in found.items() if outcome}
     arms = sorted(dict.fromkeys(arm for arm, _ in plan), key=lambda arm: arm.ipc)
     comparison_report.write(folder, arms, outcomes, len(plan), shared)
@@ -118,7 +120,7 @@ def compare(comparison: Comparison) -> int:
         if (arm, seed) in outcomes:
             continue
         title = f"Cell {len(outcomes) + 1} of {len(plan)}: {arm}, {arm.ipc} per class, seed {seed}"
-        console.print(f"[bold]{title}[/]{time_left(plan, outcomes)}", soft_wrap=True)
+        console.print(f"{title}{time_left(plan, outcomes)}", style="bold", soft_wrap=True)
         try:
             outcomes[arm, seed] = cell.run()
         except KeyboardInterrupt:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
 from .augment import parts_of
 from .errors import InputError, unknown
 from .networks import ARCHITECTURES
@@ -41,15 +43,15 @@ class DistillConfig:
     """The distillation. What is not given comes from a preset for the data set and the IPC."""
 
     method: str = "dm"
-    """Base method: dm (distribution matching), dc (gradient matching), dsa (dc with augmentation) or mtt
-    (trajectory matching)."""
+    """Base method: dm (distribution matching), dc (gradient matching), dsa (dc with augmentation), mtt
+    (trajectory matching) or ncfm (characteristic function matching)."""
     ipc: int = 1
     """Images per class."""
     factor: int = 1
     """Every image holds factor x factor smaller ones, enlarged before use (multi-formation)."""
     soft_labels: bool = False
     """Every image has probabilities for all classes, not one label. They are learned with it, or, by methods
-    that use no targets (dm), taken from a network trained on real images at the end."""
+    that use no targets (dm, ncfm), taken from a network trained on real images at the end."""
     iterations: int | None = None
     """Update steps of the images."""
     init: Literal["real", "kmeans", "noise"] | None = None
@@ -148,7 +150,9 @@ class Config:
     quick: bool = False
     """A smoke run of seconds: the smallest of everything that is not given."""
     config: Path | None = None
-    """A JSON file of settings, such as an earlier result.json; the command line goes before it."""
+    """A JSON file of settings, such as an earlier result.json; the command line goes before it. A result.json
+    leaves nothing open: with another method, give what goes with that too (--image-lr, --augmentation,
+    --mim-weight)."""
 
 
 def settled(value: T | None) -> T:
@@ -248,8 +252,10 @@ def to_json(config: Config) -> dict[str, Any]:
 def read_config(path: Path) -> Config:
     """Read settings from a JSON file of `to_json`'s form, or from a result.json that holds one as "config".
 
+    Where that result was written is not taken over.
+
     Raises:
-        InputError: no such file, not JSON, or an unknown setting.
+        InputError: no such file, not JSON, an unknown setting, or a value that it cannot have.
     """
     try:
         settings = json.loads(path.read_text())
@@ -257,16 +263,34 @@ def read_config(path: Path) -> Config:
         raise InputError(f"--config {path} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise InputError(f"--config {path} is not JSON ({error})") from error
-    return from_json(settings.get("config", settings) if isinstance(settings, dict) else settings, str(path))
+    config = from_json(
+        settings.get("config", settings) if isinstance(settings, dict) else settings, str(path)
+    )
+    return dataclasses.replace(config, out=None, overwrite=False)
 
 
 def from_json(settings: Any, source: str) -> Config:
     """Return the configuration that `to_json` made `settings` of; `source` names it in errors.
 
     Raises:
-        InputError: an unknown setting, or no settings at all.
+        InputError: an unknown setting, a value that it cannot have, or no settings at all.
     """
     return _from_json(Config, settings, source)
+
+
+def _checked(name: str, value: Any, kind: Any, where: str) -> Any:
+    """Return a value of JSON as one of type `kind`."""
+    try:
+        if isinstance(value, bool) and kind is not bool:
+            raise TypeCheckError("a truth value")
+        if isinstance(value, str) and Path in typing.get_args(kind):
+            value = Path(value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        return check_type(value, kind, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    except TypeCheckError as error:
+        expected = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+        raise InputError(f"{where}: {name} is {json.dumps(value)}, expected {expected}") from error
 
 
 def _from_json(kind: Any, settings: Any, where: str) -> Any:
@@ -279,9 +303,7 @@ def _from_json(kind: Any, settings: Any, where: str) -> Any:
             raise unknown(f"setting in {where}:", name, types)
         if dataclasses.is_dataclass(types[name]):
             value = _from_json(types[name], value, where)
-        elif Path in typing.get_args(types[name]) and value is not None:
-            value = Path(value)
-        elif isinstance(value, list):
-            value = tuple(value)
+        else:
+            value = _checked(name, value, types[name], where)
         values[name] = value
     return kind(**values)

@@ -25,7 +25,7 @@ from .distill import DivergenceError
 from .errors import InputError
 from .evaluate import Score
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 
 
 def guarded(command: Callable[[], int | None]) -> int:

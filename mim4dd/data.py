@@ -239,8 +239,10 @@ def _check(raw: Raw) -> None:
         )
     if height < SMALLEST:
         raise InputError(f"{source}: images of {width}x{height}; expected at least {SMALLEST}x{SMALLEST}")
-    if not np.isfinite(images.sum(dtype=np.float64)):  # one NaN or infinite pixel makes the sum so
-        raise InputError(f"{source}: the images hold NaN or infinite values; remove them")
+    with np.errstate(over="ignore"):
+        total = np.abs(images.sum(dtype=np.float64))
+    if not total <= np.finfo(np.float32).max:  # one NaN or infinite pixel makes the sum so
+        raise InputError(f"{source}: the images hold NaN, infinite or huge values; remove them")
     if labels.dtype.kind not in "ui":
         raise InputError(f"{source}: labels not integers but {labels.dtype}; expected class numbers from 0")
     if labels.shape != (len(images),):
@@ -271,7 +273,19 @@ def _class_names(raw: Raw, names: tuple[str, ...] | None) -> tuple[str, ...]:
         raise InputError(
             f"{raw.source}: class {name!r} has no training image; each from 0 to the highest label needs one"
         )
+    if count == 1:
+        name = f" {names[0]!r}" if names else ""
+        raise InputError(
+            f"{raw.source}: all images are of one class{name}, expected two or more; of a folder, those in "
+            "it are the classes"
+        )
     return names or tuple(map(str, range(count)))
+
+
+def name_of(dataset: str) -> str:
+    """Return a data set's name for people and files: of a path, the last part."""
+    path = Path(dataset).expanduser()
+    return path.resolve().stem if path.exists() else dataset
 
 
 def _unscaled(raw: Raw, class_names: tuple[str, ...]) -> ImageSet:

@@ -181,7 +181,7 @@ def score_saved(
     """Train networks on a saved synthetic set and print their accuracy on the real test set.
 
     Args:
-        path: synthetic.safetensors of a run.
+        path: a run's folder, or its synthetic.safetensors.
         architectures: of convnet, convnet-bn, mlp, lenet, alexnet, vgg11, resnet18; default: the run's.
         dataset: the real data, where they are not where the run found them: a name or a path.
         data_dir: folder of the files of a named set.
@@ -197,10 +197,15 @@ def score_saved(
     for option, value in (("--num-eval", num_eval), ("--eval-epochs", eval_epochs)):
         if value is not None and value < 1:
             raise InputError(f"{option} is {value}, expected at least 1")
-    for name in set(architectures) - set(networks.ARCHITECTURES):
+    wanted = tuple(dict.fromkeys(name for name in ",".join(architectures).split(",") if name))
+    for name in set(wanted) - set(networks.ARCHITECTURES):
         raise unknown("architecture", name, networks.ARCHITECTURES)
+    if path.is_dir():
+        path = path / "synthetic.safetensors"
     saved = SyntheticSet.load(path)
-    config = from_json(saved.metadata.get("config"), str(path))
+    if "config" not in saved.metadata:
+        raise InputError(f"{path} holds no settings to evaluate with; expected the set of a mim4dd run")
+    config = from_json(saved.metadata["config"], str(path))
     where = pick_device(device)
     picked = resolve(precision, where)
     allow_tf32(picked)
@@ -234,7 +239,7 @@ def score_saved(
             on_network=on_network,
         )
 
-    scores = on_architectures(architectures or (config.distill.network,), num_eval, score)
+    scores = on_architectures(wanted or (config.distill.network,), num_eval, score)
     print_architectures(f"Accuracy on the test set of {len(test)} images", scores)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from . import memory, precision, synthetic
 from .clusters import cluster_labels, kmeans_centres
 from .config import Config, layers, settled
-from .data import ImageSet, load
+from .data import ImageSet, load, name_of
 from .devices import pick_device
 from .distill import Progress, distill
 from .errors import InputError
@@ -108,8 +107,7 @@ class Experiment:
     @property
     def name(self) -> str:
         """The name of the data set, for people and files."""
-        dataset = self.config.data.dataset
-        return Path(dataset).stem if Path(dataset).exists() else dataset
+        return name_of(self.config.data.dataset)
 
     @property
     def evaluated_on(self) -> str:

@@ -25,12 +25,17 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def make_folder(folder: Path) -> Path:
+def make_folder(folder: Path, dataset: str) -> Path:
     """Create the folder of --out, if it is not there yet, and return it.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: it cannot be written, or lies among the pictures of the data set.
     """
+    data = Path(dataset).expanduser()
+    if data.is_dir() and folder.resolve().is_relative_to(data.resolve()):
+        raise InputError(
+            f"--out {folder} lies in {dataset}, where it would count as a class from now on; give another"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()

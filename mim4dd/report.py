@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
@@ -21,6 +22,7 @@ SIDE = 64  # pixels an image is at least shown with
 GAP = 4
 TITLE = 18  # pixels of a class name's line
 ROW = 10  # images side by side
+FONT = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"  # with more letters than Pillow's own
 FILES = ("result.json", "report.html", "images.png")
 
 
@@ -42,7 +44,7 @@ def picture(synthetic: SyntheticSet) -> Image.Image:
     rows = -(-len(synthetic.class_names) // across)
     canvas = Image.new("RGB", (across * width + GAP, rows * height + GAP), "white")
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(TITLE - 6)
+    font = ImageFont.truetype(FONT, TITLE - 6)
     for c, name in enumerate(synthetic.class_names):
         left, top = c % across * width + GAP, c // across * height + GAP
         draw.text((left, top), _fitting(name, font, width - GAP), "black", font)

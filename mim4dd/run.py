@@ -70,7 +70,7 @@ def open_folder(experiment: Experiment) -> Path:
             folder = Path("runs") / f"{name}-{k}"
     elif _taken(folder) and not config.overwrite:
         raise InputError(f"--out {folder} holds something already; give another folder, or --overwrite")
-    return make_folder(folder)
+    return make_folder(folder, config.data.dataset)
 
 
 def _taken(folder: Path) -> bool:
@@ -85,7 +85,7 @@ def run(experiment: Experiment, folder: Path) -> dict[str, Any]:
     """
     config, train = experiment.config, experiment.train
     console.print(
-        f"[bold]{experiment.name}[/]: {len(train)} training images of {train.num_classes} classes, "
+        f"{experiment.name}: {len(train)} training images of {train.num_classes} classes, "
         f"{'x'.join(map(str, train.images.shape[1:]))}; {config.distill.ipc} a class to distil on "
         f"{device_name(experiment.device)}",
         soft_wrap=True,

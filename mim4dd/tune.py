@@ -14,6 +14,7 @@ import torch
 from .cells import Cell, rehearse
 from .config import Config, MimConfig, check, to_json
 from .console import about, complain, console, guarded
+from .data import name_of
 from .devices import pick_device
 from .distill import DivergenceError
 from .errors import InputError
@@ -55,8 +56,8 @@ class Search:
         base = self._config(BASE, tuning.seeds[0])
         for layers in tuning.layers:
             rehearse(dataclasses.replace(base, mim=MimConfig(mim_weight=1.0, mim_layers=layers)))
-        name = f"tune-{Path(tuning.data.dataset).stem}-{tuning.distill.method}-ipc{tuning.distill.ipc}"
-        self.folder = make_folder(tuning.out or Path("runs") / name)
+        name = f"tune-{name_of(tuning.data.dataset)}-{tuning.distill.method}-ipc{tuning.distill.ipc}"
+        self.folder = make_folder(tuning.out or Path("runs") / name, tuning.data.dataset)
         self.study = _study(
             self.folder,
             {"base": to_json(base), "seeds": [*tuning.seeds], "seed": tuning.seed, **tuning.space()},
@@ -114,8 +115,9 @@ class Search:
         for k, seed in enumerate(seeds):
             cell = Cell(self.folder / "cells" / _name(mim) / f"seed{seed}", self._config(mim, seed))
             console.print(
-                f"[bold]Trial {len(before)} of {self.tuning.trials}: {describe(mim)}; seed {seed}[/]"
+                f"Trial {len(before)} of {self.tuning.trials}: {describe(mim)}; seed {seed}"
                 + self._left(len(before), k),
+                style="bold",
                 soft_wrap=True,
             )
             outcome = cell.found() or cell.run()
@@ -184,13 +186,17 @@ def _study(folder: Path, settings: dict[str, Any]) -> optuna.Study:
     except ImportError as error:
         raise InputError("python -m mim4dd.tune needs Optuna; pip install 'mim4dd[tune]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        study_name="mim4dd",
-        storage=optuna.storages.JournalStorage(JournalFileBackend(str(folder / "trials.log"))),
-        direction="maximize",
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=UNPRUNED),
-        load_if_exists=True,
-    )
+    log = folder / "trials.log"
+    try:
+        study = optuna.create_study(
+            study_name="mim4dd",
+            storage=optuna.storages.JournalStorage(JournalFileBackend(str(log))),
+            direction="maximize",
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=UNPRUNED),
+            load_if_exists=True,
+        )
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{log} is damaged ({error}); remove it: finished runs are found again") from error
     if study.user_attrs.get("settings", settings) != settings:
         raise InputError(f"{folder} holds a search with other settings; give another --out")
     study.set_user_attr("settings", settings)

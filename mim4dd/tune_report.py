@@ -12,23 +12,21 @@ from typing import Any
 from . import __version__
 from .comparison import number
 from .comparison_report import markdown_table
-from .config import Config, MimConfig, settled, to_json
+from .config import Config, MimConfig, to_json
 from .console import console, print_table
 from .files import atomic
 from .paired import Difference, paired_difference
 
 BEST = 5  # trials in the table
-COLUMNS = (
-    "trial",
-    "weight",
-    "τ",
-    "layers",
-    "networks",
-    "noise ratio",
-    "projection",
-    "accuracy, %",
-    "difference, points",
-)
+# Setting of the term -> its column.
+SETTINGS = {
+    "mim_weight": "weight",
+    "mim_temperature": "τ",
+    "mim_layers": "layers",
+    "mim_networks": "networks",
+    "mim_noise_ratio": "noise ratio",
+    "mim_projection": "projection",
+}
 NOTES = """\
 Mean ± standard deviation over the seeds {seeds}, each with its own validation split ({share:g} of the
 training images); difference to the base, paired by seed, with its 95 % t-interval. The test set was not
@@ -110,7 +108,7 @@ def write(
     }
     lines = [
         f"# Tuning of {method} on {dataset}, {ipc} per class\n",
-        markdown_table(COLUMNS, table(trials)),
+        markdown_table(columns(trials), table(trials)),
         f"{_counts(trials)} {verdict(trials)}\n",
         *([_confirm(folder, config, facts["seeds"])] if best else []),
         NOTES.format(
@@ -133,19 +131,26 @@ def write(
 
 def show(trials: Sequence[Trial]) -> None:
     """Print the table and what it says."""
-    print_table("The base method and the best trials", COLUMNS, table(trials), strong_last=False)
+    print_table("The base method and the best trials", columns(trials), table(trials), strong_last=False)
     console.print(f"{_counts(trials)} {verdict(trials)}", soft_wrap=True)
 
 
+def columns(trials: Sequence[Trial]) -> tuple[str, ...]:
+    """Return the headings of `table`."""
+    names = (SETTINGS[setting] for setting in _varied(trials))
+    return ("trial", *names, "accuracy, %", "difference, points")
+
+
 def table(trials: Sequence[Trial]) -> list[tuple[str, ...]]:
-    """Return the base and the best trials, with `COLUMNS`."""
+    """Return the base and the best trials, with `columns`."""
     lines: list[tuple[str, ...]] = []
     for k in [0, *[k for k in ranked(trials) if k][:BEST]]:
         trial = trials[k]
         accuracy = f"{100 * trial.mean:.2f}"
         if len(trial.accuracies) > 1:
             accuracy += f" ± {100 * statistics.stdev(trial.accuracies.values()):.2f}"
-        lines.append((str(k), *_texts(trial.mim), accuracy, str(_difference(trials, k)) if k else ""))
+        settings = (_text(trial.mim, setting) for setting in _varied(trials))
+        lines.append((str(k), *settings, accuracy, str(_difference(trials, k)) if k else ""))
     return lines
 
 
@@ -153,21 +158,20 @@ def describe(mim: MimConfig) -> str:
     """Return the settings of the term that are searched, for people."""
     if not mim.mim_weight:
         return "base (weight 0)"
-    names = ("weight", "temperature", "layers", "networks", "noise ratio", "projection")
-    return ", ".join(f"{name} {text}" for name, text in zip(names, _texts(mim), strict=True))
+    return ", ".join(f"{name} {_text(mim, setting)}" for setting, name in SETTINGS.items())
 
 
-def _texts(mim: MimConfig) -> tuple[str, ...]:
+def _varied(trials: Sequence[Trial]) -> list[str]:
+    """Return the settings to show: weight and temperature, and what is not the same in all trials."""
+    found = {name: {getattr(trial.mim, name) for trial in trials[1:]} for name in SETTINGS}
+    return [name for name in SETTINGS if name in ("mim_weight", "mim_temperature") or len(found[name]) > 1]
+
+
+def _text(mim: MimConfig, setting: str) -> str:
+    value = getattr(mim, setting)
     if not mim.mim_weight:
-        return "0", "", "", "", "", ""
-    return (
-        number(mim.mim_weight),
-        number(settled(mim.mim_temperature)),
-        mim.mim_layers,
-        mim.mim_networks,
-        str(mim.mim_noise_ratio),
-        mim.mim_projection,
-    )
+        return "0" if setting == "mim_weight" else ""
+    return number(value) if isinstance(value, float | int) else str(value)
 
 
 def _difference(trials: Sequence[Trial], k: int) -> Difference:

@@ -64,7 +64,7 @@ class Tuning(Config):
     trials: int = 30
     """Trials, the base method not counted."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the runs of a trial; a single one gives no interval."""
+    """Of the runs of a trial, each once; a single one gives no interval."""
     weights: tuple[float, float] = (1.0, 3000.0)
     """Range of the weight, searched on a logarithmic scale."""
     temperatures: tuple[float, float] = (0.01, 1.0)
@@ -117,6 +117,8 @@ def check_tuning(tuning: Tuning) -> None:
         low, high = getattr(tuning, option)
         if not 0 < low <= high < float("inf"):
             raise InputError(f"--{option} is {low} {high}, expected a range of positive numbers")
+    if len(set(tuning.seeds)) < len(tuning.seeds):
+        raise InputError(f"--seeds is {' '.join(map(str, tuning.seeds))}, expected each seed once")
     for layers, ratio in itertools.product(tuning.layers, tuning.noise_ratios):
         mim = dataclasses.replace(
             recast(MimConfig, tuning.mim), mim_weight=1.0, mim_layers=layers, mim_noise_ratio=ratio

@@ -382,3 +382,14 @@ def test_baselines_compute_in_the_precision_of_the_comparison():
     plan = compare.cells(comparison("--methods", "dm", "--precision", "bf16"))
     assert {cell.config.precision for cell in plan.values()} == {"bf16"}
     assert any(arm.weight is None for arm, _ in plan)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--span", "100"], "--span 100 needs"), (["--network", "convnet-bn"], "mtt follows weights only")],
+)
+def test_a_mistake_of_any_method_is_found_before_any_work(tmp_path, capsys, arguments, message):
+    out = tmp_path / "out"
+    assert compare.main([*QUICK, "--methods", "mtt", "dm", *arguments, "--out", str(out)]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()

@@ -65,9 +65,11 @@ def test_json_round_trip(tmp_path):
         data=DataConfig("cifar10", data_dir=Path("/data")),
         mim=MimConfig(mim_noise_ratio=2.0),
         eval=EvalConfig(baselines=("random", "full"), eval_archs=("mlp", "vgg11")),
-        out=Path("there"),
     )
-    for content in (config.to_json(original), {"config": config.to_json(original), "accuracy_mean": 0.5}):
+    elsewhere = dataclasses.replace(original, out=Path("there"), overwrite=True)
+    assert config.from_json(config.to_json(elsewhere), "a file") == elsewhere
+    # Where an earlier run has written is not where the next one is to write.
+    for content in (config.to_json(original), {"config": config.to_json(elsewhere), "accuracy_mean": 0.5}):
         path = tmp_path / "settings.json"
         path.write_text(json.dumps(content))
         assert config.read_config(path) == original
@@ -85,6 +87,15 @@ def test_partial_files_keep_the_defaults(tmp_path):
         ("{", "is not JSON"),
         ("[1]", r"expected an object of settings, got \[1\]"),
         ('{"distill": 3}', "expected an object of settings, got 3"),
+        ('{"seed": 1.5}', "seed is 1.5, expected int"),
+        ('{"distill": {"ipc": true}}', "ipc is true, expected int"),
+        ('{"distill": {"ipc": null}}', "ipc is null, expected int"),
+        ('{"distill": {"width": "64"}}', r'width is "64", expected int \| None'),
+        ('{"distill": {"init": "reel"}}', "init is \"reel\", expected .*'real', 'kmeans', 'noise'"),
+        ('{"eval": {"baselines": "random"}}', 'baselines is "random", expected tuple'),
+        ('{"eval": {"baselines": ["random", "foo"]}}', r'baselines is \["random", "foo"\]'),
+        ('{"mim": {"mim_noise_ratio": "foo"}}', 'mim_noise_ratio is "foo", expected .*float'),
+        ('{"out": 3}', "out is 3, expected .*Path"),
         ('{"distill": {"iterration": 3}}', "unknown setting .* 'iterration', did you mean iterations"),
     ],
 )

@@ -11,7 +11,7 @@ from mim4dd import networks
 from mim4dd.data import load
 from mim4dd.evaluate import Protocol, Score, accuracy, evaluate, main, train
 from mim4dd.seeding import generator
-from mim4dd.synthetic import initialise
+from mim4dd.synthetic import SyntheticSet, initialise
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_batches_cover_every_image_once_an_epoch(monkeypatch, digits):
 def test_evaluate_scores_a_saved_set(finished, capsys):
     folder, _ = finished
     path = str(folder / "synthetic.safetensors")
-    assert main([path, "--num-eval", "1", "--architectures", "convnet", "mlp"]) == 0
+    assert main([path, "--num-eval", "1", "--architectures", "convnet,mlp"]) == 0
     out = capsys.readouterr().out
     result = json.loads((folder / "result.json").read_text())
     assert f"convnet │ {100 * result['accuracies'][0]:.1f}" in out, "the same seed gives the same accuracy"
@@ -149,3 +149,14 @@ def test_evaluate_refuses_files_and_data_that_do_not_fit(finished, tmp_path, cap
     other = npz(tmp_path / "other.npz")
     assert main([str(folder / "synthetic.safetensors"), "--dataset", other]) == 2
     assert "name its data with --dataset" in capsys.readouterr().err
+
+
+def test_a_run_is_found_by_its_folder_and_a_set_without_settings_refused(finished, tmp_path, capsys):
+    folder, _ = finished
+    assert main([str(folder), "--num-eval", "1", "--eval-epochs", "1"]) == 0
+    bare = dataclasses.replace(SyntheticSet.load(folder / "synthetic.safetensors"), metadata={})
+    bare.save(tmp_path / "bare.safetensors")
+    assert main([str(tmp_path / "bare.safetensors")]) == 2
+    assert "holds no settings to evaluate with" in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 2
+    assert "synthetic.safetensors: no such file" in capsys.readouterr().err

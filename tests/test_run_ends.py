@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from commands import QUICK, command, files, npz
+from conftest import write_pictures
 
 from mim4dd import run
 from mim4dd.synthetic import SyntheticSet
@@ -72,6 +73,11 @@ def test_bad_input_exits_with_2_and_writes_nothing(tmp_path, monkeypatch, capsys
         ({"y_train": np.arange(40) % 4 - 1}, "label -1"),
         ({"y_test": np.arange(8)}, "label 7, but the training labels end at 3"),
         ({"x_train": np.full((40, 12, 12, 3), np.nan, np.float32)}, "NaN"),
+        (
+            {"y_train": np.zeros(40, int), "y_test": np.zeros(8, int)},
+            "one class, expected two",
+        ),
+        ({"x_train": np.full((40, 12, 12, 3), 1e300)}, "NaN, infinite or huge values"),
         ({"x_test": np.ones((8, 12, 12, 3), np.float32)}, "test images of floats within [1, 1]; scale"),
         ({"x_train": np.zeros((40, 12, 16, 3), np.uint8)}, "square"),
         ({"x_train": np.zeros((40, 6, 6, 3), np.uint8)}, "at least 8x8"),
@@ -90,6 +96,23 @@ def test_unwritable_out(tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
     assert run.main([*QUICK, "--out", str(tmp_path / "file"), "--overwrite"]) == 2
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_out_is_not_to_become_a_class(tmp_path, monkeypatch, capsys):
+    for name in ("cats", "dogs"):
+        write_pictures(tmp_path / "data" / "pets" / name, 5)
+    monkeypatch.chdir(tmp_path / "data" / "pets")
+    assert run.main([*QUICK, "--dataset", "."]) == 2
+    assert "--out runs/pets-dm-ipc1-0 lies in ., where it would count as a class" in capsys.readouterr().err
+    assert files(tmp_path / "data" / "pets") == ["cats", "dogs"]
+    out = str(tmp_path / "[old]")
+    assert run.main([*QUICK, "--dataset", ".", "--num-eval", "0", "--out", out]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("pets: 8 training images of 2 classes")
+    assert f"Wrote synthetic.safetensors, result.json, images.png and report.html into {out}/" in printed
+    monkeypatch.chdir(tmp_path)
+    assert run.main([*QUICK, "--dataset", "data"]) == 2
+    assert "all images are of one class 'pets', expected two or more" in capsys.readouterr().err
 
 
 def test_unknown_option_exits_with_2_without_traceback():

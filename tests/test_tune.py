@@ -1,5 +1,6 @@
 """Tuning: what is tried, what is found again, and what is said of it."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -10,7 +11,7 @@ from mim4dd import cells, compare, run, tune
 from mim4dd.config import MimConfig, to_json
 from mim4dd.data import load
 from mim4dd.options import read
-from mim4dd.tune_report import Trial, ranked, table, verdict
+from mim4dd.tune_report import Trial, columns, ranked, table, verdict
 
 QUICK = ["--quick", "--iterations", "2", "--eval-epochs", "1"]
 
@@ -220,7 +221,11 @@ def test_what_is_said_of_the_best():
     lines = table([base, worse, unfinished, clear])
     assert [line[0] for line in lines] == ["0", "3", "1"]
     assert lines[0][-2:] == ("60.00 ± 10.00", "")
-    assert lines[1][1:5] == ("1", "0.1", "all", "synthetic")
+    assert lines[1][1:3] == ("1", "0.1")
+    assert columns([base, worse, clear]) == ("trial", "weight", "τ", "accuracy, %", "difference, points")
+    other = dataclasses.replace(worse, mim=dataclasses.replace(worse.mim, mim_layers="last"))
+    assert columns([base, other, clear])[3] == "layers"
+    assert [line[3] for line in table([base, other, clear])] == ["", "all", "last"]
 
 
 @pytest.mark.parametrize(
@@ -230,6 +235,7 @@ def test_what_is_said_of_the_best():
         (["--num-eval", "0"], "--num-eval is 0: nothing to choose by"),
         (["--trials", "0"], "--trials is 0, expected at least 1"),
         (["--seeds"], "--seeds names nothing"),
+        (["--seeds", "0", "0"], "--seeds is 0 0, expected each seed once"),
         (["--noise-ratios"], "--noise-ratios names nothing"),
         (["--noise-ratios", "-1"], "--mim-noise-ratio is -1.0"),
         (["--weights", "0", "1"], "--weights is 0.0 1.0, expected a range of positive numbers"),
@@ -252,3 +258,20 @@ def test_without_optuna(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert tune.main(QUICK) == 2
     assert "needs Optuna; pip install 'mim4dd[tune]'" in capsys.readouterr().err
+
+
+def test_a_damaged_journal_is_named_and_its_runs_are_not_lost(tmp_path, scored, capsys):
+    ran = scored()
+    out = tmp_path / "out"
+    arguments = [*QUICK, "--trials", "2", "--seeds", "0", "--out", str(out)]
+    assert tune.main(arguments) == 0
+    before = written(out)["found"]["trials"]
+    log = out / "trials.log"
+    log.write_text(log.read_text()[:-20] + "\n" + "{")
+    assert tune.main([*arguments, "--trials", "3"]) == 2
+    assert "trials.log is damaged" in capsys.readouterr().err
+    log.unlink()
+    runs = len(ran)
+    assert tune.main(arguments) == 0
+    assert len(ran) == runs, "nothing was run twice"
+    assert written(out)["found"]["trials"] == before
