@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from bench.measure import matrix_rate, seconds
 from mim4dd import augment, distill, extension, precision
 from mim4dd.data import ImageSet
+from mim4dd.devices import pick_device
+from mim4dd.errors import InputError
 from mim4dd.objectives import METHODS, Problem, TrajectoryConfig
 from mim4dd.objectives import distribution as distribution
 from mim4dd.objectives import gradient as gradient
@@ -117,22 +120,40 @@ def random_images(per_class: int, device: torch.device) -> ImageSet:
     return ImageSet(pixels, labels, names, torch.tensor([0.5]), torch.tensor([0.25])).to(device)
 
 
+def positive(text: str) -> int:
+    """What argparse makes of a count."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}, expected at least 1")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--method", choices=METHODS, default="dm")
-    parser.add_argument("--ipc", type=int, default=10)
-    parser.add_argument("--real-batch", type=int, default=256)
-    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--ipc", type=positive, default=10)
+    parser.add_argument("--real-batch", type=positive, default=256)
+    parser.add_argument("--width", type=positive, default=128)
     parser.add_argument("--precision", choices=precision.PRECISIONS, default="auto")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--iterations", type=int, default=2)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--iterations", type=positive, default=2)
     parser.add_argument("--trace", type=Path)
     options = parser.parse_args()
-    device = torch.device(options.device)
-    computing = precision.resolve(options.precision, device)
+    try:
+        device = pick_device(options.device)
+        computing = precision.resolve(options.precision, device)
+        if options.trace:
+            options.trace.touch()  # rather now than after the work
+    except (InputError, OSError) as error:
+        parser.error(str(error))
     precision.allow_tf32(computing)
+    with tempfile.TemporaryDirectory() as experts:
+        show(options, device, computing, Path(experts))
+
+
+def show(options: argparse.Namespace, device: torch.device, computing: str, experts: Path) -> None:
+    """Print where the time goes; of trajectory matching, the experts go into the folder."""
     method = METHODS[options.method]
     problem = Problem(
         real=random_images(1000, device),
@@ -146,7 +167,12 @@ def main() -> None:
         precision=computing,
         # Of trajectory matching: experts of a few seconds, but as many student steps as in a run.
         trajectory=TrajectoryConfig(
-            num_experts=1, expert_snapshots=2, expert_batches=1, max_start=1, student_steps=20
+            num_experts=1,
+            expert_snapshots=2,
+            expert_batches=1,
+            max_start=1,
+            student_steps=20,
+            experts=experts,
         ),
     )
     objective = method.objective(problem)

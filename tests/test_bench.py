@@ -69,6 +69,22 @@ def test_the_profile_names_the_parts(monkeypatch, capsys, tmp_path):
     assert profile.augment.apply.__name__ == "apply", "the names are taken off again"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--iterations 0", "--iterations: 0, expected at least 1"),
+        ("--device toaster", "--device toaster is not to be had here"),
+        ("--trace missing/trace.json", "No such file or directory"),
+    ],
+)
+def test_the_profile_refuses_bad_options(monkeypatch, capsys, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["profile", *arguments.split()])
+    with pytest.raises(SystemExit, match="2"):
+        profile.main()
+    assert message in capsys.readouterr().err
+
+
 def test_the_profile_counts_the_operations_of_compiled_convolutions(monkeypatch):
     """As many as torch's own, which run in float64."""
     if not extension.available():
