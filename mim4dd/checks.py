@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -112,14 +111,15 @@ def fused_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
     return f"the kernels need a CUDA device, or TRITON_INTERPRET=1 on a CPU, and the features are on {device}"
 
 
-@cache
+@torch.compiler.assume_constant_result  # a compiler that traces this call would put it into the graph
 def _gpu_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "the kernels are written for NVIDIA GPUs"
     needed = (8, 0) if dtype == torch.bfloat16 else (7, 0)
     found = torch.cuda.get_device_capability(device)
     if found < needed:
-        return f"of {dtype} they need compute capability {needed[0]}.{needed[1]}, and {device} has {found}"
+        wanted, has = (".".join(map(str, capability)) for capability in (needed, found))
+        return f"of {dtype} they need compute capability {wanted}, and {device} has {has}"
     return None
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mim4dd
-from mim4dd import losses
+from mim4dd import checks, losses
 from mim4dd.losses import calibrated_noise_ratio
 
 
@@ -296,3 +296,26 @@ def test_bad_input_is_named():
     for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss):
         with pytest.raises(ValueError, match=r"exclude_self .* anchors is \[4, 3\] and keys is \[5, 3\]"):
             loss(a, k, la, lk, exclude_self=True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "obstacle"),
+    [
+        ((9, 0), torch.bfloat16, None),
+        ((7, 5), torch.float16, None),
+        ((7, 5), torch.bfloat16, "of torch.bfloat16 they need compute capability 8.0, and cuda has 7.5"),
+        ((6, 1), torch.float32, "of torch.float32 they need compute capability 7.0, and cuda has 6.1"),
+    ],
+)
+def test_older_gpus_have_no_kernels(monkeypatch, capability, dtype, obstacle):
+    """And a compiled call asks for the capability while it is traced, not in its graph."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda")
+    assert checks.fused_obstacle(dtype, device) == obstacle
+
+    def step(x):
+        return x * 2 if checks.fused_obstacle(x.dtype, device) is None else x
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    assert compiled(torch.ones(1, dtype=dtype)) == (1 if obstacle else 2)
