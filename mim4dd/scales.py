@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch._guards import active_fake_mode
 
 from .checks import assert_positive
 
@@ -44,9 +44,9 @@ def scales_of(
 def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The values as a tensor, kept: copying numbers to a device costs more than a small loss.
 
-    Not where they are traced, or under a mode that makes other tensors of them, such as `FakeTensorMode`.
+    Not where they are traced, nor under a mode that would make fake tensors of them.
     """
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+    if torch.compiler.is_compiling() or active_fake_mode() is not None:
         return torch.tensor(values, dtype=dtype, device=device)
     return _kept_numbers(values, dtype, device)
 
