@@ -220,6 +220,7 @@ def test_light_imports():
     code = (
         "import sys, mim4dd\n"
         "heavy = {'tyro', 'rich', 'sklearn', 'scipy', 'PIL', 'pyarrow', 'matplotlib', 'jinja2'}\n"
+        "heavy |= {'triton', 'torch._dynamo'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
