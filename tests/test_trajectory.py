@@ -190,7 +190,7 @@ def test_the_learned_step_size_is_kept_and_used(tmp_path, capsys):
     assert 0.005 < result["network_lr"] < 0.1
     assert run.main([*options, "--experts", str(tmp_path / "e"), "--out", str(tmp_path / "b")]) == 0
     assert "prepare mtt" not in capsys.readouterr().out, "experts are reused"
-    bad = [*options, "--max-start", "9", "--out", str(tmp_path / "c")]
+    bad = [*options, "--max-start", "9", "--experts", str(tmp_path / "d"), "--out", str(tmp_path / "c")]
     assert run.main(bad) == 2
     assert "--expert-snapshots is 6, but --max-start 9" in capsys.readouterr().err
     assert not (tmp_path / "c").exists(), "before any work"
