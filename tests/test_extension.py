@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -125,3 +126,24 @@ def test_the_operator_registers_for_cuda():
     options = ["-std=c++20", "-fsyntax-only", *(f"-D{m}" for m in macros), *(f"-I{path}" for path in include)]
     done = subprocess.run([compiler, *options, ROOT / "csrc/ops.cpp"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "torch_cuda", "built"),
+    [("12.8", "12.6", True), ("13.0", "12.8", False), ("11.5", "11.8", False), ("12.8", None, False)],
+)
+def test_cuda_kernels_are_built_by_the_nvcc_of_torch(monkeypatch, capsys, tmp_path, nvcc, torch_cuda, built):
+    program = tmp_path / "nvcc"
+    program.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {nvcc}, V{nvcc}.1'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("MIM4DD_CUDA", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    wants_cuda = runpy.run_path(str(ROOT / "setup.py"))["wants_cuda"]
+    capsys.readouterr()
+    assert wants_cuda() is built
+    said = capsys.readouterr().err
+    assert ("MIM4DD_CUDA=1 builds them in any case" in said) is (torch_cuda is not None and not built)
+    monkeypatch.setenv("MIM4DD_CUDA", "1")
+    assert wants_cuda()

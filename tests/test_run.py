@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from commands import QUICK, files, npz
-from PIL import Image
+from PIL import Image, ImageFont
 
 import mim4dd
 from mim4dd import evaluate, report, run
@@ -202,6 +202,12 @@ def test_picture_shows_every_image_in_its_colours():
     shown = {colour for _, colour in image.getcolors(100_000)}
     for colour in colours:
         assert tuple((colour * 255).round().int().tolist()) in shown
+
+
+def test_class_names_may_have_letters_of_other_languages():
+    font = ImageFont.truetype(report.FONT, 12)
+    missing = bytes(font.getmask("\uffff"))
+    assert all(bytes(font.getmask(letter)) != missing for letter in "äéñčŁαЖ")
 
 
 def test_report_is_one_self_contained_page(finished):

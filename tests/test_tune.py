@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mim4dd import cells, compare, run, tune
+from mim4dd import cells, compare, run, tune, tune_report, tuning
 from mim4dd.config import MimConfig, to_json
 from mim4dd.data import load
 from mim4dd.options import read
@@ -96,6 +96,10 @@ def test_the_default_settings_are_tried_first_as_far_as_they_are_searched(tmp_pa
     tried = ran[3].mim
     assert (tried.mim_weight, tried.mim_layers, tried.mim_networks) == (default.mim_weight, "last", "base")
     assert 0.2 <= tried.mim_temperature <= 1
+
+
+def test_all_that_is_searched_is_reported():
+    assert set(tune_report.SETTINGS) == set(tuning.SEARCHED.values())
 
 
 def test_poor_trials_are_given_up_early(tmp_path, scored):
