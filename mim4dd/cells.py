@@ -46,19 +46,12 @@ class Cell:
         Raises:
             InputError: the folder holds a run of other settings, finished or not, or no readable one.
         """
-        path = next((p for p in (self.folder / RESULT, self.folder / FAILED) if p.exists()), None)
-        if path is None:
-            if (self.folder / IMAGES).exists():
-                refuse_others(
-                    self.folder, SyntheticSet.load(self.folder / IMAGES).metadata["config"], self.config
-                )
-            return None
-        try:
-            outcome = json.loads(path.read_text())
-            settings = outcome["config"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path} is not a result of mim4dd ({error!r}); remove its folder") from error
-        refuse_others(self.folder, settings, self.config)
+        outcome = outcome_in(self.folder)
+        if outcome is not None:
+            refuse_others(self.folder, outcome["config"], self.config)
+        elif (self.folder / IMAGES).exists():
+            started = SyntheticSet.load(self.folder / IMAGES)
+            refuse_others(self.folder, started.metadata["config"], self.config)
         return outcome
 
     def run(self) -> dict[str, Any]:
@@ -129,6 +122,23 @@ class BaselineCell(Cell):
             "device": device_name(experiment.device),
         }
         return self._write(RESULT, facts)
+
+
+def outcome_in(folder: Path) -> dict[str, Any] | None:
+    """Return what a run left in `folder`: a result, or {"failed": why}; None if it did not get to the end.
+
+    Raises:
+        InputError: it is no readable one.
+    """
+    path = next((p for p in (folder / RESULT, folder / FAILED) if p.exists()), None)
+    if path is None:
+        return None
+    try:
+        outcome = json.loads(path.read_text())
+        outcome["config"]["distill"]  # no result of ours is without
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is not a result of mim4dd ({error!r}); remove its folder") from error
+    return outcome
 
 
 def rehearse(config: Config) -> None:

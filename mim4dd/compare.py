@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import comparison_report
-from .cells import BaselineCell, Cell, rehearse
-from .comparison import COLUMNS, REAL, Arm, rows
+from .cells import BaselineCell, Cell, outcome_in, rehearse
+from .comparison import COLUMNS, REAL, Arm, in_order, rows
 from .config import Config, DistillConfig, EvalConfig, MimConfig, check, settled, to_json
 from .console import about, complain, console, guarded, print_table
 from .devices import pick_device
@@ -53,9 +53,10 @@ class SharedEvalConfig(EvalConfig):
 class Comparison(Config):
     """Compare base methods with and without mutual information, paired by seed.
 
-    Every combination of the first four options is a run in a folder of its own under OUT/cells; a finished
-    one is not run again, so the same command goes on where it was cut off, and one with more seeds, weights,
-    methods or IPCs adds to what is there. The table is in OUT/compare.md, .json and .png.
+    Every combination of --methods, --mim-weights, --ipcs and --seeds is a run in a folder of its own under
+    OUT/cells; a finished one is not run again, so the same command goes on where it was cut off, and one with
+    other seeds, weights, methods or IPCs adds to what is there. The table of all that OUT holds is in
+    OUT/compare.md, .json and .png.
     """
 
     methods: tuple[str, ...] = ("dm",)
@@ -105,28 +106,28 @@ def compare(comparison: Comparison) -> int:
         InputError: settings that cannot be meant, or a folder with others.
     """
     plan, folder, shared = cells(comparison), comparison.folder, comparison.shared()
-    found = {key: cell.found() for key, cell in plan.items()}
+    found = {key: outcome for key, cell in plan.items() if (outcome := cell.found())}
     _refuse_others(folder, shared)
+    outcomes = _earlier(folder) | found
     for method in comparison.methods:
         runs = (cell.config for cell in plan.values() if cell.config.distill.method == method)
         rehearse(max(runs, key=lambda c: (c.distill.ipc, c.mim.mim_weight)))
     make_folder(folder, comparison.data.dataset)
-    outcomes = {key: outcome for key, outcome in found.items() if outcome}
-    arms = sorted(dict.fromkeys(arm for arm, _ in plan), key=lambda arm: arm.ipc)
-    comparison_report.write(folder, arms, outcomes, len(plan), shared)
-    if outcomes:
-        console.print(f"{len(outcomes)} of {len(plan)} cells are in {folder}/ already", soft_wrap=True)
-    for (arm, seed), cell in plan.items():
-        if (arm, seed) in outcomes:
-            continue
-        title = f"Cell {len(outcomes) + 1} of {len(plan)}: {arm}, {arm.ipc} per class, seed {seed}"
+    every = plan.keys() | outcomes.keys()
+    arms = in_order(arm for arm, _ in (*plan, *outcomes))
+    comparison_report.write(folder, arms, outcomes, len(every), shared)
+    if found:
+        console.print(f"{len(found)} of {len(plan)} cells are in {folder}/ already", soft_wrap=True)
+    to_run = [key for key in plan if key not in found]
+    for k, (arm, seed) in enumerate(to_run, len(found)):
+        title = f"Cell {k + 1} of {len(plan)}: {arm}, {arm.ipc} per class, seed {seed}"
         console.print(f"{title}{time_left(plan, outcomes)}", style="bold", soft_wrap=True)
         try:
-            outcomes[arm, seed] = cell.run()
+            outcomes[arm, seed] = plan[arm, seed].run()
         except KeyboardInterrupt:
-            complain(f"{len(outcomes)} of {len(plan)} cells are finished; the same command goes on")
+            complain(f"{k} of {len(plan)} cells are finished; the same command goes on")
             raise
-        comparison_report.write(folder, arms, outcomes, len(plan), shared)
+        comparison_report.write(folder, arms, outcomes, len(every), shared)
     table = rows(arms, outcomes)
     print_table(
         "Mean ± standard deviation over seeds; difference to weight 0, paired by seed, with 95 % interval",
@@ -135,7 +136,7 @@ def compare(comparison: Comparison) -> int:
         strong_last=False,
     )
     console.print(f"Wrote compare.md, compare.json and compare.png into {folder}/", soft_wrap=True)
-    failed = sum(len(row.failed) for row in table)
+    failed = sum("failed" in outcomes[key] for key in plan)
     if failed:
         complain(f"{failed} of {len(plan)} cells failed, see {folder / 'compare.md'}")
     return 1 if failed else 0
@@ -205,6 +206,14 @@ def _refuse_others(folder: Path, shared: dict[str, Any]) -> None:
         raise InputError(f"{path} is not a comparison of mim4dd ({error!r}); give another --out") from error
     if settings != shared:
         raise InputError(f"{folder} holds a comparison with other settings, see {path}; give another --out")
+
+
+def _earlier(folder: Path) -> dict[Key, dict[str, Any]]:
+    """Return the outcomes of all cells in the folder of a comparison, also of those not asked for now."""
+    if not (folder / "compare.json").exists():
+        return {}  # nobody can say with what settings they were run
+    found = [outcome for path in sorted((folder / "cells").iterdir()) if (outcome := outcome_in(path))]
+    return {(Arm.of(outcome), outcome["config"]["seed"]): outcome for outcome in found}
 
 
 def time_left(plan: Mapping[Key, Cell], outcomes: Mapping[Key, dict[str, Any]]) -> str:

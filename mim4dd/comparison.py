@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,24 @@ class Arm:
     def __str__(self) -> str:
         return REAL[self.name] if self.weight is None else f"{self.name}, weight {number(self.weight)}"
 
+    @classmethod
+    def of(cls, outcome: Mapping[str, Any]) -> Arm:
+        """Return the arm that the outcome of a cell belongs to."""
+        config = outcome["config"]
+        ipc = config["distill"]["ipc"]
+        if "baseline" in outcome:
+            return cls(outcome["baseline"], None, ipc)
+        return cls(config["distill"]["method"], config["mim"]["mim_weight"], ipc)
+
+
+def in_order(arms: Iterable[Arm]) -> list[Arm]:
+    """Return each arm once: by IPC, baselines first, methods as they come, weights ascending."""
+    distinct = dict.fromkeys(arms)
+    names = list(dict.fromkeys(arm.name for arm in distinct))
+    return sorted(
+        distinct, key=lambda arm: (arm.ipc, arm.weight is not None, names.index(arm.name), arm.weight or 0)
+    )
+
 
 Outcomes = Mapping[tuple[Arm, int], dict[str, Any]]  # by arm and seed: a result, or {"failed": why}
 
@@ -46,12 +64,14 @@ class Row:
     Attributes:
         arm: which one.
         accuracies: by seed, each the mean over the networks of a run.
+        seconds: of distilling, mean over the seeds; None for a baseline.
         difference: to weight 0 of the same method and IPC; None for that one itself, and where there is none.
         failed: by seed: why a run gave nothing.
     """
 
     arm: Arm
     accuracies: Mapping[int, float]
+    seconds: float | None
     difference: Difference | None
     failed: Mapping[int, str]
 
@@ -73,7 +93,8 @@ class Row:
         if self.std is not None:
             accuracy += f" ± {100 * self.std:.2f}"
         seeds = f"{len(self.accuracies)}" + (f", {len(self.failed)} failed" if self.failed else "")
-        return str(self.arm.ipc), name, weight, accuracy, seeds, str(self.difference or "")
+        seconds = "" if self.seconds is None else f"{self.seconds:.0f}"
+        return str(self.arm.ipc), name, weight, accuracy, seeds, seconds, str(self.difference or "")
 
     def facts(self) -> dict[str, Any]:
         """Return it as JSON-able values."""
@@ -84,12 +105,13 @@ class Row:
             "accuracy_mean": self.mean,
             "accuracy_std": self.std,
             "accuracies": self.accuracies,
+            "seconds": self.seconds,
             "difference": self.difference.facts() if self.difference else None,
             "failed": self.failed,
         }
 
 
-COLUMNS = ("IPC", "method", "weight", "accuracy, %", "seeds", "difference, points")
+COLUMNS = ("IPC", "method", "weight", "accuracy, %", "seeds", "distil, s", "difference, points")
 
 
 def rows(arms: Sequence[Arm], outcomes: Outcomes, architecture: str | None = None) -> list[Row]:
@@ -108,10 +130,12 @@ def rows(arms: Sequence[Arm], outcomes: Outcomes, architecture: str | None = Non
     table = []
     for arm in arms:
         ours = accuracies(arm)
-        failed = {seed: o["failed"] for (a, seed), o in outcomes.items() if a == arm and "failed" in o}
+        done = {seed: outcome for (a, seed), outcome in outcomes.items() if a == arm}
+        failed = {seed: o["failed"] for seed, o in done.items() if "failed" in o}
+        seconds = [o["seconds"]["distill"] for o in done.values() if "distill" in o.get("seconds", {})]
         difference = paired_difference(ours, accuracies(Arm(arm.name, 0.0, arm.ipc))) if arm.weight else None
         if ours or failed:
-            table.append(Row(arm, ours, difference, failed))
+            table.append(Row(arm, ours, statistics.fmean(seconds) if seconds else None, difference, failed))
     return table
 
 

@@ -148,6 +148,30 @@ def test_more_of_anything_adds_to_what_is_there(finished, scored):
     assert result(finished, "kmeans-ipc1-seed0")["accuracy_mean"] > 0
 
 
+def test_the_table_holds_all_that_is_in_the_folder(finished, scored):
+    scored(lambda config: 0.5)
+    other = ["--methods", "ncfm", "--mim-weights", "0", "--ipcs", "2", "--seeds", "0", "--baselines"]
+    assert compare.main([*QUICK, *other, "--out", str(finished)]) == 0
+    written = facts(finished)
+    assert (written["cells"], written["cells_in_all"]) == (11, 11)
+    table = [(row["name"], row["mim_weight"], row["ipc"], len(row["accuracies"])) for row in written["rows"]]
+    assert table == [
+        ("random", None, 1, 2), ("dm", 0.0, 1, 2), ("dm", 5.0, 1, 2), ("dsa", 0.0, 1, 2), ("dsa", 5.0, 1, 2),
+        ("ncfm", 0.0, 2, 1),
+    ]  # fmt: skip
+
+
+def test_the_table_says_what_the_term_costs(finished, scored):
+    """The run of a stand-in takes 3 seconds to distil."""
+    scored(lambda config: 0.5)
+    other = ["--methods", "ncfm", "--mim-weights", "0", "--seeds", "0", "1", "--baselines"]
+    assert compare.main([*QUICK, *other, "--out", str(finished)]) == 0
+    seconds = {row["name"]: row["seconds"] for row in facts(finished)["rows"]}
+    assert seconds["ncfm"] == 3.0
+    assert seconds["random"] is None
+    assert "| 1 | ncfm | 0 | 50.00 ± 0.00 | 2 | 3 |  |" in (finished / "compare.md").read_text()
+
+
 def test_other_settings_are_refused(finished, capsys):
     before = bytes_of(finished)
     command = [*QUICK, *GRID, "--out", str(finished), "--iterations", "1"]
@@ -265,10 +289,10 @@ def test_table_against_hand_computation(tmp_path, scored):
     assert ours["difference"]["mean"] == pytest.approx(mean)
     assert ours["difference"]["interval"] == pytest.approx([mean - margin, mean + margin], rel=1e-6)
     text = (out / "compare.md").read_text()
-    assert "| 1 | dm | 0 | 60.00 ± 10.00 | 3 |  |" in text
-    assert "| 1 | dm | 10 | 71.67 ± 16.07 | 3 | +11.67 [-7.31, +30.64] |" in text
+    assert "| 1 | dm | 0 | 60.00 ± 10.00 | 3 | 3 |  |" in text
+    assert "| 1 | dm | 10 | 71.67 ± 16.07 | 3 | 3 | +11.67 [-7.31, +30.64] |" in text
     halved = text.split("## Trained: mlp")[1]
-    assert "| 1 | dm | 10 | 35.83 ± 8.04 | 3 | +5.83 [-3.65, +15.32] |" in halved
+    assert "| 1 | dm | 10 | 35.83 ± 8.04 | 3 | 3 | +5.83 [-3.65, +15.32] |" in halved
     assert Image.open(out / "compare.png").size[0] > 1000
 
 
