@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .graph import replayed
-from .objectives import MutualInformation, Objective, Repeatable
+from .objectives import MutualInformation, Objective
 from .synthetic import SyntheticSet, decode
 
 READ_EVERY = 10  # iterations between looks at the losses, each of which waits for the device
@@ -111,7 +111,7 @@ def updates(
         return decode(images, start.factor), start.targets if logits is None else logits.softmax(1)
 
     def step() -> Tensor:
-        matched = match(*decoded())
+        matched = objective.match(*decoded())
         terms = [matched.loss]
         if mutual_information:
             terms.append(
@@ -131,13 +131,12 @@ def updates(
             optimizer.step()
         return values.detach()
 
-    match, update = objective.__call__, step
-    if isinstance(objective, Repeatable):
-        match, update = objective.match, replayed(step, objective.generators, images.device)
+    update = step
+    if objective.generators is not None:
+        update = replayed(step, objective.generators, images.device)
     while True:
-        if isinstance(objective, Repeatable):
-            with torch.no_grad():
-                objective.prepare(*decoded())
+        with torch.no_grad():
+            objective.prepare(*decoded())
         yield update().clone()
 
 

@@ -106,6 +106,13 @@ class Stack:
             yield self.network
 
 
+def augmented_batch(
+    index: Tensor, params: AugmentParams, images: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the images, augmented, and targets at an index [1, b]: the `Batch` of a single network."""
+    return augment.apply(images[index[0]], params)[None], targets[index]
+
+
 def _gradients(network: Network, count: int) -> Callable[[Weights, Tensor, Tensor], Weights]:
     """Return what computes the gradients [count, ...] of the cross entropy by stacked weights."""
 

@@ -84,7 +84,7 @@ class Breaking(Objective):
         self.calls = 0
         self.gradient_only = gradient_only
 
-    def __call__(self, images, targets):
+    def match(self, images, targets):
         self.calls += 1
         loss = images.square().sum()
         if self.calls == 14:

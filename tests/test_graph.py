@@ -219,12 +219,12 @@ def test_a_step_that_cannot_be_recorded_goes_on_with_a_warning(monkeypatch, stan
 
 
 def test_an_objective_of_ones_own_is_never_recorded(stand_in):
-    """It may count its calls: nothing says that it does the same at each."""
+    """It may count its calls: without generators, nothing says that it does the same at each."""
 
     class Counting(Objective):
         calls = 0
 
-        def __call__(self, images, targets):
+        def match(self, images, targets):
             self.calls += 1
             rows = images.flatten(1)
             return Matched(self.calls * rows.square().sum(), [rows], [rows.detach()], targets, targets)

@@ -20,7 +20,6 @@ from mim4dd.objectives import (
     own_networks,
     through,
 )
-from mim4dd.objectives.view import _load
 from mim4dd.seeding import generator
 
 
@@ -31,7 +30,9 @@ def problem():
 
 def network_of(problem, flat):
     network = problem.network()
-    _load(network, flat)
+    weights = [*network.parameters()]
+    for weight, part in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):
+        weight.copy_(part.view_as(weight))
     return network
 
 
@@ -151,7 +152,7 @@ class Plain(Objective):
     def __init__(self):
         self.calls = 0
 
-    def __call__(self, images, targets):
+    def match(self, images, targets):
         self.calls += 1
         return Matched(self.calls * images.square().sum(), [images], [images], targets, targets)
 

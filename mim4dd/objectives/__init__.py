@@ -12,7 +12,6 @@ from .estimate import mutual_information_estimate
 from .gradient import GradientMatching, gradient_distance, loops
 from .mutual_information import MutualInformation
 from .own_networks import OwnNetworks, TrainedOnReal, TrainedOnSynthetic
-from .repeatable import Repeatable
 from .student import trajectory_distance
 from .trajectory import TrajectoryConfig, TrajectoryMatching, train_experts
 from .view import through
@@ -28,7 +27,6 @@ __all__ = [
     "Objective",
     "OwnNetworks",
     "Problem",
-    "Repeatable",
     "TrainedOnReal",
     "TrainedOnSynthetic",
     "TrajectoryConfig",

@@ -131,6 +131,29 @@ class Problem:
         ]
         return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
+    def siamese(
+        self,
+        network: Network,
+        images: Tensor,
+        per_class: int,
+        draws: torch.Generator,
+        augmentations: torch.Generator,
+    ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+        """Return features of synthetic images and of real ones, drawn and augmented alike, and their labels.
+
+        Args:
+            network: to look through.
+            images: synthetic ones [n, C, H, W].
+            per_class: how many real images to draw.
+            draws: draws them.
+            augmentations: draws the augmentation of every class.
+        """
+        real, params = self.real, self.class_augmentation(augmentations)
+        index = real.sample(per_class, draws).flatten()
+        real_maps = self.real_features(network, real.augmented(index, params, real.labels[index]))
+        maps = self.features(network, augment.apply(images, params, rows=self.labels))
+        return maps, real_maps, *self.pair_labels(index)
+
     @torch.no_grad()
     def real_features(self, network: Network, images: Tensor) -> list[Tensor]:
         """Return the `features` of real images, as constants."""
@@ -156,20 +179,35 @@ class Objective(ABC):
 
     Attributes:
         trained: what it trains along with the images, as groups of parameters for `torch.optim.SGD`.
+        generators: all that `match` draws from, if a GPU may record one match and replay it as the others:
+            they are the same work, read no values on the host, and keep in place what lasts, see
+            `mim4dd.graph.replayed`. None: it may not.
     """
 
     trained: Sequence[dict[str, Any]] = ()
+    generators: Sequence[torch.Generator] | None = None
 
     @property
     def network_lr(self) -> float | None:
         """The learning rate that networks are to be trained with on these images, if it has found one."""
         return None
 
+    def prepare(self, images: Tensor, targets: Tensor) -> None:  # noqa: B027 - most need nothing
+        """Do what comes before a match and is not always the same, such as training a network.
+
+        Takes the images [n, C, H, W] and targets that are then matched, as constants.
+        """
+
     @abstractmethod
-    def __call__(self, images: Tensor, targets: Tensor) -> Matched:
+    def match(self, images: Tensor, targets: Tensor) -> Matched:
         """Match synthetic images against the problem's real ones.
 
         Args:
             images: float32 [n, C, H, W], normalised, in the order of the problem's labels.
             targets: what a network is to answer: those labels, or probabilities [n, num_classes].
         """
+
+    def __call__(self, images: Tensor, targets: Tensor) -> Matched:
+        """Prepare and match."""
+        self.prepare(images.detach(), targets.detach())
+        return self.match(images, targets)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import augment
 from ..networks import initialise
 from ..seeding import generator
-from .base import Matched, Problem
-from .repeatable import Repeatable
+from .base import Matched, Objective, Problem
 
 
 def distribution_distance(
@@ -44,18 +44,19 @@ def distribution_distance(
     check_labels("distribution_distance", real, synthetic, real_labels, synthetic_labels)
     if not len(real) or not len(synthetic):
         return synthetic.sum() * 0
-    # One-hot products rather than scattered sums: deterministic on every device.
     if num_classes is None:
         num_classes = int(torch.cat([real_labels, synthetic_labels]).max()) + 1
-    difference: Tensor | float = 0.0
-    present = torch.ones(num_classes, dtype=torch.bool, device=real.device)
-    for sign, rows, labels in ((1, real, real_labels), (-1, synthetic, synthetic_labels)):
-        membership = F.one_hot(labels, num_classes).to(rows.dtype)
-        counts = membership.sum(0)
-        present = present & (counts > 0)
-        difference = difference + sign * (membership.T @ rows) / counts.clamp_min(1)[:, None]
-    assert isinstance(difference, Tensor)
-    return torch.where(present, difference.square().sum(1), 0).sum()
+    real_means, in_real = class_means(real, real_labels, num_classes)
+    means, in_synthetic = class_means(synthetic, synthetic_labels, num_classes)
+    return torch.where(in_real & in_synthetic, (real_means - means).square().sum(1), 0).sum()
+
+
+def class_means(rows: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Return the mean [num_classes, D] of each class's rows [n, D], 0 of none, and which have any."""
+    # One-hot products rather than scattered sums: deterministic on every device.
+    membership = F.one_hot(labels, num_classes).to(rows.dtype)
+    counts = membership.sum(0)
+    return membership.T @ rows / counts.clamp_min(1)[:, None], counts > 0
 
 
 def check_labels(
@@ -73,12 +74,14 @@ def check_labels(
             )
 
 
-class DistributionMatching(Repeatable):
+class DistributionMatching(Objective):
     """A new random network every iteration; real and synthetic images share their augmentation by class.
 
     Batch normalisation is in training mode, as in the published code: real images of all classes are
     normalised together, and so are the synthetic ones.
     """
+
+    generators: Sequence[torch.Generator]
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -94,15 +97,11 @@ class DistributionMatching(Repeatable):
     def match(self, images: Tensor, targets: Tensor) -> Matched:
         """Return the distance for the synthetic images [n, C, H, W] and the features it is made of."""
         problem = self.problem
-        real, labels = problem.real, problem.labels
         initialise(self.network, self.weights)
-        params = problem.class_augmentation(self.augmentations)
-        index = real.sample(problem.real_batch, self.draws).flatten()
-        real_images = real.augmented(index, params, self.real_labels)
-        real_maps = problem.real_features(self.network, real_images)
-        synthetic_maps = problem.features(self.network, augment.apply(images, params, rows=labels))
-        distance = self.distance(real_maps[-1], synthetic_maps[-1])
-        return Matched(distance, synthetic_maps, real_maps, *problem.pair_labels(index))
+        maps, real_maps, *labels = problem.siamese(
+            self.network, images, problem.real_batch, self.draws, self.augmentations
+        )
+        return Matched(self.distance(real_maps[-1], maps[-1]), maps, real_maps, *labels)
 
     def distance(self, real: Tensor, synthetic: Tensor) -> Tensor:
         """Return the distance between real and synthetic features [N, ...] and [n, ...]."""

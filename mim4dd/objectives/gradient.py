@@ -13,9 +13,8 @@ from torch.func import functional_call, grad, vmap
 from .. import augment
 from ..networks import CHUNK, Network, initialise
 from ..seeding import generator
-from ..stacked import Stack
-from .base import Matched, Problem
-from .repeatable import Repeatable
+from ..stacked import Stack, augmented_batch
+from .base import Matched, Objective, Problem
 
 NETWORK_LR = 0.01
 INNER_BATCH = 256
@@ -78,7 +77,7 @@ def loops(ipc: int) -> tuple[int, int]:
     return min(ipc, 50), max(10, -(-100 // ipc) * 5)
 
 
-class GradientMatching(Repeatable):
+class GradientMatching(Objective):
     """Class by class, equal gradients of a network that is itself trained on the synthetic images meanwhile.
 
     Batch normalisation trains in training mode and is matched with the statistics of real images
@@ -101,7 +100,7 @@ class GradientMatching(Repeatable):
         self.calls = 0
         self.stack = Stack.of(self.network.network, self.training)
         optimizer = torch.optim.SGD(self.stack.weights.values(), lr=NETWORK_LR)
-        self.step = self.stack.step(optimizer, _batch, problem.augmentation, problem.real.image_size)
+        self.step = self.stack.step(optimizer, augmented_batch, problem.augmentation, problem.real.image_size)
 
     def prepare(self, images: Tensor, targets: Tensor) -> None:
         """Start with a new network, or train the one there is on the synthetic images."""
@@ -146,13 +145,6 @@ class GradientMatching(Repeatable):
         for _ in range(self.inner):
             for index in self.stack.epoch(len(images), INNER_BATCH):
                 self.step(index, images, targets)
-
-
-def _batch(
-    index: Tensor, params: augment.AugmentParams, images: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The images and targets at an index [1, b]."""
-    return augment.apply(images[index[0]], params)[None], targets[index]
 
 
 class _WithMaps(nn.Module):

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .. import augment
 from ..augment import AugmentParams
 from ..networks import Network, initialise
 from ..seeding import generator
-from ..stacked import Batch, Stack
+from ..stacked import Batch, Stack, augmented_batch
 from .base import Problem
 
 LR = 0.01
@@ -42,6 +41,16 @@ class OwnNetworks(ABC):
 
         Takes them as constants.
         """
+
+    @torch.no_grad()
+    def load_into(self, network: Network, choice: torch.Generator) -> None:
+        """Give `network` the weights of one of them, drawn anew."""
+        # Not an int: looking at it would wait for the device.
+        chosen = torch.randint(len(self.weights), (1,), generator=choice, device=self.weights.device)
+        weights = [*network.parameters()]
+        parts = self.weights.index_select(0, chosen)[0].split([weight.numel() for weight in weights])
+        for weight, part in zip(weights, parts, strict=True):
+            weight.copy_(part.view(weight.shape))
 
 
 class TrainedOnReal(OwnNetworks):
@@ -93,7 +102,7 @@ class TrainedOnSynthetic(OwnNetworks):
         self._network = network
         self._lengths = generator(problem.seed, "mim/student/steps")  # on the CPU: they say what to do
         self._random = generator(problem.seed, "mim/student", device)
-        self._training = _Training(problem, network, self._random, _synthetic_batch)
+        self._training = _Training(problem, network, self._random, augmented_batch)
         self.weights = torch.zeros_like(_flat(network))[None]
 
     def renew(self, images: Tensor, targets: Tensor) -> None:
@@ -123,12 +132,6 @@ class _Training:
         initialise(self.network, self.random)
         for state in self.optimizer.state.values():
             state["momentum_buffer"].zero_()
-
-
-def _synthetic_batch(
-    index: Tensor, params: AugmentParams, images: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor]:
-    return augment.apply(images[index[0]], params)[None], targets[index]
 
 
 def _flat(network: Network) -> Tensor:

@@ -13,8 +13,7 @@ from .. import augment, experts
 from ..errors import InputError
 from ..experts import ExpertConfig, Experts, Recipe, Weights
 from ..seeding import generator
-from .base import Matched, Problem
-from .repeatable import Repeatable
+from .base import Matched, Objective, Problem
 from .student import Batch, follow, squared_distance
 
 
@@ -103,7 +102,7 @@ def open_experts(problem: Problem, made: Recipe) -> Experts:
     return found
 
 
-class TrajectoryMatching(Repeatable):
+class TrajectoryMatching(Objective):
     """From a snapshot of an expert, steps on the synthetic images lead to a later snapshot.
 
     The steps' size is learned, as its logarithm, so that it stays positive.
@@ -171,15 +170,11 @@ class TrajectoryMatching(Repeatable):
         return lambda images, targets: (augment.apply(images[index], params), targets[index])
 
     def _with_features(self, distance: Tensor, weights: Weights, images: Tensor) -> Matched:
-        problem, real = self.problem, self.problem.real
+        problem = self.problem
         if not problem.layers:
             return Matched(distance, [], [], problem.labels, problem.labels)
         with torch.no_grad():
             for name, parameter in self.network.named_parameters():
                 parameter.copy_(weights[name])
-        params = problem.class_augmentation(self.augmentations)
-        index = real.sample(problem.real_batch, self.draws).flatten()
-        real_images = real.augmented(index, params, real.labels[index])
-        real_maps = problem.real_features(self.network, real_images)
-        maps = problem.features(self.network, augment.apply(images, params, rows=problem.labels))
-        return Matched(distance, maps, real_maps, *problem.pair_labels(index))
+        seen = problem.siamese(self.network, images, problem.real_batch, self.draws, self.augmentations)
+        return Matched(distance, *seen)
