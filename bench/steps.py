@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from bench import baselines
-from mim4dd import augment, evaluate, graph, networks
+from mim4dd import augment, graph, networks
 from mim4dd.data import ImageSet
 from mim4dd.distill import updates
+from mim4dd.evaluation import Protocol, evaluate
 from mim4dd.objectives import METHODS, GradientMatching, Problem, trajectory_distance
 from mim4dd.seeding import generator
 from mim4dd.synthetic import SyntheticSet
@@ -107,12 +108,10 @@ def textbook_inner_step(of: Problem, images: Tensor) -> Callable[[], object]:
 
 
 def evaluation(of: Problem, images: Tensor) -> Callable[[], object]:
-    protocol = evaluate.Protocol(
-        EPOCHS[images.device.type], of.augmentation, width=WIDTH, precision=of.precision
-    )
+    protocol = Protocol(EPOCHS[images.device.type], of.augmentation, width=WIDTH, precision=of.precision)
     test = of.real._subset(torch.arange(TEST, device=images.device))
     training_set = (images, of.labels)
-    return lambda: evaluate.evaluate(lambda _: training_set, test, protocol, num_networks=NETWORKS, seed=0)
+    return lambda: evaluate(lambda _: training_set, test, protocol, num_networks=NETWORKS, seed=0)
 
 
 def textbook_evaluation(of: Problem, images: Tensor) -> Callable[[], object]:

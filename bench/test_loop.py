@@ -31,7 +31,7 @@ from bench.steps import (
     synthetic,
     trajectory,
 )
-from mim4dd import blocks, convolution, evaluate, graph, networks, precision, stacked
+from mim4dd import blocks, convolution, evaluation, graph, networks, precision, stacked
 from mim4dd.objectives import METHODS, Problem, distribution, gradient, trajectory_distance
 from mim4dd.seeding import generator
 
@@ -126,8 +126,8 @@ def test_the_trained_network_is_that_of_the_textbook(device, small):
     network = of.network().requires_grad_()
     networks.initialise(network, generator(0, "bench/start", torch.device(device)))
     plain = setting(of, images, [p.detach().clone() for p in network.parameters()])
-    protocol = evaluate.Protocol(3, "none", width=of.width)
-    evaluate.train(network, images, of.labels, protocol, generator(0, "bench/train", torch.device(device)))
+    protocol = evaluation.Protocol(3, "none", width=of.width)
+    evaluation.train(network, images, of.labels, protocol, generator(0, "bench/train", torch.device(device)))
     theirs = plain.network()
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2])

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from .distill import DivergenceError
 from .errors import InputError
-from .evaluate import Score
+from .evaluation import Score
 
 console = Console(highlight=False, markup=False)
 

@@ -1,168 +1,23 @@
-"""The evaluation protocol, and `python -m mim4dd.evaluate` that scores a saved set by it.
-
-A network is trained from nothing on the images alone and tested once, after the last epoch, on images that
-took no part in anything before.
-"""
+"""`python -m mim4dd.evaluate`: score a saved set by the evaluation protocol."""
 
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import tyro
 
-from . import augment, networks, stacked
-from .augment import AugmentParams
-from .data import ImageSet, load
+from .config import from_json, settled
+from .console import guarded, on_architectures, print_architectures
+from .data import load
 from .devices import pick_device
 from .errors import InputError, unknown
-from .networks import Network
+from .evaluation import OnNetwork, Protocol, Score, evaluate
+from .networks import ARCHITECTURES
 from .precision import Precision, allow_tf32, resolve
-from .seeding import generator
-from .stacked import Stack
 from .synthetic import SyntheticSet
-
-OnNetwork = Callable[[float], None]
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How a network is trained on a synthetic set (DSA's protocol).
-
-    Attributes:
-        epochs: the learning rate falls to a tenth after half of them.
-        augmentation: strategy string, one part drawn per step and parameters per image; see `augment.sample`.
-        architecture: see `mim4dd.networks.ARCHITECTURES`.
-        width: of the ConvNet's blocks.
-        lr: of SGD.
-        momentum: of SGD.
-        weight_decay: of SGD.
-        batch: images per step.
-        precision: what the networks compute in, see `mim4dd.networks.create`.
-    """
-
-    epochs: int
-    augmentation: str
-    architecture: str = "convnet"
-    width: int = 128
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    batch: int = 256
-    precision: str = "fp32"
-
-
-@dataclass(frozen=True)
-class Score:
-    """Test accuracies of several networks, each from 0 to 1."""
-
-    accuracies: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """Mean accuracy."""
-        return statistics.fmean(self.accuracies)
-
-    @property
-    def std(self) -> float:
-        """Sample standard deviation over the networks; 0 for a single one."""
-        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
-
-    def __str__(self) -> str:
-        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f} %"
-
-
-def evaluate(
-    training_set: Callable[[int], tuple[Tensor, Tensor]],
-    test: ImageSet,
-    protocol: Protocol,
-    *,
-    num_networks: int,
-    seed: int,
-    on_network: OnNetwork = lambda _: None,
-) -> Score:
-    """Train `num_networks` networks and test each once.
-
-    Args:
-        training_set: for network k, images float32 [n, C, H, W] and their targets: labels int64 [n], or
-            probabilities float32 [n, num_classes]. The same n for all of them.
-        test: on the device of the run.
-        protocol: how to train.
-        num_networks: how many.
-        seed: of the weights, batches and augmentations; network k is the same for every training set.
-        on_network: called with each accuracy.
-    """
-    device = test.images.device
-    network = networks.create(
-        protocol.architecture,
-        test.channels,
-        test.num_classes,
-        test.image_size,
-        width=protocol.width,
-        device=device,
-        precision=protocol.precision,
-    )
-    image = (test.channels, *test.image_size)
-    together = stacked.at_once(network, image, protocol.batch, device)
-    accuracies = []
-    for group in torch.arange(num_networks).split(together):
-        random = [generator(seed, f"evaluation/{k}", device) for k in group.tolist()]
-        stack = Stack.initialised(network, random)
-        _train(stack, [training_set(k) for k in group.tolist()], protocol)
-        for trained in stack.unstack():
-            accuracies.append(accuracy(trained, test))
-            on_network(accuracies[-1])
-    return Score(tuple(accuracies))
-
-
-def train(
-    network: Network, images: Tensor, targets: Tensor, protocol: Protocol, generator: torch.Generator
-) -> None:
-    """Train `network` in place on images [n, C, H, W] and targets [n, ...], every epoch in a new order."""
-    _train(Stack.of(network, generator), [(images, targets)], protocol)
-
-
-def _train(stack: Stack, sets: Sequence[tuple[Tensor, Tensor]], protocol: Protocol) -> None:
-    """Train each network of a stack on its own set of images and targets, all of one size."""
-
-    def batch(index: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
-        own = [(images[i], targets[i]) for (images, targets), i in zip(sets, index, strict=True)]
-        images = augment.apply(torch.cat([x for x, _ in own]), params)
-        return images.unflatten(0, index.shape), torch.stack([y for _, y in own])
-
-    stack.network.train()
-    optimizer = torch.optim.SGD(
-        stack.weights.values(),
-        lr=protocol.lr,
-        momentum=protocol.momentum,
-        weight_decay=protocol.weight_decay,
-    )
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [protocol.epochs // 2 + 1])
-    count, *_, height, width = sets[0][0].shape
-    lr = None
-    for _ in range(protocol.epochs):
-        if schedule.get_last_lr() != lr:  # a new step, for a recorded one keeps its learning rate
-            lr = schedule.get_last_lr()
-            step = stack.step(optimizer, batch, protocol.augmentation, (height, width))
-        for index in stack.epoch(count, protocol.batch):
-            step(index)
-        schedule.step()
-
-
-@torch.no_grad()
-def accuracy(network: Network, test: ImageSet) -> float:
-    """Return the share of `test` that `network` classifies rightly."""
-    network.eval()
-    device = test.images.device
-    right = torch.zeros((), device=device)
-    for index in torch.arange(len(test), device=device).split(networks.CHUNK[device.type]):
-        right += (network(test.batch(index)).argmax(1) == test.labels[index]).sum()
-    return right.item() / len(test)
 
 
 def score_saved(
@@ -191,15 +46,12 @@ def score_saved(
         device: auto, cpu, cuda, cuda:1, ...
         precision: what the networks compute in; auto: the fastest for a ConvNet.
     """
-    from .config import from_json, settled
-    from .console import on_architectures, print_architectures
-
     for option, value in (("--num-eval", num_eval), ("--eval-epochs", eval_epochs)):
         if value is not None and value < 1:
             raise InputError(f"{option} is {value}, expected at least 1")
     wanted = tuple(dict.fromkeys(name for name in ",".join(architectures).split(",") if name))
-    for name in set(wanted) - set(networks.ARCHITECTURES):
-        raise unknown("architecture", name, networks.ARCHITECTURES)
+    for name in set(wanted) - set(ARCHITECTURES):
+        raise unknown("architecture", name, ARCHITECTURES)
     if path.is_dir():
         path = path / "synthetic.safetensors"
     saved = SyntheticSet.load(path)
@@ -245,10 +97,6 @@ def score_saved(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    import tyro
-
-    from .console import guarded
-
     return guarded(lambda: tyro.cli(score_saved, prog="python -m mim4dd.evaluate", args=arguments))
 
 

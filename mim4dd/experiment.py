@@ -16,7 +16,7 @@ from .data import ImageSet, load, name_of
 from .devices import pick_device
 from .distill import Progress, distill
 from .errors import InputError
-from .evaluate import OnNetwork, Protocol, Score, evaluate
+from .evaluation import OnNetwork, Protocol, Score, evaluate
 from .information import held_out_information
 from .networks import Network
 from .objectives import (

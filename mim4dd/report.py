@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from .evaluate import Score
+from .evaluation import Score
 from .files import atomic
 from .synthetic import SyntheticSet
 

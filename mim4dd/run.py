@@ -26,7 +26,7 @@ from .console import (
 from .devices import device_name
 from .distill import DivergenceError, Progress
 from .errors import InputError
-from .evaluate import Score
+from .evaluation import Score
 from .experiment import Experiment
 from .files import make_folder
 from .memory import GIB

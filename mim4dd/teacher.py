@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .data import ImageSet
-from .evaluate import Protocol, train
+from .evaluation import Protocol, train
 from .networks import CHUNK, Network, initialise
 
 STEPS = 500  # at least an epoch: a teacher need not be perfect to tell which classes are alike

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import close, digits_problem
 
-from mim4dd import augment, evaluate, networks, run
+from mim4dd import augment, evaluation, networks, run
 from mim4dd.objectives import (
     DistributionMatching,
     GradientMatching,
@@ -145,10 +145,10 @@ def test_accuracy_does_not_depend_on_the_other_images():
     problem, images = bn_problem()
     network = problem.network().requires_grad_()
     networks.initialise(network, generator(0, "w"))
-    protocol = evaluate.Protocol(epochs=20, augmentation="none", architecture="convnet-bn", width=8)
-    evaluate.train(network, images, problem.labels, protocol, generator(0, "t"))
+    protocol = evaluation.Protocol(epochs=20, augmentation="none", architecture="convnet-bn", width=8)
+    evaluation.train(network, images, problem.labels, protocol, generator(0, "t"))
     test = dataclasses.replace(problem.real, images=problem.real.images[:40], labels=problem.real.labels[:40])
-    accuracy = evaluate.accuracy(network, test)
+    accuracy = evaluation.accuracy(network, test)
     with torch.no_grad():
         right = [network(test.batch(torch.tensor([k]))).argmax(1) == test.labels[k] for k in range(40)]
     assert accuracy == pytest.approx(torch.cat(right).float().mean().item())

@@ -9,7 +9,8 @@ from commands import npz
 
 from mim4dd import networks
 from mim4dd.data import load
-from mim4dd.evaluate import Protocol, Score, accuracy, evaluate, main, train
+from mim4dd.evaluate import main
+from mim4dd.evaluation import Protocol, Score, accuracy, evaluate, train
 from mim4dd.seeding import generator
 from mim4dd.synthetic import SyntheticSet, initialise
 

@@ -7,7 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from mim4dd import SyntheticSet
-from mim4dd.evaluate import Protocol, evaluate
+from mim4dd.evaluation import Protocol, evaluate
 
 ROOT = Path(__file__).parents[1]
 MARK = "  # mim4dd"

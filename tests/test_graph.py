@@ -14,7 +14,7 @@ from conftest import digits_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mim4dd import distill, evaluate, graph, networks, stacked
+from mim4dd import distill, evaluation, graph, networks, stacked
 from mim4dd.objectives import (
     METHODS,
     Matched,
@@ -164,8 +164,8 @@ def trained(device="cpu", architecture="convnet", augmentation="crop"):
     random = generator(0, "training", device)
     network = networks.create(architecture, 1, 10, (8, 8), width=8, device=device)
     networks.initialise(network, random)
-    protocol = evaluate.Protocol(epochs=6, augmentation=augmentation, batch=16)
-    evaluate.train(network, start.images.to(device), problem.labels.to(device), protocol, random)
+    protocol = evaluation.Protocol(epochs=6, augmentation=augmentation, batch=16)
+    evaluation.train(network, start.images.to(device), problem.labels.to(device), protocol, random)
     return torch.cat([value.flatten().double() for value in network.state_dict().values()])
 
 

@@ -5,7 +5,7 @@ from conftest import close
 from mim4dd import extension, memory, networks, precision
 from mim4dd.data import load
 from mim4dd.errors import InputError
-from mim4dd.evaluate import Protocol, evaluate
+from mim4dd.evaluation import Protocol, evaluate
 from mim4dd.objectives import METHODS
 from mim4dd.precision import resolve
 from mim4dd.run import main

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import close, digits_problem
 
-from mim4dd import evaluate, networks, stacked
+from mim4dd import evaluation, networks, stacked
 from mim4dd.data import load
 from mim4dd.memory import per_image
 from mim4dd.seeding import generator
@@ -28,12 +28,12 @@ def test_a_stack_is_trained_as_its_networks_are_alone(soft, device):
         for k in range(3)
     ]
     network = networks.create("convnet", 1, 10, (8, 8), width=8, device=device).double()
-    protocol = evaluate.Protocol(epochs=6, augmentation=DSA, batch=16)
+    protocol = evaluation.Protocol(epochs=6, augmentation=DSA, batch=16)
 
     def trained(group):
         stack = Stack.initialised(network, [generator(0, f"network/{k}", device) for k in group])
         before = {name: weight.clone() for name, weight in stack.weights.items()}
-        evaluate._train(stack, [sets[k] for k in group], protocol)
+        evaluation._train(stack, [sets[k] for k in group], protocol)
         assert all((stack.weights[name] != before[name]).any() for name in before if "weight" in name)
         return stack.weights
 
@@ -51,16 +51,16 @@ def test_the_score_does_not_depend_on_how_many_are_trained_at_once(architecture,
         (real.batch(index := real.sample(1, generator(k, "x")).flatten()), real.labels[index])
         for k in range(3)
     ]
-    protocol = evaluate.Protocol(epochs=5, augmentation=DSA, architecture=architecture, width=8)
+    protocol = evaluation.Protocol(epochs=5, augmentation=DSA, architecture=architecture, width=8)
     sizes = []
-    train = evaluate._train
+    train = evaluation._train
     monkeypatch.setattr(
-        evaluate, "_train", lambda stack, *a: sizes.append(len(stack.random)) or train(stack, *a)
+        evaluation, "_train", lambda stack, *a: sizes.append(len(stack.random)) or train(stack, *a)
     )
 
     def score():
         sizes.clear()
-        return evaluate.evaluate(pairs.__getitem__, test, protocol, num_networks=3, seed=0).accuracies
+        return evaluation.evaluate(pairs.__getitem__, test, protocol, num_networks=3, seed=0).accuracies
 
     alone = score()
     assert sizes == [1, 1, 1]
@@ -87,7 +87,7 @@ def test_a_stack_of_a_network_trains_that_network():
     networks.initialise(network, random)
     before = network.classifier.weight.clone()
     stack = Stack.of(network, random)
-    evaluate._train(stack, [(start.images, problem.labels)], evaluate.Protocol(1, "none"))
+    evaluation._train(stack, [(start.images, problem.labels)], evaluation.Protocol(1, "none"))
     assert not torch.equal(network.classifier.weight, before)
     assert [*stack.unstack()] == [network]
     close(network.classifier.weight, stack.weights["classifier.weight"][0], 0)

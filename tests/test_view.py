@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import digits_problem
 
-from mim4dd import evaluate
+from mim4dd import evaluation
 from mim4dd.data import load
 from mim4dd.distill import distill
 from mim4dd.networks import initialise
@@ -49,7 +49,7 @@ def test_networks_on_real_images_are_trained_the_later_the_longer(problem):
         sum(p.numel() for p in problem.network().parameters()),
     )
     _, test = load("digits")
-    first, last = (evaluate.accuracy(network_of(problem, weights[k]), test) for k in (0, -1))
+    first, last = (evaluation.accuracy(network_of(problem, weights[k]), test) for k in (0, -1))
     assert last > 0.8
     assert last > first > 0.1
     assert torch.equal(weights_of(TrainedOnReal(problem), problem), weights), "the same seed"

@@ -1,0 +1,158 @@
+"""The evaluation protocol.
+
+A network is trained from nothing on the images alone and tested once, after the last epoch, on images that
+took no part in anything before.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import augment, networks, stacked
+from .augment import AugmentParams
+from .data import ImageSet
+from .networks import Network
+from .seeding import generator
+from .stacked import Stack
+
+OnNetwork = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a network is trained on a synthetic set (DSA's protocol).
+
+    Attributes:
+        epochs: the learning rate falls to a tenth after half of them.
+        augmentation: strategy string, one part drawn per step and parameters per image; see `augment.sample`.
+        architecture: see `mim4dd.networks.ARCHITECTURES`.
+        width: of the ConvNet's blocks.
+        lr: of SGD.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        batch: images per step.
+        precision: what the networks compute in, see `mim4dd.networks.create`.
+    """
+
+    epochs: int
+    augmentation: str
+    architecture: str = "convnet"
+    width: int = 128
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch: int = 256
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Test accuracies of several networks, each from 0 to 1."""
+
+    accuracies: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy."""
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation over the networks; 0 for a single one."""
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f} %"
+
+
+def evaluate(
+    training_set: Callable[[int], tuple[Tensor, Tensor]],
+    test: ImageSet,
+    protocol: Protocol,
+    *,
+    num_networks: int,
+    seed: int,
+    on_network: OnNetwork = lambda _: None,
+) -> Score:
+    """Train `num_networks` networks and test each once.
+
+    Args:
+        training_set: for network k, images float32 [n, C, H, W] and their targets: labels int64 [n], or
+            probabilities float32 [n, num_classes]. The same n for all of them.
+        test: on the device of the run.
+        protocol: how to train.
+        num_networks: how many.
+        seed: of the weights, batches and augmentations; network k is the same for every training set.
+        on_network: called with each accuracy.
+    """
+    device = test.images.device
+    network = networks.create(
+        protocol.architecture,
+        test.channels,
+        test.num_classes,
+        test.image_size,
+        width=protocol.width,
+        device=device,
+        precision=protocol.precision,
+    )
+    image = (test.channels, *test.image_size)
+    together = stacked.at_once(network, image, protocol.batch, device)
+    accuracies = []
+    for group in torch.arange(num_networks).split(together):
+        random = [generator(seed, f"evaluation/{k}", device) for k in group.tolist()]
+        stack = Stack.initialised(network, random)
+        _train(stack, [training_set(k) for k in group.tolist()], protocol)
+        for trained in stack.unstack():
+            accuracies.append(accuracy(trained, test))
+            on_network(accuracies[-1])
+    return Score(tuple(accuracies))
+
+
+def train(
+    network: Network, images: Tensor, targets: Tensor, protocol: Protocol, generator: torch.Generator
+) -> None:
+    """Train `network` in place on images [n, C, H, W] and targets [n, ...], every epoch in a new order."""
+    _train(Stack.of(network, generator), [(images, targets)], protocol)
+
+
+def _train(stack: Stack, sets: Sequence[tuple[Tensor, Tensor]], protocol: Protocol) -> None:
+    """Train each network of a stack on its own set of images and targets, all of one size."""
+
+    def batch(index: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
+        own = [(images[i], targets[i]) for (images, targets), i in zip(sets, index, strict=True)]
+        images = augment.apply(torch.cat([x for x, _ in own]), params)
+        return images.unflatten(0, index.shape), torch.stack([y for _, y in own])
+
+    stack.network.train()
+    optimizer = torch.optim.SGD(
+        stack.weights.values(),
+        lr=protocol.lr,
+        momentum=protocol.momentum,
+        weight_decay=protocol.weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [protocol.epochs // 2 + 1])
+    count, *_, height, width = sets[0][0].shape
+    lr = None
+    for _ in range(protocol.epochs):
+        if schedule.get_last_lr() != lr:  # a new step, for a recorded one keeps its learning rate
+            lr = schedule.get_last_lr()
+            step = stack.step(optimizer, batch, protocol.augmentation, (height, width))
+        for index in stack.epoch(count, protocol.batch):
+            step(index)
+        schedule.step()
+
+
+@torch.no_grad()
+def accuracy(network: Network, test: ImageSet) -> float:
+    """Return the share of `test` that `network` classifies rightly."""
+    network.eval()
+    device = test.images.device
+    right = torch.zeros((), device=device)
+    for index in torch.arange(len(test), device=device).split(networks.CHUNK[device.type]):
+        right += (network(test.batch(index)).argmax(1) == test.labels[index]).sum()
+    return right.item() / len(test)
