@@ -15,7 +15,7 @@ def _load(name: str) -> ModuleType | None:
     except ImportError as error:
         # Also what an older glibc, or a torch without the symbols it was built against, ends in.
         warnings.warn(
-            f"mim4dd: the compiled augmentation {name} cannot be had ({error}); the slower PyTorch reference "
+            f"mim4dd: the compiled extension {name} cannot be loaded ({error}); the slower PyTorch reference "
             "runs instead. Build it with: pip install --no-build-isolation -e .",
             stacklevel=3,
         )

@@ -48,9 +48,7 @@ def reading(path: Path | str, kind: str) -> Iterator[None]:
         yield
     except (InputError, MemoryError):
         raise
-    except (
-        Exception
-    ) as error:  # damaged bytes make decoders raise nearly anything: OSError, zlib.error, EOFError...
+    except Exception as error:  # damaged bytes make decoders raise nearly anything
         reason = str(error) or type(error).__name__
         raise InputError(
             f"{path}: not a readable {kind} ({reason}); damaged or incomplete, get it again"

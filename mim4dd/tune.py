@@ -184,7 +184,7 @@ def _study(folder: Path, settings: dict[str, Any]) -> optuna.Study:
         import optuna
         from optuna.storages.journal import JournalFileBackend
     except ImportError as error:
-        raise InputError("python -m mim4dd.tune needs Optuna; pip install 'mim4dd[tune]'") from error
+        raise InputError("python -m mim4dd.tune needs Optuna; pip install optuna") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     log = folder / "trials.log"
     try:

@@ -58,7 +58,7 @@ class Tuning(Config):
     The base method alone comes first, then its default settings, then trials chosen by Optuna's TPE sampler,
     each on all seeds unless the median of the trials before was better on the first ones. The same command
     goes on where it was cut off; more --trials add to what is there. OUT/tune.json has the best settings,
-    for run --config, and OUT/tune.md the table. Needs Optuna: pip install 'mim4dd[tune]'.
+    for run --config, and OUT/tune.md the table. Needs Optuna: pip install optuna.
     """
 
     trials: int = 30

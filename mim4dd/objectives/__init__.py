@@ -42,7 +42,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Method:
-    """A base method and the settings it was published with.
+    """A base method and its default settings.
 
     Attributes:
         objective: what it minimises.
