@@ -78,8 +78,8 @@ class MimConfig:
     """The mutual-information term."""
 
     mim_weight: float | None = None
-    """Its weight; 0 leaves it out. Default for info-nce: 300 for dm, 100 from ten images per class on, 1000 for
-    dsa and ncfm, 0 for dc and mtt."""
+    """Its weight; 0 leaves it out. Default, for info-nce: 300 for dm, 100 from ten images per class on, 1000
+    for dsa and ncfm, 0 for dc and mtt."""
     mim_loss: Literal["info-nce", "nce"] = "info-nce"
     """info-nce: every real image is to find its class among the synthetic ones. nce: the published term, a
     critic of every pair."""
@@ -148,8 +148,8 @@ class Config:
     """Write into --out even if it holds a result."""
     preset: Literal["short", "paper"] = "short"
     """short: minutes on a laptop. paper: the sizes of the published protocols (20,000 iterations of dm, 256
-    real images a class, width 128, 1000 epochs), for a GPU; the term is ours in any case, the published one is
-    --mim-loss nce --mim-networks base, none is --mim-weight 0."""
+    real images a class, width 128, 1000 epochs), for a GPU; the term is ours in any case, --mim-weight 0 leaves
+    it out, --mim-loss nce --mim-networks base is the published one."""
     quick: bool = False
     """A smoke run of seconds: the smallest of everything that is not given."""
     config: Path | None = None
