@@ -148,8 +148,8 @@ class Config:
     """Write into --out even if it holds a result."""
     preset: Literal["short", "paper"] = "short"
     """short: minutes on a laptop. paper: the sizes of the published protocols (20,000 iterations of dm, 256
-    real images a class, width 128, 1000 epochs), for a GPU; the term is ours in any case, --mim-weight 0 leaves
-    it out, --mim-loss nce --mim-networks base is the published one."""
+    real images a class, width 128, 1000 epochs), for a GPU. The term is ours in any case: --mim-weight 0
+    leaves it out, --mim-loss nce --mim-networks base is the published one."""
     quick: bool = False
     """A smoke run of seconds: the smallest of everything that is not given."""
     config: Path | None = None
