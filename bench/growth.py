@@ -20,8 +20,9 @@ import matplotlib.pyplot as plt
 import torch
 
 from bench.measure import extra_peak, seconds
-from mim4dd import distill, precision
+from mim4dd import distill
 from mim4dd.data import ImageSet
+from mim4dd.networks import precision
 from mim4dd.objectives import METHODS, Problem, TrajectoryConfig
 from mim4dd.seeding import generator
 from mim4dd.synthetic import SyntheticSet

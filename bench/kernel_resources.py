@@ -27,7 +27,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from mim4dd import kernels
-from mim4dd.reference import Objective
+from mim4dd.losses.reference import Objective
 
 # Shared memory a program may have and the number of multiprocessors: A100 and H100.
 DEVICES = {80: (166_912, 108), 90: (232_448, 132)}

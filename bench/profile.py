@@ -22,10 +22,11 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from bench.measure import matrix_rate, seconds
-from mim4dd import augment, distill, extension, precision
+from mim4dd import augment, distill, extension
 from mim4dd.data import ImageSet
 from mim4dd.devices import pick_device
 from mim4dd.errors import InputError
+from mim4dd.networks import precision
 from mim4dd.objectives import METHODS, Problem, TrajectoryConfig
 from mim4dd.objectives import distribution as distribution
 from mim4dd.objectives import gradient as gradient

@@ -31,7 +31,8 @@ from bench.steps import (
     synthetic,
     trajectory,
 )
-from mim4dd import blocks, convolution, evaluation, graph, networks, precision, stacked
+from mim4dd import evaluation, graph, networks, stacked
+from mim4dd.networks import blocks, convolution, precision
 from mim4dd.objectives import METHODS, Problem, distribution, gradient, trajectory_distance
 from mim4dd.seeding import generator
 

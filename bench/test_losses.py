@@ -22,8 +22,8 @@ from torch import Tensor
 
 import mim4dd
 from bench import measure
-from mim4dd import reference
-from mim4dd.reference import Objective
+from mim4dd.losses import reference
+from mim4dd.losses.reference import Objective
 
 SECONDS = 4.0  # for the rounds of a case, at least five of them
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mim4dd.reference import Objective, saved_dtype
+from mim4dd.losses.reference import Objective, saved_dtype
 
 from . import blocks, narrow, skinny
 from .autotune import tuned

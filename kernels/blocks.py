@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mim4dd.reference import Objective
+from mim4dd.losses.reference import Objective
 
 from . import sides
 from .block_kernels import pairs_kernel

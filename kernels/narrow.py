@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mim4dd.reference import Objective
+from mim4dd.losses.reference import Objective
 
 from . import sides
 from .launch import choose, device_limits, dot_precision, precision_of

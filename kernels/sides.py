@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mim4dd.reference import Objective, saved_dtype
+from mim4dd.losses.reference import Objective, saved_dtype
 
 from .block_kernels import sums_kernel
 from .launch import choose, dot_precision, precision_of

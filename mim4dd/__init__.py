@@ -2,7 +2,7 @@
 
 from . import augment, networks, objectives
 from .losses import info_nce_loss, info_nce_losses, nce_loss, nce_losses
-from .modules import InfoNCELoss, NCELoss
+from .losses.modules import InfoNCELoss, NCELoss
 from .objectives import MutualInformation
 from .synthetic import SyntheticSet
 

@@ -11,9 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from . import comparison_report
-from .cells import BaselineCell, Cell, outcome_in, rehearse
-from .comparison import COLUMNS, REAL, Arm, in_order, rows
 from .config import Config, DistillConfig, EvalConfig, MimConfig, check, settled, to_json
 from .console import about, complain, console, guarded, print_table
 from .devices import pick_device
@@ -22,6 +19,9 @@ from .files import make_folder
 from .objectives import METHODS
 from .options import Hidden, plain, read
 from .presets import with_presets
+from .studies import comparison_report
+from .studies.cells import BaselineCell, Cell, outcome_in, rehearse
+from .studies.comparison import COLUMNS, REAL, Arm, in_order, rows
 
 Key = tuple[Arm, int]  # an arm and a seed
 

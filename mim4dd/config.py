@@ -14,8 +14,8 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 from .augment import parts_of
 from .errors import InputError, unknown
 from .networks import ARCHITECTURES
+from .networks.precision import Precision
 from .objectives import METHODS, TrajectoryConfig
-from .precision import Precision
 
 T = TypeVar("T")
 FLOAT32_MAX = 3.4e38

@@ -16,7 +16,7 @@ from .devices import pick_device
 from .errors import InputError, unknown
 from .evaluation import OnNetwork, Protocol, Score, evaluate
 from .networks import ARCHITECTURES
-from .precision import Precision, allow_tf32, resolve
+from .networks.precision import Precision, allow_tf32, resolve
 from .synthetic import SyntheticSet
 
 

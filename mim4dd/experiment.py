@@ -9,16 +9,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from . import memory, precision, synthetic
-from .clusters import cluster_labels, kmeans_centres
+from . import synthetic
 from .config import Config, layers, settled
 from .data import ImageSet, load, name_of
+from .data.clusters import cluster_labels, kmeans_centres
+from .data.whitening import Whitening
 from .devices import pick_device
 from .distill import Progress, distill
 from .errors import InputError
 from .evaluation import OnNetwork, Protocol, Score, evaluate
 from .information import held_out_information
-from .networks import Network
+from .networks import Network, memory, precision
 from .objectives import (
     METHODS,
     MutualInformation,
@@ -32,7 +33,6 @@ from .objectives.mutual_information import layer_indices
 from .seeding import generator
 from .synthetic import SyntheticSet
 from .teacher import probabilities, teach
-from .whitening import Whitening
 
 FULL_EPOCHS = 20  # full data: this fraction of the epochs, but at least 5; and one network
 

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .clusters import cluster_labels
 from .data import ImageSet
+from .data.clusters import cluster_labels
 from .networks import initialise
 from .objectives import Problem, mutual_information_estimate
 from .seeding import generator

@@ -29,7 +29,7 @@ from .errors import InputError
 from .evaluation import Score
 from .experiment import Experiment
 from .files import make_folder
-from .memory import GIB
+from .networks.memory import GIB
 from .options import read
 from .presets import with_presets
 from .synthetic import SyntheticSet

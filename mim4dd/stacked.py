@@ -13,8 +13,8 @@ from torch.func import functional_call, grad, vmap
 from . import augment
 from .augment import AugmentParams
 from .graph import replayed
-from .memory import budget, per_image
 from .networks import Network, initialise
+from .networks.memory import budget, per_image
 
 # Networks trained as one, at most. On a CPU a stack of five ConvNets took 1.08 times as long as one by one
 # (100 images a step, one thread of an EPYC); on a GPU it has not been measured.

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from .clusters import image_for_each, kmeans_centres, members
 from .data import ImageSet
+from .data.clusters import image_for_each, kmeans_centres, members
+from .data.whitening import Whitening
 from .errors import InputError
 from .files import atomic
-from .whitening import Whitening
 
 FORMAT = "mim4dd-synthetic-1"
 TENSORS = ("images", "labels", "mean", "std")

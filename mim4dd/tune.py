@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .cells import Cell, rehearse
 from .config import Config, MimConfig, check, to_json
 from .console import about, complain, console, guarded
 from .data import name_of
@@ -22,8 +21,9 @@ from .files import make_folder
 from .options import read, recast
 from .presets import with_presets
 from .seeding import generator
-from .tune_report import Trial, describe, show, write
-from .tuning import CHOICES, RANGES, SEARCHED, Tuning, check_tuning
+from .studies.cells import Cell, rehearse
+from .studies.tune_report import Trial, describe, show, write
+from .studies.tuning import CHOICES, RANGES, SEARCHED, Tuning, check_tuning
 
 if TYPE_CHECKING:
     import optuna

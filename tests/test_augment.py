@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mim4dd import augment
 from mim4dd.augment import AugmentParams
-from mim4dd.augment_reference import resample
+from mim4dd.augment.reference import resample
 
 BACKENDS = ["reference", "fused"]
 SHAPES = ["1x28x28", "3x32x32"]

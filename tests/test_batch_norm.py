@@ -9,12 +9,7 @@ import torch.nn.functional as F
 from conftest import close, digits_problem
 
 from mim4dd import augment, evaluation, networks, run
-from mim4dd.objectives import (
-    DistributionMatching,
-    GradientMatching,
-    distribution_distance,
-    gradient_distance,
-)
+from mim4dd.objectives import DistributionMatching, GradientMatching, distribution_distance, gradient_distance
 from mim4dd.seeding import generator
 
 

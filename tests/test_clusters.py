@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import digits_problem
 
-from mim4dd.clusters import cluster_labels, image_for_each, kmeans_centres, members
 from mim4dd.data import ImageSet, load
+from mim4dd.data.clusters import cluster_labels, image_for_each, kmeans_centres, members
 from mim4dd.errors import InputError
 from mim4dd.objectives import METHODS
 from mim4dd.seeding import generator

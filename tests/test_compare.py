@@ -7,13 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mim4dd import cells, compare, comparison_report
-from mim4dd.comparison import Arm, rows
+from mim4dd import compare
 from mim4dd.config import to_json
 from mim4dd.errors import InputError
 from mim4dd.experiment import Experiment
 from mim4dd.options import read
-from mim4dd.paired import paired_difference
+from mim4dd.studies import cells, comparison_report
+from mim4dd.studies.comparison import Arm, rows
+from mim4dd.studies.paired import paired_difference
 from mim4dd.synthetic import SyntheticSet
 
 QUICK = ["--quick", "--iterations", "0", "--eval-epochs", "20"]

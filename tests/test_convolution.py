@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from conftest import derivatives
 
-from mim4dd import convolution, extension
-from mim4dd.convolution import conv2d
+from mim4dd import extension
+from mim4dd.networks import convolution
+from mim4dd.networks.convolution import conv2d
 from mim4dd.seeding import generator
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason="the extension is not built")

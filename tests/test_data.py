@@ -10,8 +10,8 @@ from conftest import labels_of, pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mim4dd import augment, data, named
-from mim4dd.data import ImageSet, load
+from mim4dd import augment, data
+from mim4dd.data import ImageSet, load, named
 from mim4dd.errors import InputError
 
 

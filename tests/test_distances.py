@@ -6,11 +6,7 @@ import torch.nn.functional as F
 from conftest import close
 
 from mim4dd.networks import ConvNet
-from mim4dd.objectives import (
-    distribution_distance,
-    gradient_distance,
-    trajectory_distance,
-)
+from mim4dd.objectives import distribution_distance, gradient_distance, trajectory_distance
 
 SHAPES = ["1x28x28", "3x32x32"]
 

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from conftest import derivatives
 
-from mim4dd import extension, normalisation
-from mim4dd.first_block import first_block, is_compiled
-from mim4dd.networks import ConvNet
+from mim4dd import extension
+from mim4dd.networks import ConvNet, normalisation
+from mim4dd.networks.first_block import first_block, is_compiled
 from mim4dd.seeding import generator
 
 EPS = 1e-5

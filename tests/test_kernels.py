@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import mim4dd
-from mim4dd import reference
-from mim4dd.reference import Objective
+from mim4dd.losses import reference
+from mim4dd.losses.reference import Objective
 
 pytest.importorskip("triton")
 

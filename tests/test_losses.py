@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mim4dd
-from mim4dd import checks, losses
-from mim4dd.losses import calibrated_noise_ratio
+from mim4dd import losses
+from mim4dd.losses import calibrated_noise_ratio, checks
 
 
 @pytest.mark.parametrize("case", ["small", "wide"])

@@ -6,9 +6,7 @@ import torch.nn.functional as F
 
 import mim4dd
 from mim4dd.losses import calibrated_noise_ratio
-from mim4dd.objectives import (
-    MutualInformation,
-)
+from mim4dd.objectives import MutualInformation
 from mim4dd.objectives.mutual_information import layer_indices
 
 

@@ -17,8 +17,7 @@ import pytest
 import torch
 from conftest import labels_of, picture, pixels, write_pictures
 
-from mim4dd import named
-from mim4dd.data import load
+from mim4dd.data import load, named
 from mim4dd.errors import InputError
 
 IDX_STEMS = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")

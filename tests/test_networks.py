@@ -3,9 +3,9 @@ import torch
 from conftest import close
 
 from mim4dd import networks
-from mim4dd.blocks import InstanceNorm
 from mim4dd.errors import InputError
 from mim4dd.networks import ConvNet
+from mim4dd.networks.blocks import InstanceNorm
 from mim4dd.seeding import generator
 
 

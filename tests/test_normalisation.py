@@ -6,7 +6,7 @@ from conftest import close, derivatives
 
 from mim4dd import extension
 from mim4dd.networks import ConvNet
-from mim4dd.normalisation import instance_norm, reference
+from mim4dd.networks.normalisation import instance_norm, reference
 from mim4dd.seeding import generator
 
 EPS = 1e-5

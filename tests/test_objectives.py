@@ -8,12 +8,7 @@ import torch.nn.functional as F
 from conftest import close, digits_problem
 
 from mim4dd import augment, seeding
-from mim4dd.objectives import (
-    METHODS,
-    DistributionMatching,
-    GradientMatching,
-    gradient_distance,
-)
+from mim4dd.objectives import METHODS, DistributionMatching, GradientMatching, gradient_distance
 from mim4dd.objectives.gradient import loops
 
 

@@ -2,12 +2,13 @@ import pytest
 import torch
 from conftest import close
 
-from mim4dd import extension, memory, networks, precision
+from mim4dd import extension, networks
 from mim4dd.data import load
 from mim4dd.errors import InputError
 from mim4dd.evaluation import Protocol, evaluate
+from mim4dd.networks import memory, precision
+from mim4dd.networks.precision import resolve
 from mim4dd.objectives import METHODS
-from mim4dd.precision import resolve
 from mim4dd.run import main
 from mim4dd.seeding import generator
 from mim4dd.synthetic import initialise

@@ -6,7 +6,7 @@ from conftest import close, digits_problem
 
 from mim4dd import evaluation, networks, stacked
 from mim4dd.data import load
-from mim4dd.memory import per_image
+from mim4dd.networks.memory import per_image
 from mim4dd.seeding import generator
 from mim4dd.stacked import Stack
 

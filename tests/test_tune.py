@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
-from mim4dd import cells, compare, run, tune, tune_report, tuning
+from mim4dd import compare, run, tune
 from mim4dd.config import MimConfig, to_json
 from mim4dd.data import load
 from mim4dd.options import read
-from mim4dd.tune_report import Trial, columns, ranked, table, verdict
+from mim4dd.studies import cells, tune_report, tuning
+from mim4dd.studies.tune_report import Trial, columns, ranked, table, verdict
 
 QUICK = ["--quick", "--iterations", "2", "--eval-epochs", "1"]
 

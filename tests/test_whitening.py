@@ -5,8 +5,8 @@ import torch
 
 from mim4dd import evaluate, run
 from mim4dd.data import load
+from mim4dd.data.whitening import EPSILON, Whitening
 from mim4dd.synthetic import SyntheticSet
-from mim4dd.whitening import EPSILON, Whitening
 
 
 def test_whitening_is_the_inverse_root_of_the_covariance(generator):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .. import augment
 from ..augment import AugmentParams
 from ..data import ImageSet
-from ..memory import per_image
 from ..networks import CHUNK, Network, create
+from ..networks.memory import per_image
 
 if TYPE_CHECKING:
     from .trajectory import TrajectoryConfig

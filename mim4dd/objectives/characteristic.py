@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference import unit_rows
+from ..losses.reference import unit_rows
 from ..seeding import generator
 from .base import Problem
 from .distribution import DistributionMatching, check_labels, class_means

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_features, check_labels, check_positive
-from ..reference import unit_rows
+from ..losses.checks import check_features, check_labels, check_positive
+from ..losses.reference import unit_rows
 
 TEMPERATURES = [2.0**k for k in range(-5, 7)]  # multiples of the given one that are tried
 NEGATIVES = [10.0**k for k in range(5)]  # negatives per positive that are tried

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from mim4dd.errors import InputError
+from ..errors import InputError
 
 CHUNK = 4096  # images converted to floats at a time
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .config import Config, DataConfig, EvalConfig, MimConfig, check
-from .errors import InputError
-from .options import Hidden, plain, recast
+from ..config import Config, DataConfig, EvalConfig, MimConfig, check
+from ..errors import InputError
+from ..options import Hidden, plain, recast
 
 RANGES = {"weights": "mim_weight", "temperatures": "mim_temperature"}
 CHOICES = {

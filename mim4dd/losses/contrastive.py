@@ -64,7 +64,7 @@ def _evaluate(
     objective = Objective(name, negatives, symmetric, exclude_self)
     half = len(features) // 2
     if backend == "fused":
-        from .kernels import contrast
+        from ..kernels import contrast
 
         return contrast(
             objective, scales, anchor_labels, key_labels, features[:half], features[half:], wanted

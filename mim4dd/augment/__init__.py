@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import augment_op, extension
-from .augment_reference import check, reference
+from .. import extension
+from . import op, reference
 
 DSA = "color_crop_cutout_flip_scale_rotate"
 
@@ -201,13 +201,13 @@ def apply(
     """
     fused = extension.resolve("augment.apply", backend, images.device) == "fused"
     if not fused or torch.compiler.is_compiling():
-        check(images, params, rows, mean, std)
+        reference.check(images, params, rows, mean, std)
     if not fused:
-        return reference(images, params, rows, mean, std, align_corners)
+        return reference.augment(images, params, rows, mean, std, align_corners)
     try:
-        return augment_op.augment(images, list(params.fields().values()), rows, mean, std, align_corners)
+        return op.augment(images, list(params.fields().values()), rows, mean, std, align_corners)
     except ValueError:  # the op checks for itself, and faster, but says less
-        check(images, params, rows, mean, std)
+        reference.check(images, params, rows, mean, std)
         raise
 
 

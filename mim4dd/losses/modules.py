@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .losses import calibrated_noise_ratio, info_nce_loss, nce_loss
+from . import calibrated_noise_ratio, info_nce_loss, nce_loss
 
 
 class NCELoss(nn.Module):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import ImageSet
+from . import ImageSet
 
 
 def kmeans_centres(real: ImageSet, k: int, generator: torch.Generator) -> Tensor:

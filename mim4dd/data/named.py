@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
-from mim4dd import pictures, readers
-from mim4dd.errors import InputError
-from mim4dd.files import atomic
+from ..errors import InputError
+from ..files import atomic
+from . import pictures, readers
 
 DEBIAN = Path("/usr/share/datasets")  # where Debian's dataset-* packages install
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mim4dd.errors import InputError
+from ..errors import InputError
 
 # CIFAR-10 and -100, python and binary version: training batches, test batch, class names
 CIFAR_LAYOUTS = (

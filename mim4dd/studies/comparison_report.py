@@ -12,8 +12,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..files import atomic
 from .comparison import COLUMNS, Arm, Outcomes, Row, rows
-from .files import atomic
 
 NOTES = """\
 Accuracy on the {split} set: mean ± standard deviation over the seeds, each the mean of {networks}

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import extension
+from .. import extension
 
 
 def conv2d(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> Tensor:

@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import __version__
-from .config import Config, DistillConfig, MimConfig, settled, to_json
-from .console import complain, with_accuracy
-from .data import load
-from .devices import device_name
-from .distill import DivergenceError
-from .errors import InputError
-from .experiment import Experiment, resolved
-from .files import atomic
-from .presets import with_presets
-from .run import run, score_facts
-from .synthetic import SyntheticSet
+from .. import __version__
+from ..config import Config, DistillConfig, MimConfig, settled, to_json
+from ..console import complain, with_accuracy
+from ..data import load
+from ..devices import device_name
+from ..distill import DivergenceError
+from ..errors import InputError
+from ..experiment import Experiment, resolved
+from ..files import atomic
+from ..presets import with_presets
+from ..run import run, score_facts
+from ..synthetic import SyntheticSet
 
 RESULT, FAILED, IMAGES = "result.json", "failed.json", "synthetic.safetensors"
 IRRELEVANT = ("config", "out", "overwrite", "preset", "quick")  # to what comes out of settled settings

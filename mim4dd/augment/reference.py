@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .augment import AugmentParams
+    from . import AugmentParams
 
 
-def reference(
+def augment(
     images: Tensor,
     params: AugmentParams,
     rows: Tensor | None,

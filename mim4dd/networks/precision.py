@@ -8,8 +8,8 @@ from typing import Literal, get_args
 
 import torch
 
-from . import extension
-from .errors import InputError, unknown
+from .. import extension
+from ..errors import InputError, unknown
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -20,7 +20,7 @@ def resolve(precision: Precision, device: torch.device) -> Precision:
 
     On CPUs with AVX512-BF16 torch's convolutions are twice as fast in bfloat16 as in float32; on those
     without, where it is emulated, twenty times slower. The compiled ones of the ConvNet, float32 only, are a
-    little faster still (`mim4dd.convolution`). With AMX, not measured yet, it is bfloat16.
+    little faster still (`mim4dd.networks.convolution`). With AMX, not measured yet, it is bfloat16.
 
     Raises:
         InputError: the device cannot compute in it.

@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError, unknown
 from .blocks import InstanceNorm, OnePassBlock, Residual
-from .errors import InputError, unknown
 from .precision import autocast
 
 Size = tuple[int, int]
@@ -36,7 +36,8 @@ class Network(nn.Module):
     Attributes:
         feature_sizes: numbers of features an image has after each block.
         batch_normalised: whether in training mode an image's features depend on the others in its batch.
-        precision: what the blocks compute in, see `mim4dd.precision`; what they return is float32 at least.
+        precision: what the blocks compute in, see `mim4dd.networks.precision`; what they return is float32
+            at least.
     """
 
     precision = "fp32"

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from .. import __version__
+from ..config import Config, MimConfig, to_json
+from ..console import console, print_table
+from ..files import atomic
 from .comparison import number
 from .comparison_report import markdown_table
-from .config import Config, MimConfig, to_json
-from .console import console, print_table
-from .files import atomic
 from .paired import Difference, paired_difference
 
 BEST = 5  # trials in the table

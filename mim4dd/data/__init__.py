@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mim4dd import augment, named, pictures, readers
-from mim4dd.augment import AugmentParams
-from mim4dd.errors import InputError, unknown
-from mim4dd.pixels import measure, resized, to_unit
-from mim4dd.readers import Raw
-from mim4dd.whitening import Whitening
+from .. import augment
+from ..augment import AugmentParams
+from ..errors import InputError, unknown
+from . import named, pictures, readers
+from .pixels import measure, resized, to_unit
+from .readers import Raw
+from .whitening import Whitening
 
 NAMES = tuple(named.SETS)
 HELD_OUT = 0.2  # the share held out as test set where the data have none ...

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mim4dd.errors import InputError
-from mim4dd.readers import Pair, Raw, reading
+from ..errors import InputError
+from .readers import Pair, Raw, reading
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq

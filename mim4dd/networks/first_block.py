@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import extension
+from .. import extension
 
 MOST_CHANNELS = 4
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .networks import Network
+from . import Network
 
 GIB = 2**30
 SHARE = 0.5  # of a GPU's free memory, where no budget is given

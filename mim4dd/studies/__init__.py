@@ -1,0 +1,1 @@
+"""Many runs: comparisons and searches, what they are told and what they leave."""
