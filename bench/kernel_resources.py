@@ -27,23 +27,23 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from mim4dd import kernels
-from mim4dd.losses.reference import Objective
+from mim4dd.losses.reference import LossForm
 
 # Shared memory a program may have and the number of multiprocessors: A100 and H100.
 DEVICES = {80: (166_912, 108), 90: (232_448, 132)}
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 LOSS_OF_SUMS = {sums: loss for loss, sums in LOG_SUMS.items()}
 INFO_NCE = ("info_nce", "info_nce_any")
-# The objectives each table is compiled with, and whether the gradients by the scales are wanted.
-ALONE = [(Objective("nce"), False), *((Objective(name, exclude_self=True), False) for name in INFO_NCE)]
+# The forms each table is compiled with, and whether the gradients by the scales are wanted.
+ALONE = [(LossForm("nce"), False), *((LossForm(name, exclude_self=True), False) for name in INFO_NCE)]
 LONG = [
-    (Objective("nce", symmetric=True), True),
-    *((Objective(name, None, True, True), True) for name in INFO_NCE),
+    (LossForm("nce", symmetric=True), True),
+    *((LossForm(name, None, True, True), True) for name in INFO_NCE),
 ]
 CALLS = {
-    "DOTS": [(Objective("nce"), True)],
-    "PRODUCT": [(Objective("nce"), True), *((Objective(name, symmetric=True), True) for name in INFO_NCE)],
-    "SUMS": [(objective, False) for objective, _ in LONG[1:]],
+    "DOTS": [(LossForm("nce"), True)],
+    "PRODUCT": [(LossForm("nce"), True), *((LossForm(name, symmetric=True), True) for name in INFO_NCE)],
+    "SUMS": [(form, False) for form, _ in LONG[1:]],
     "BLOCKS": ALONE,
     "LONG_BLOCKS": LONG,
     "NARROW_64": LONG,
@@ -125,9 +125,9 @@ def rows(capability: int, precision: str) -> Iterator[dict]:
                 mock.patch.object(kernels, "SKINNY_PAIRS", pairs),
                 compiled(capability) as collected,
             ):
-                for objective, by_scales in calls:
+                for form, by_scales in calls:
                     wanted = (by_scales, True, True)
-                    contrast(objective, scales, labels, labels, [features], [features], wanted)
+                    contrast(form, scales, labels, labels, [features], [features], wanted)
             for key, (name, options, kernel) in collected.items():
                 if key in seen:
                     continue

@@ -23,7 +23,7 @@ from torch import Tensor
 import mim4dd
 from bench import measure
 from mim4dd.losses import reference
-from mim4dd.losses.reference import Objective
+from mim4dd.losses.reference import LossForm
 
 SECONDS = 4.0  # for the rounds of a case, at least five of them
 
@@ -111,10 +111,8 @@ def steps(case: Case) -> dict[str, Callable[[], Tensor]]:
         return getattr(mim4dd, f"{function}_loss")(*anchors, *keys, *labels, **options)
 
     def formula() -> Tensor:
-        objective = Objective(name, symmetric=symmetric)
-        return sum(
-            reference.plain(objective, scales, *labels, a, k) for a, k in zip(anchors, keys, strict=True)
-        )
+        form = LossForm(name, symmetric=symmetric)
+        return sum(reference.plain(form, scales, *labels, a, k) for a, k in zip(anchors, keys, strict=True))
 
     losses = {"fused" if case.device == "cuda" else "chunked": ours, "eager": formula}
     if case.device == "cuda":

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mim4dd.losses.reference import Objective, saved_dtype
+from mim4dd.losses.reference import LossForm, saved_dtype
 
 from . import blocks, narrow, skinny
 from .autotune import tuned
@@ -27,7 +27,7 @@ SKINNY_PAIRS = 1 << 22
 
 
 def contrast(
-    objective: Objective,
+    form: LossForm,
     scales: Tensor,
     anchor_labels: Tensor,
     key_labels: Tensor,
@@ -38,7 +38,7 @@ def contrast(
     """The losses [L] of L layers, then gradients by scales, anchors and keys, empty where not `wanted`.
 
     Args:
-        objective: which loss.
+        form: which loss.
         scales: float32 [2, L], temperature and noise ratio of each layer.
         anchor_labels: int32 or int64 [M].
         key_labels: int32 or int64 [N].
@@ -51,10 +51,10 @@ def contrast(
     if m and n:
         aligned = [_aligned(value) for value in features]
         labels = anchor_labels.contiguous(), key_labels.contiguous()
-        call = partial(_contrast, objective, scales, *labels, aligned[:layers], aligned[layers:], wanted)
+        call = partial(_contrast, form, scales, *labels, aligned[:layers], aligned[layers:], wanted)
         guard = torch.cuda.device(scales.device) if scales.is_cuda else nullcontext()
         unchanged = torch.autocast(scales.device.type, enabled=False)
-        with guard, unchanged, _tuned(objective, aligned, m, n, wanted, call):
+        with guard, unchanged, _tuned(form, aligned, m, n, wanted, call):
             results = call()
     else:
         results = [scales.new_zeros(layers), torch.zeros_like(scales)]
@@ -73,7 +73,7 @@ def contrast(
 
 
 def _contrast(
-    objective: Objective,
+    form: LossForm,
     scales: Tensor,
     anchor_labels: Tensor,
     key_labels: Tensor,
@@ -84,9 +84,9 @@ def _contrast(
     """`contrast` of aligned features, through the path for their number of pairs."""
     labels = anchor_labels, key_labels
     if len(anchors[0]) * len(keys[0]) <= SKINNY_PAIRS:
-        return skinny.contrast(objective, scales.contiguous(), *labels, anchors, keys, wanted)
+        return skinny.contrast(form, scales.contiguous(), *labels, anchors, keys, wanted)
     single = [
-        _way(a).contrast(objective, scales[:, layer : layer + 1].contiguous(), *labels, a, k, wanted)
+        _way(a).contrast(form, scales[:, layer : layer + 1].contiguous(), *labels, a, k, wanted)
         for layer, (a, k) in enumerate(zip(anchors, keys, strict=True))
     ]
     losses, by_scales, by_anchors, by_keys = ([*column] for column in zip(*single, strict=True))
@@ -104,7 +104,7 @@ def _way(features: Tensor) -> ModuleType:
 
 
 def _tuned(
-    objective: Objective,
+    form: LossForm,
     features: Sequence[Tensor],
     m: int,
     n: int,
@@ -118,12 +118,12 @@ def _tuned(
     if m * n <= SKINNY_PAIRS:
         tables = ["DOTS", "PRODUCT"]
     else:
-        names = {_way(value).table_name(objective, wanted, value.shape[1]) for value in features}
-        tables = [*([] if objective.name == "nce" else ["SUMS"]), *sorted(names)]
+        names = {_way(value).table_name(form, wanted, value.shape[1]) for value in features}
+        tables = [*([] if form.name == "nce" else ["SUMS"]), *sorted(names)]
     sizes = [str((size - 1).bit_length()) for size in (m, n, *sorted(widths))]
     first = features[0]
     precision = precision_of(first.dtype)
-    kind = "-".join([*tables, objective.name, precision, *sizes])
+    kind = "-".join([*tables, form.name, precision, *sizes])
     return tuned(kind, tables, precision, first.element_size(), first.device, call)
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mim4dd.losses.reference import Objective
+from mim4dd.losses.reference import LossForm
 
 from . import sides
 from .block_kernels import pairs_kernel
@@ -22,7 +22,7 @@ from .sides import walk
 
 
 def contrast(
-    objective: Objective,
+    form: LossForm,
     scales: Tensor,
     anchor_labels: Tensor,
     key_labels: Tensor,
@@ -35,7 +35,7 @@ def contrast(
     Features are contiguous, aligned, of a width that is a multiple of 16; other arguments as in
     `kernels.contrast`.
     """
-    a, k, largest, loss = sides.prepare(objective, scales, anchor_labels, key_labels, anchors, keys)
+    a, k, largest, loss = sides.prepare(form, scales, anchor_labels, key_labels, anchors, keys)
     gradient = any(wanted)
     if loss is not None and not gradient:
         return [loss, *[loss.new_empty(0)] * 3]
@@ -44,7 +44,7 @@ def contrast(
     block_m, block_n = min(m, sides.BLOCK), min(n, sides.BLOCK)
     precision = precision_of(anchors.dtype)
     tile = choose(
-        table_name(objective, wanted, width),
+        table_name(form, wanted, width),
         precision,
         anchors.element_size(),
         device,
@@ -68,7 +68,7 @@ def contrast(
             row.on_positive, row.on_other, row.lse2, row.pull2,
             column.on_positive, column.on_other, column.lse2, column.pull2,
             scales, gain, slopes, block_sums, *shape, width, rows.start - columns.start,
-            LOSS=objective.name, SYMMETRIC=objective.symmetric, EXCLUDE_SELF=objective.exclude_self,
+            LOSS=form.name, SYMMETRIC=form.symmetric, EXCLUDE_SELF=form.exclude_self,
             SUM=loss is None, GRADIENT=gradient, BY_SCALES=wanted[0], PRECISION=dot_precision(precision),
             BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_D=tile.d, GROUP=8,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -86,9 +86,9 @@ def contrast(
     ]
 
 
-def table_name(objective: Objective, wanted: Sequence[bool], width: int) -> str:
+def table_name(form: LossForm, wanted: Sequence[bool], width: int) -> str:
     """The launch table of a call."""
-    return "LONG_BLOCKS" if objective.symmetric or wanted[0] else "BLOCKS"
+    return "LONG_BLOCKS" if form.symmetric or wanted[0] else "BLOCKS"
 
 
 def _tiles(tile: Tile, m: int, n: int) -> int:

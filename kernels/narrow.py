@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mim4dd.losses.reference import Objective
+from mim4dd.losses.reference import LossForm
 
 from . import sides
 from .launch import choose, device_limits, dot_precision, precision_of
@@ -24,7 +24,7 @@ WIDEST = 128
 
 
 def contrast(
-    objective: Objective,
+    form: LossForm,
     scales: Tensor,
     anchor_labels: Tensor,
     key_labels: Tensor,
@@ -38,7 +38,7 @@ def contrast(
     `kernels.contrast`.
     """
     want_scales, *want_sides = wanted
-    a, k, largest, loss = sides.prepare(objective, scales, anchor_labels, key_labels, anchors, keys)
+    a, k, largest, loss = sides.prepare(form, scales, anchor_labels, key_labels, anchors, keys)
     if loss is not None and not any(wanted):
         return [loss, *[loss.new_empty(0)] * 3]
     pair = a, k
@@ -50,7 +50,7 @@ def contrast(
         own, others, gradient = pair[index], pair[1 - index], want_sides[index]
         num_own, num_others = len(own.features), len(others.features)
         tile = choose(
-            table_name(objective, wanted, width),
+            table_name(form, wanted, width),
             precision,
             anchors.element_size(),
             device,
@@ -67,9 +67,9 @@ def contrast(
             own.on_positive, own.on_other, own.lse2, own.pull2,
             others.on_positive, others.on_other, others.lse2, others.pull2,
             scales, gain, parts, sums, num_own, num_others, steps * tile.n,
-            WIDTH=width, LOSS=objective.name,
-            BY_OWN=objective.symmetric or index == 0, BY_OTHER=objective.symmetric or index == 1,
-            EXCLUDE_SELF=objective.exclude_self,
+            WIDTH=width, LOSS=form.name,
+            BY_OWN=form.symmetric or index == 0, BY_OTHER=form.symmetric or index == 1,
+            EXCLUDE_SELF=form.exclude_self,
             SUM=summing and loss is None, BY_SCALES=summing and want_scales, GRADIENT=gradient,
             PRECISION=dot_precision(precision), BLOCK_M=tile.m, BLOCK_N=tile.n,
             BLOCK_D=triton.next_power_of_2(width), num_warps=tile.warps, num_stages=tile.stages,
@@ -86,11 +86,11 @@ def contrast(
     return [loss, sides.scale_gradient(sums, scales), by_side[0], by_side[1]]
 
 
-def table_name(objective: Objective, wanted: Sequence[bool], width: int) -> str:
+def table_name(form: LossForm, wanted: Sequence[bool], width: int) -> str:
     """The launch table of a call."""
     if width <= 64:
         return "NARROW_64"
-    return "LONG_NARROW_128" if objective.symmetric or wanted[0] else "NARROW_128"
+    return "LONG_NARROW_128" if form.symmetric or wanted[0] else "NARROW_128"
 
 
 def _steps(tiles: int, steps: int, slots: int) -> int:

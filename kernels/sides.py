@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mim4dd.losses.reference import Objective, saved_dtype
+from mim4dd.losses.reference import LossForm, saved_dtype
 
 from .block_kernels import sums_kernel
 from .launch import choose, dot_precision, precision_of
@@ -36,7 +36,7 @@ class Side(NamedTuple):
 
 
 def prepare(
-    objective: Objective,
+    form: LossForm,
     scales: Tensor,
     anchor_labels: Tensor,
     key_labels: Tensor,
@@ -47,10 +47,10 @@ def prepare(
 
     Arguments as in `kernels.contrast`.
     """
-    negatives = objective.negatives
+    negatives = form.negatives
     labels = _ranks(anchor_labels, key_labels)
     counts = _counts(*labels)
-    if objective.exclude_self:
+    if form.exclude_self:
         itself = (labels[0] == labels[1]).int()
         counts = counts[0] - itself, counts[1] - itself
     features = anchors, keys
@@ -59,8 +59,8 @@ def prepare(
     means = torch.empty(2, device=anchors.device)
     for index in (0, 1):
         rows, width = features[index].shape
-        others = len(features[1 - index]) - objective.exclude_self
-        if objective.name == "nce":
+        others = len(features[1 - index]) - form.exclude_self
+        if form.name == "nce":
             means[index].fill_(1 / rows)
         else:
             means[index].copy_((counts[index] > 0).sum().clamp_min(1).reciprocal())
@@ -68,19 +68,19 @@ def prepare(
         rows_kernel[(triton.cdiv(rows, 32),)](
             features[index], counts[index], means[index], inverse, on_positive, on_other,
             rows, others, width, float(negatives or 0),
-            LOSS=objective.name, ALL_NEGATIVES=negatives is None, BLOCK_M=32, BLOCK_D=128,
+            LOSS=form.name, ALL_NEGATIVES=negatives is None, BLOCK_M=32, BLOCK_D=128,
         )  # fmt: skip
         # A loss without log-sum-exps reads none: any vector holds their place.
         sides.append(Side(features[index], labels[index], inverse, on_positive, on_other, inverse, inverse))
     losses = []
-    if LOG_SUMS[objective.name]:
-        for index, sums in enumerate(_log_sums2(objective, scales, *sides)):
+    if LOG_SUMS[form.name]:
+        for index, sums in enumerate(_log_sums2(form, scales, *sides)):
             if len(sums) == 1:
                 sides[index] = sides[index]._replace(lse2=sums[0])
             else:
                 sides[index], loss = _taken_together(sides[index], *sums)
                 losses.append(loss)
-    largest = means.sum(0, keepdim=True) if objective.symmetric else means[:1]
+    largest = means.sum(0, keepdim=True) if form.symmetric else means[:1]
     largest = largest * max(1.0, negatives or 0.0)
     return sides[0], sides[1], largest, torch.stack(losses).sum(0) if losses else None
 
@@ -158,13 +158,13 @@ def _taken_together(side: Side, others2: Tensor, positives2: Tensor) -> tuple[Si
     return side._replace(lse2=lse2, pull2=lse2 - odds2), loss
 
 
-def _log_sums2(objective: Objective, scales: Tensor, a: Side, k: Side) -> list[Tensor]:
+def _log_sums2(form: LossForm, scales: Tensor, a: Side, k: Side) -> list[Tensor]:
     """log2 of the sums of 2^x2 (see `pairs.LOG_SUMS`) of each anchor over the keys, [sums, M], and, if
     symmetric, of each key over the anchors, [sums, N].
 
     One pass over the logits, which are not kept: of a block only its sums by tile.
     """
-    precision, num_sums = precision_of(a.features.dtype), LOG_SUMS[objective.name]
+    precision, num_sums = precision_of(a.features.dtype), LOG_SUMS[form.name]
     m, n, width = len(a.features), len(k.features), a.features.shape[1]
     tile = choose(
         "SUMS",
@@ -173,7 +173,7 @@ def _log_sums2(objective: Objective, scales: Tensor, a: Side, k: Side) -> list[T
         scales.device,
         lambda t: triton.cdiv(min(m, BLOCK), t.m) * triton.cdiv(min(n, BLOCK), t.n),
     )
-    lengths = (m, n) if objective.symmetric else (m,)
+    lengths = (m, n) if form.symmetric else (m,)
     # What a sum of no pair stays at: above the logits left out, for one less the other must not overflow.
     least = LEFT_OUT.value / 2
     sums = [torch.full((num_sums, length), least, device=scales.device) for length in lengths]
@@ -186,12 +186,12 @@ def _log_sums2(objective: Objective, scales: Tensor, a: Side, k: Side) -> list[T
         sums_kernel[(tiles_m * tiles_n,)](
             anchors.features, keys.features, anchors.inverse, keys.inverse, anchors.labels, keys.labels,
             scales, row_parts, column_parts, num_rows, num_columns, width, rows.start - columns.start,
-            NUM_SUMS=num_sums, SYMMETRIC=objective.symmetric, EXCLUDE_SELF=objective.exclude_self,
+            NUM_SUMS=num_sums, SYMMETRIC=form.symmetric, EXCLUDE_SELF=form.exclude_self,
             PRECISION=dot_precision(precision), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_D=tile.d, GROUP=8,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         _add_log_sums2(sums[0][:, rows], row_parts)
-        if objective.symmetric:
+        if form.symmetric:
             _add_log_sums2(sums[1][:, columns], column_parts)
     return sums
 

@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mim4dd.losses.reference import Objective, saved_dtype
+from mim4dd.losses.reference import LossForm, saved_dtype
 
 from . import launch
 from .finish_kernels import finish_kernel
@@ -33,7 +33,7 @@ SUMS_TILE = (16, 64)
 
 
 def contrast(
-    objective: Objective,
+    form: LossForm,
     scales: Tensor,
     anchor_labels: Tensor,
     key_labels: Tensor,
@@ -46,7 +46,7 @@ def contrast(
     Features are contiguous, aligned, of widths that are multiples of 16; other arguments as in
     `kernels.contrast`.
     """
-    num_sums, layers = LOG_SUMS[objective.name], len(anchors)
+    num_sums, layers = LOG_SUMS[form.name], len(anchors)
     m, n, device, dtype = len(anchors[0]), len(keys[0]), anchors[0].device, anchors[0].dtype
     widths = tuple(a.shape[1] for a in anchors)
     precision = precision_of(dtype)
@@ -77,18 +77,18 @@ def contrast(
     dots_kernel[(tiles(tile), slots + 1)](
         tuple(anchors), tuple(keys), widths, first_slot, anchor_labels, key_labels,
         products, a_squares, k_squares, a_counts, k_counts, m, n, split, slots,
-        L=layers, EXCLUDE_SELF=objective.exclude_self, PRECISION=dot_precision(precision),
+        L=layers, EXCLUDE_SELF=form.exclude_self, PRECISION=dot_precision(precision),
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_D=tile.d, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
     a_lse2, k_lse2, means = empty(num_sums, layers, m), empty(num_sums, layers, n), empty(2)
     if num_sums:
         own, other = SUMS_TILE
-        programs = triton.cdiv(m, own) + (triton.cdiv(n, own) if objective.symmetric else 0)
+        programs = triton.cdiv(m, own) + (triton.cdiv(n, own) if form.symmetric else 0)
         sums_kernel[(programs, layers, num_sums)](
             products, a_squares, k_squares, anchor_labels, key_labels, a_counts, k_counts, scales,
             first_slot, num_slots, a_lse2, k_lse2, means, m, n,
-            NUM_SUMS=num_sums, L=layers, EXCLUDE_SELF=objective.exclude_self, OWN=own, OTHER=other,
+            NUM_SUMS=num_sums, L=layers, EXCLUDE_SELF=form.exclude_self, OWN=own, OTHER=other,
         )  # fmt: skip
 
     block_m, block_n = PAIRS_TILE
@@ -99,9 +99,9 @@ def contrast(
     pairs_kernel[(tiles_m * tiles_n, layers)](
         products, a_squares, k_squares, a_counts, k_counts, a_lse2, k_lse2, means, scales,
         anchor_labels, key_labels, first_slot, num_slots,
-        slopes, a_along, k_along, a_inverse, k_inverse, sums, m, n, float(objective.negatives or 0),
-        L=layers, LOSS=objective.name, SYMMETRIC=objective.symmetric,
-        ALL_NEGATIVES=objective.negatives is None, EXCLUDE_SELF=objective.exclude_self,
+        slopes, a_along, k_along, a_inverse, k_inverse, sums, m, n, float(form.negatives or 0),
+        L=layers, LOSS=form.name, SYMMETRIC=form.symmetric,
+        ALL_NEGATIVES=form.negatives is None, EXCLUDE_SELF=form.exclude_self,
         BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
 

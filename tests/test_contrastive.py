@@ -11,15 +11,15 @@ from torch.utils.checkpoint import checkpoint
 
 import mim4dd
 from mim4dd.losses import reference
-from mim4dd.losses.reference import Objective
+from mim4dd.losses.reference import LossForm
 
-OBJECTIVES = [
-    Objective("nce"),
-    Objective("nce", negatives=3.0, symmetric=True),
-    Objective("info_nce"),
-    Objective("info_nce", symmetric=True),
-    Objective("info_nce_any"),
-    Objective("info_nce_any", symmetric=True),
+FORMS = [
+    LossForm("nce"),
+    LossForm("nce", negatives=3.0, symmetric=True),
+    LossForm("info_nce"),
+    LossForm("info_nce", symmetric=True),
+    LossForm("info_nce_any"),
+    LossForm("info_nce_any", symmetric=True),
 ]
 
 
@@ -38,20 +38,20 @@ def nce(a, k, la, lk, **options):
 
 
 @pytest.mark.parametrize("exclude_self", [False, True])
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize(
     ("m", "n", "d"), [(0, 5, 3), (5, 0, 3), (0, 0, 3), (1, 1, 1), (33, 50, 7), (50, 50, 7)]
 )
-def test_chunks_change_nothing(monkeypatch, objective, m, n, d, exclude_self):
+def test_chunks_change_nothing(monkeypatch, form, m, n, d, exclude_self):
     if exclude_self and m != n:
         pytest.skip("as many keys as anchors")
-    objective = replace(objective, exclude_self=exclude_self)
+    form = replace(form, exclude_self=exclude_self)
     monkeypatch.setattr(reference, "CHUNK_PAIRS", 7 * 50)
     a, k, la, lk = batch(m, n, d, dtype=torch.float64)
     scales = torch.tensor([0.3, 2.0], dtype=torch.float64, requires_grad=True)
-    plain = reference.plain(objective, scales, la, lk, a, k)
+    plain = reference.plain(form, scales, la, lk, a, k)
     expected = torch.autograd.grad(plain, (scales, a, k))
-    loss, gradients = reference.chunked(objective, scales, la, lk, a, k, (True, True, True))
+    loss, gradients = reference.chunked(form, scales, la, lk, a, k, (True, True, True))
     torch.testing.assert_close([loss, *gradients], [plain.detach(), *expected])
 
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mim4dd
 from mim4dd.losses import reference
-from mim4dd.losses.reference import Objective
+from mim4dd.losses.reference import LossForm
 
 pytest.importorskip("triton")
 
@@ -19,15 +19,15 @@ from mim4dd.kernels import autotune, launch, narrow, sides
 from mim4dd import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OBJECTIVES = [
-    Objective("nce"),
-    Objective("nce", negatives=3.0, symmetric=True),
-    Objective("info_nce"),
-    Objective("info_nce", symmetric=True),
-    Objective("info_nce_any"),
-    Objective("info_nce_any", symmetric=True),
+FORMS = [
+    LossForm("nce"),
+    LossForm("nce", negatives=3.0, symmetric=True),
+    LossForm("info_nce"),
+    LossForm("info_nce", symmetric=True),
+    LossForm("info_nce_any"),
+    LossForm("info_nce_any", symmetric=True),
 ]
-ONE_OF_EACH = OBJECTIVES[1], OBJECTIVES[2], OBJECTIVES[5]
+ONE_OF_EACH = FORMS[1], FORMS[2], FORMS[5]
 # Relative errors by dtype; half precision against the formula on the same rounded features.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
@@ -75,14 +75,14 @@ def agree(actual, expected, tolerance):
     assert error <= tolerance, f"relative error {error:.2e}"
 
 
-def check(objective, scales, anchor_labels, key_labels, anchors, keys, wanted=(True, True, True)):
+def check(form, scales, anchor_labels, key_labels, anchors, keys, wanted=(True, True, True)):
     dtype, layers = anchors[0].dtype, len(anchors)
     losses, by_scales, *by_features = kernels.contrast(
-        objective, scales, anchor_labels, key_labels, anchors, keys, wanted
+        form, scales, anchor_labels, key_labels, anchors, keys, wanted
     )
     for i in range(layers):
         leaves = [value.detach().double().requires_grad_() for value in (scales[:, i], anchors[i], keys[i])]
-        loss = reference.plain(objective, leaves[0], anchor_labels, key_labels, *leaves[1:])
+        loss = reference.plain(form, leaves[0], anchor_labels, key_labels, *leaves[1:])
         expected = torch.autograd.grad(loss, leaves)
         agree(losses[i], loss.detach(), 2e-5)
         actual = (by_scales[:, i] if wanted[0] else by_scales, by_features[i], by_features[layers + i])
@@ -93,28 +93,28 @@ def check(objective, scales, anchor_labels, key_labels, anchors, keys, wanted=(T
                 assert value.numel() == 0
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 70, 40), (70, 5, 16), (67, 130, 33)], ids=str)
-def test_loss_and_gradients(path, objective, sizes):
+def test_loss_and_gradients(path, form, sizes):
     m, n, width = sizes
-    check(objective, *problem(m, n, [width]))
+    check(form, *problem(m, n, [width]))
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.3])
 @pytest.mark.parametrize("rows", [1, 65])
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-def test_pairs_with_itself_left_out(path, objective, rows, temperature):
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_pairs_with_itself_left_out(path, form, rows, temperature):
     scales, *rest = problem(rows, rows, [24])
     scales[0] = temperature
-    check(replace(objective, exclude_self=True), scales, *rest)
+    check(replace(form, exclude_self=True), scales, *rest)
 
 
 @pytest.mark.parametrize("path", ["narrow"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("width", [3, 16, 31, 64, 100, 128])
 def test_every_width_of_the_narrow_path(path, dtype, width):
-    for objective in ONE_OF_EACH:
-        check(objective, *problem(70, 45, [width], dtype))
+    for form in ONE_OF_EACH:
+        check(form, *problem(70, 45, [width], dtype))
 
 
 def test_parts_of_the_other_side_are_made_where_rows_are_few():
@@ -125,47 +125,47 @@ def test_parts_of_the_other_side_are_made_where_rows_are_few():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("objective", ONE_OF_EACH, ids=str)
-def test_half_precision(path, objective, dtype):
-    check(objective, *problem(20, 75, [48], dtype))
+@pytest.mark.parametrize("form", ONE_OF_EACH, ids=str)
+def test_half_precision(path, form, dtype):
+    check(form, *problem(20, 75, [48], dtype))
 
 
 @pytest.mark.parametrize("label_dtype", [torch.int32, torch.int64])
 def test_labels_of_any_value(path, label_dtype):
     scales, anchor_labels, key_labels, *features = problem(9, 33, [16], label_dtype=label_dtype)
     far = 1 << (40 if label_dtype == torch.int64 else 30)
-    check(OBJECTIVES[1], scales, anchor_labels * far - far, key_labels * far - far, *features)
+    check(FORMS[1], scales, anchor_labels * far - far, key_labels * far - far, *features)
 
 
 def test_layers_share_their_launches():
-    for objective in ONE_OF_EACH:
-        check(objective, *problem(7, 40, [100, 16, 33]))
+    for form in ONE_OF_EACH:
+        check(form, *problem(7, 40, [100, 16, 33]))
 
 
 @pytest.mark.parametrize(
     "wanted", [(False, True, False), (False, False, True), (True, False, False), (False,) * 3]
 )
 def test_only_what_is_wanted_is_made(path, wanted):
-    for objective in (OBJECTIVES[0], *ONE_OF_EACH[1:]):
-        check(objective, *problem(9, 33, [16]), wanted)
+    for form in (FORMS[0], *ONE_OF_EACH[1:]):
+        check(form, *problem(9, 33, [16]), wanted)
 
 
 def test_features_split_over_programs(monkeypatch):
     monkeypatch.setattr(launch, "device_limits", lambda device: (101_376, 32))
-    check(OBJECTIVES[0], *problem(5, 20, [700, 300]))
+    check(FORMS[0], *problem(5, 20, [700, 300]))
 
 
 def test_without_positives_without_negatives_and_zero_rows(path):
     scales, anchor_labels, key_labels, (a,), (k,) = problem(6, 9, [16])
     a[1], k[2] = 0, 0
-    for objective in OBJECTIVES:
+    for form in FORMS:
         for others in (torch.full_like(key_labels, 7), torch.zeros_like(key_labels), key_labels):
-            check(objective, scales, torch.zeros_like(anchor_labels), others, [a], [k])
-    for objective in OBJECTIVES[2:]:
-        nothing = kernels.contrast(objective, scales, anchor_labels, key_labels + 7, [a], [k], (True,) * 3)
+            check(form, scales, torch.zeros_like(anchor_labels), others, [a], [k])
+    for form in FORMS[2:]:
+        nothing = kernels.contrast(form, scales, anchor_labels, key_labels + 7, [a], [k], (True,) * 3)
         assert not any(value.any() for value in nothing)
     _, _, by_a, by_k = kernels.contrast(
-        OBJECTIVES[0], scales, anchor_labels, key_labels, [a], [k], (True, True, True)
+        FORMS[0], scales, anchor_labels, key_labels, [a], [k], (True, True, True)
     )
     assert not by_a[1].any()
     assert not by_k[2].any()
@@ -174,8 +174,8 @@ def test_without_positives_without_negatives_and_zero_rows(path):
 @pytest.mark.parametrize("temperature", [0.01, 0.03, 10.0])
 def test_no_temperature_overflows(path, temperature):
     scales, *rest = problem(6, 9, [16])
-    for objective in OBJECTIVES:
-        check(objective, torch.full_like(scales, temperature), *rest)
+    for form in FORMS:
+        check(form, torch.full_like(scales, temperature), *rest)
 
 
 def two_classes(sign):
@@ -191,17 +191,17 @@ def two_classes(sign):
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_any_positive_far_below_or_above_all_others(path, sign, symmetric, temperature):
     scales, *rest = two_classes(sign)
-    check(Objective("info_nce_any", symmetric=symmetric), torch.full_like(scales, temperature), *rest)
+    check(LossForm("info_nce_any", symmetric=symmetric), torch.full_like(scales, temperature), *rest)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_any_positive_keeps_the_gradient_of_solved_rows(path, symmetric):
-    objective = Objective("info_nce_any", symmetric=symmetric)
+    form = LossForm("info_nce_any", symmetric=symmetric)
     scales, *labels, (a,), (k,) = two_classes(1)
     scales[0] = 0.1
-    _, _, *actual = kernels.contrast(objective, scales, *labels, [a], [k], (True, True, True))
+    _, _, *actual = kernels.contrast(form, scales, *labels, [a], [k], (True, True, True))
     leaves = [value.double().requires_grad_() for value in (a, k)]
-    loss = reference.plain(objective, scales[:, 0].double(), *labels, *leaves)
+    loss = reference.plain(form, scales[:, 0].double(), *labels, *leaves)
     assert loss < 1e-7
     for value, wish in zip(actual, torch.autograd.grad(loss, leaves), strict=True):
         agree(value / wish.abs().max(), wish / wish.abs().max(), 1e-4)
@@ -214,22 +214,22 @@ def test_float16_holds_gradients_of_few_positives_and_of_unlike_norms(path):
     a *= 1000
     k *= 1000
     k[::7] *= 0.01
-    for objective in (*OBJECTIVES, Objective("nce", negatives=500.0)):
-        check(objective, scales, anchor_labels, torch.zeros_like(key_labels), [a], [k])
+    for form in (*FORMS, LossForm("nce", negatives=500.0)):
+        check(form, scales, anchor_labels, torch.zeros_like(key_labels), [a], [k])
 
 
 def test_empty_sides_give_zero(path):
-    for objective in (OBJECTIVES[0], *ONE_OF_EACH):
+    for form in (FORMS[0], *ONE_OF_EACH):
         for m, n in ((0, 4), (4, 0)):
-            losses, *gradients = kernels.contrast(objective, *problem(m, n, [8]), (True, True, True))
+            losses, *gradients = kernels.contrast(form, *problem(m, n, [8]), (True, True, True))
             assert losses.tolist() == [0]
             assert not any(gradient.any() for gradient in gradients)
 
 
 def test_runs_are_identical(path):
     arguments = problem(40, 70, [48])
-    for objective in (OBJECTIVES[3], OBJECTIVES[5]):
-        first, second = (kernels.contrast(objective, *arguments, (True, True, True)) for _ in range(2))
+    for form in (FORMS[3], FORMS[5]):
+        first, second = (kernels.contrast(form, *arguments, (True, True, True)) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -237,12 +237,12 @@ def test_autotune_keeps_its_choice_on_disk(path, monkeypatch, tmp_path):
     monkeypatch.setenv("MIM4DD_AUTOTUNE", "1")
     monkeypatch.setenv("MIM4DD_CACHE", str(tmp_path))
     monkeypatch.setattr(autotune, "REPEATS", 1)
-    check(OBJECTIVES[4], *problem(4, 9, [16]))
+    check(FORMS[4], *problem(4, 9, [16]))
     (file,) = tmp_path.iterdir()
     choice = json.loads(file.read_text())
     assert len(choice) == 1
     monkeypatch.setattr(autotune, "_seconds", None)  # a second call of the kind does not search
-    check(OBJECTIVES[4], *problem(4, 9, [16]))
+    check(FORMS[4], *problem(4, 9, [16]))
     assert json.loads(file.read_text()) == choice
 
 
@@ -379,7 +379,7 @@ def test_float64_has_no_kernel():
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-def test_sizes_of_use_on_a_gpu(objective, dtype):
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_sizes_of_use_on_a_gpu(form, dtype):
     for m, n, width in ((100, 2560, 2048), (4096, 4096, 512), (9000, 8500, 96)):
-        check(objective, *problem(m, n, [width], dtype, classes=50))
+        check(form, *problem(m, n, [width], dtype, classes=50))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .checks import check_features, check_labels, check_positive, check_self, resolve_backend
 from .contrastive import contrastive_losses
-from .reference import CHUNK_PAIRS, Objective, unit_rows
+from .reference import CHUNK_PAIRS, LossForm, unit_rows
 from .scales import one_dtype, scales_of
 
 __all__ = ["calibrated_noise_ratio", "info_nce_loss", "info_nce_losses", "nce_loss", "nce_losses"]
@@ -71,7 +71,7 @@ def nce_loss(
         key_labels,
         temperature,
         [noise_ratio],
-        Objective("nce", negatives, symmetric, exclude_self),
+        LossForm("nce", negatives, symmetric, exclude_self),
         backend,
     )[0]
 
@@ -121,7 +121,7 @@ def nce_losses(
         key_labels,
         temperature,
         ratios,
-        Objective("nce", negatives, symmetric, exclude_self),
+        LossForm("nce", negatives, symmetric, exclude_self),
         backend,
     )
 
@@ -174,10 +174,10 @@ def info_nce_loss(
                 f"{list(anchors.shape)}, keys is {list(keys.shape)}; give labels or as many keys as anchors"
             )
         anchor_labels = key_labels = torch.arange(len(anchors), device=anchors.device, dtype=torch.int32)
-    objective = _info_nce(function, positives, symmetric, exclude_self)
-    return _losses(
-        function, [anchors], [keys], anchor_labels, key_labels, temperature, [1.0], objective, backend
-    )[0]
+    form = _info_nce(function, positives, symmetric, exclude_self)
+    return _losses(function, [anchors], [keys], anchor_labels, key_labels, temperature, [1.0], form, backend)[
+        0
+    ]
 
 
 def info_nce_losses(
@@ -213,11 +213,9 @@ def info_nce_losses(
         RuntimeError: as in `info_nce_loss`.
     """
     function = "info_nce_losses"
-    objective = _info_nce(function, positives, symmetric, exclude_self)
+    form = _info_nce(function, positives, symmetric, exclude_self)
     ratios = [1.0] * len(anchors)
-    return _losses(
-        function, anchors, keys, anchor_labels, key_labels, temperature, ratios, objective, backend
-    )
+    return _losses(function, anchors, keys, anchor_labels, key_labels, temperature, ratios, form, backend)
 
 
 def calibrated_noise_ratio(
@@ -262,11 +260,11 @@ def calibrated_noise_ratio(
     return ratio
 
 
-def _info_nce(function: str, positives: str, symmetric: bool, exclude_self: bool) -> Objective:
+def _info_nce(function: str, positives: str, symmetric: bool, exclude_self: bool) -> LossForm:
     names = {"each": "info_nce", "any": "info_nce_any"}
     if positives not in names:
         raise ValueError(f"mim4dd.{function}: positives is {positives!r}, expected 'each' or 'any'")
-    return Objective(names[positives], None, symmetric, exclude_self)
+    return LossForm(names[positives], None, symmetric, exclude_self)
 
 
 def _losses(
@@ -277,7 +275,7 @@ def _losses(
     key_labels: Tensor | None,
     temperature: float | Tensor,
     noise_ratios: Sequence[float | Tensor],
-    objective: Objective,
+    form: LossForm,
     backend: str | None,
 ) -> Tensor:
     """The losses [L] of L layers, after all checks."""
@@ -286,16 +284,16 @@ def _losses(
             f"mim4dd.{function}: anchors has {len(anchors)} layers, keys {len(keys)}, noise_ratio "
             f"{len(noise_ratios)}; expected the same number, at least 1"
         )
-    check_positive(function, temperature=temperature, negatives=objective.negatives)
+    check_positive(function, temperature=temperature, negatives=form.negatives)
     for ratio in noise_ratios:
         check_positive(function, noise_ratio=ratio)
     for a, k in zip(anchors, keys, strict=True):
         check_features(function, a, k)
         labels = check_labels(function, a, k, anchor_labels, key_labels)
-        check_self(function, objective.exclude_self, a, k)
+        check_self(function, form.exclude_self, a, k)
     features = one_dtype(*anchors, *keys)
     return contrastive_losses(
-        objective,
+        form,
         resolve_backend(function, backend, features[0].dtype, features[0].device),
         scales_of(function, features[0], temperature, noise_ratios),
         *labels,

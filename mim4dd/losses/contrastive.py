@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference import Objective, saved_dtype
+from .reference import LossForm, saved_dtype
 
 
 def contrastive_losses(
-    objective: Objective,
+    form: LossForm,
     backend: str,
     scales: Tensor,
     anchor_labels: Tensor,
@@ -31,7 +31,7 @@ def contrastive_losses(
     """The losses [L] of L layers that share their labels.
 
     Args:
-        objective: which loss.
+        form: which loss.
         backend: "reference" or "fused".
         scales: [2, L], the temperature and the noise ratio of each layer (1 for InfoNCE, which has none).
         anchor_labels: int [M].
@@ -42,7 +42,7 @@ def contrastive_losses(
     features = [*anchors, *keys]
     grad = torch.is_grad_enabled()
     wanted = [grad and any(value.requires_grad for value in group) for group in ([scales], anchors, keys)]
-    options = (*astuple(objective), backend, wanted)
+    options = (*astuple(form), backend, wanted)
     if torch.compiler.is_compiling():
         return _op(scales, anchor_labels, key_labels, features, *options)[0]
     return _Node.apply(options, scales, anchor_labels, key_labels, *features)[0]
@@ -61,19 +61,17 @@ def _evaluate(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """Return the losses [L], then the gradients by scales and by each feature, empty where not `wanted`."""
-    objective = Objective(name, negatives, symmetric, exclude_self)
+    form = LossForm(name, negatives, symmetric, exclude_self)
     half = len(features) // 2
     if backend == "fused":
         from ..kernels import contrast
 
-        return contrast(
-            objective, scales, anchor_labels, key_labels, features[:half], features[half:], wanted
-        )
+        return contrast(form, scales, anchor_labels, key_labels, features[:half], features[half:], wanted)
     losses, by_scales, by_anchors, by_keys = [], [], [], []
     for layer in range(half):
         with torch.autocast(scales.device.type, enabled=False):
             loss, (by_scale, by_anchor, by_key) = reference.chunked(
-                objective,
+                form,
                 scales[:, layer],
                 anchor_labels,
                 key_labels,
@@ -124,14 +122,14 @@ def _differentiable_gradients(
     options: tuple, tensors: Sequence[Tensor], by_losses: Tensor
 ) -> list[Tensor | None]:
     """The same through the plain formula: for a derivative of the gradients (`create_graph=True`)."""
-    *objective_options, _, _ = options
+    *form_options, _, _ = options
     scales, anchor_labels, key_labels, *features = tensors
     half = len(features) // 2
-    objective = Objective(*objective_options)
+    form = LossForm(*form_options)
     with torch.autocast(scales.device.type, enabled=False):
         losses = [
             reference.plain(
-                objective,
+                form,
                 scales[:, layer],
                 anchor_labels,
                 key_labels,

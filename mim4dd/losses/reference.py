@@ -19,7 +19,7 @@ CHUNK_PAIRS = 1 << 20
 
 
 @dataclass(frozen=True)
-class Objective:
+class LossForm:
     """Which loss: `name` is "nce", "info_nce" (over each positive) or "info_nce_any" (over any of them);
     `negatives` per positive (None: all; NCE only), `symmetric` adds the exchanged roles, `exclude_self`
     leaves out the pairs (i, i)."""
@@ -51,19 +51,19 @@ def unit_rows(features: Tensor) -> Tensor:
     return features * inverse_norms(features)
 
 
-def nce_rows(objective: Objective, x: Tensor, positive: Tensor) -> Tensor:
+def nce_rows(form: LossForm, x: Tensor, positive: Tensor) -> Tensor:
     """NCE loss of each row of critic logits x [rows, N], -inf for a pair left out.
 
     positive: bool [rows, N].
     """
-    on_positives, on_negatives = _nce_weights(objective, x, positive)
+    on_positives, on_negatives = _nce_weights(form, x, positive)
     weight = torch.where(positive, on_positives, on_negatives)
     return (F.softplus(torch.where(positive, -x, x)) * weight).sum(1)
 
 
-def nce_gradient(objective: Objective, x: Tensor, positive: Tensor) -> Tensor:
+def nce_gradient(form: LossForm, x: Tensor, positive: Tensor) -> Tensor:
     """The derivative of the summed `nce_rows` by x [rows, N]."""
-    on_positives, on_negatives = _nce_weights(objective, x, positive)
+    on_positives, on_negatives = _nce_weights(form, x, positive)
     # Not sigmoid(x) - 1 on positives: that cancels where the critic is sure.
     return torch.where(positive, -x, x).sigmoid_().mul_(torch.where(positive, -on_positives, on_negatives))
 
@@ -106,7 +106,7 @@ def _positives(z: Tensor, positive: Tensor) -> Tensor:
 
 
 def plain(
-    objective: Objective,
+    form: LossForm,
     scales: Tensor,
     anchor_labels: Tensor,
     key_labels: Tensor,
@@ -116,7 +116,7 @@ def plain(
     """The loss, a scalar, by its formula.
 
     Args:
-        objective: which loss.
+        form: which loss.
         scales: [2], the temperature and the noise ratio (1 for InfoNCE, which has none).
         anchor_labels: int [M].
         key_labels: int [N].
@@ -125,19 +125,19 @@ def plain(
     """
     units, labels = (unit_rows(anchors), unit_rows(keys)), (anchor_labels, key_labels)
     loss = scales.new_zeros(())
-    for row, column in _directions(objective):
+    for row, column in _directions(form):
         positive = labels[row][:, None] == labels[column][None, :]
         x = units[row] @ units[column].T / scales[0] - scales[1].log()
-        if objective.exclude_self:
+        if form.exclude_self:
             positive.fill_diagonal_(False)
             x = x.fill_diagonal_(-torch.inf)
-        rows = _rows(objective, x, positive)
-        loss = loss + rows.sum() / _num_rows(objective, labels[row], labels[column])
+        rows = _rows(form, x, positive)
+        loss = loss + rows.sum() / _num_rows(form, labels[row], labels[column])
     return loss
 
 
 def chunked(
-    objective: Objective,
+    form: LossForm,
     scales: Tensor,
     anchor_labels: Tensor,
     key_labels: Tensor,
@@ -157,22 +157,22 @@ def chunked(
         torch.zeros_like(unit) if want else unit[:0] for unit, want in zip(units, want_side, strict=True)
     ]
     loss, by_scales = scales.new_zeros(()), torch.zeros_like(scales)
-    for row, column in _directions(objective):
-        num_rows = _num_rows(objective, labels[row], labels[column])
+    for row, column in _directions(form):
+        num_rows = _num_rows(form, labels[row], labels[column])
         step = max(1, CHUNK_PAIRS // max(1, len(units[column])))
         for start in range(0, len(units[row]), step):
             chunk = slice(start, start + step)
             positive = labels[row][chunk, None] == labels[column][None, :]
             cosine = units[row][chunk] @ units[column].T
             x = cosine / temperature - noise_ratio.log()
-            if objective.exclude_self:
+            if form.exclude_self:
                 positive.diagonal(start).fill_(False)
                 x.diagonal(start).fill_(-torch.inf)
-            loss += _rows(objective, x, positive).sum() / num_rows
+            loss += _rows(form, x, positive).sum() / num_rows
             if not any(wanted):
                 continue
-            by_x = _gradient(objective, x, positive).div_(num_rows)
-            if objective.exclude_self:  # NaN where there is no other key
+            by_x = _gradient(form, x, positive).div_(num_rows)
+            if form.exclude_self:  # NaN where there is no other key
                 by_x.diagonal(start).fill_(0)
             if want_scales:
                 by_scales[0] -= torch.vdot(by_x.view(-1), cosine.view(-1)) / temperature**2
@@ -189,39 +189,39 @@ def chunked(
     return loss, [by_scales if want_scales else scales.new_empty(0), *by_side]
 
 
-def _directions(objective: Objective) -> list[tuple[int, int]]:
+def _directions(form: LossForm) -> list[tuple[int, int]]:
     """Who is row and who is column, anchors 0 and keys 1, in each term of the loss."""
-    return [(0, 1), (1, 0)] if objective.symmetric else [(0, 1)]
+    return [(0, 1), (1, 0)] if form.symmetric else [(0, 1)]
 
 
-def _rows(objective: Objective, x: Tensor, positive: Tensor) -> Tensor:
-    if objective.name == "nce":
-        return nce_rows(objective, x, positive)
-    return (info_nce_rows if objective.name == "info_nce" else info_nce_any_rows)(x, positive)
+def _rows(form: LossForm, x: Tensor, positive: Tensor) -> Tensor:
+    if form.name == "nce":
+        return nce_rows(form, x, positive)
+    return (info_nce_rows if form.name == "info_nce" else info_nce_any_rows)(x, positive)
 
 
-def _gradient(objective: Objective, x: Tensor, positive: Tensor) -> Tensor:
-    if objective.name == "nce":
-        return nce_gradient(objective, x, positive)
-    return (info_nce_gradient if objective.name == "info_nce" else info_nce_any_gradient)(x, positive)
+def _gradient(form: LossForm, x: Tensor, positive: Tensor) -> Tensor:
+    if form.name == "nce":
+        return nce_gradient(form, x, positive)
+    return (info_nce_gradient if form.name == "info_nce" else info_nce_any_gradient)(x, positive)
 
 
-def _nce_weights(objective: Objective, x: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+def _nce_weights(form: LossForm, x: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     """What a positive and a negative pair of each row count, [rows, 1] each."""
     num_positives = positive.sum(1, keepdim=True).to(x)
-    if objective.negatives is None:
+    if form.negatives is None:
         return 1 / num_positives.clamp_min(1), torch.ones_like(num_positives)
-    num_negatives = x.shape[1] - objective.exclude_self - num_positives
-    return 1 / num_positives.clamp_min(1), objective.negatives / num_negatives.clamp_min(1)
+    num_negatives = x.shape[1] - form.exclude_self - num_positives
+    return 1 / num_positives.clamp_min(1), form.negatives / num_negatives.clamp_min(1)
 
 
-def _num_rows(objective: Objective, row_labels: Tensor, column_labels: Tensor) -> Tensor:
+def _num_rows(form: LossForm, row_labels: Tensor, column_labels: Tensor) -> Tensor:
     """How many rows the mean is over: all, or for InfoNCE those with a positive; at least 1."""
-    if objective.name == "nce":
+    if form.name == "nce":
         return torch.full((), max(1, len(row_labels)), device=row_labels.device)  # no copy to wait for
     ordered = column_labels.sort().values
     counts = torch.searchsorted(ordered, row_labels, right=True) - torch.searchsorted(ordered, row_labels)
-    if objective.exclude_self:
+    if form.exclude_self:
         counts -= (row_labels == column_labels).long()
     return (counts > 0).sum().clamp_min(1)
 
