@@ -79,7 +79,9 @@ def _measure(method: str, width: int, sizes: dict[str, int], experts: Path) -> t
     )
     objective = METHODS[method].objective(problem)
     objective.inner = 0  # of gradient matching
-    images = torch.randn(classes * ipc, 3, side, side, device=device)
+    images = torch.randn(
+        classes * ipc, 3, side, side, generator=generator(0, "bench/images", device), device=device
+    )
     start = SyntheticSet(images, problem.labels, real.class_names, real.mean, real.std)
 
     def iterate() -> None:

@@ -179,7 +179,8 @@ def show(options: argparse.Namespace, device: torch.device, computing: str, expe
     objective = method.objective(problem)
     if isinstance(objective, gradient.GradientMatching):
         objective.inner = 1  # of its many epochs, one is enough to see
-    real, images = problem.real, torch.randn(CLASSES * options.ipc, 1, SIDE, SIDE, device=device)
+    real, shape = problem.real, (CLASSES * options.ipc, 1, SIDE, SIDE)
+    images = torch.randn(shape, generator=generator(0, "profile/images", device), device=device)
     start = SyntheticSet(images, problem.labels, real.class_names, real.mean, real.std)
 
     def iterate() -> None:

@@ -125,7 +125,8 @@ def trajectory(of: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     network = of.network()
     networks.initialise(network, generator(0, "bench/start", of.real.images.device))
     start = {name: value.detach().clone() for name, value in network.named_parameters()}
-    return start, {name: value + 0.01 * torch.randn_like(value) for name, value in start.items()}
+    networks.initialise(network, generator(0, "bench/target", of.real.images.device))
+    return start, {n: start[n].lerp(value.detach(), 0.1) for n, value in network.named_parameters()}
 
 
 def trajectory_step(of: Problem, images: Tensor) -> Callable[[], object]:

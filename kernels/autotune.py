@@ -6,7 +6,6 @@ search anew.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import torch
 import triton
+
+from mim4dd.files import atomic, cache_folder
 
 from . import launch
 from .launch import Tile
@@ -52,17 +53,14 @@ def tuned(
             best[table] = min(seconds, key=seconds.__getitem__)
         known[kind] = {table: asdict(tile) for table, tile in best.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Whole or not at all: other processes may read it.
-        whole = path.with_suffix(f".{os.getpid()}")
-        whole.write_text(json.dumps(known, indent=1) + "\n")
-        whole.replace(path)
+        with atomic(path) as whole:  # other processes may read it
+            whole.write_text(json.dumps(known, indent=1) + "\n")
     return launch.forced({table: Tile(**tile) for table, tile in known[kind].items()})
 
 
 def _path(device: torch.device) -> Path:
     name = torch.cuda.get_device_name(device).replace(" ", "-") if device.type == "cuda" else device.type
-    folder = os.environ.get("MIM4DD_CACHE") or Path.home() / ".cache" / "mim4dd"
-    return Path(folder) / f"launch-{name}-triton-{triton.__version__}.json"
+    return cache_folder() / f"launch-{name}-triton-{triton.__version__}.json"
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

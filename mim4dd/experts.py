@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
@@ -25,6 +24,7 @@ from torch import Tensor
 from .augment import AugmentParams
 from .data import ImageSet
 from .errors import InputError
+from .files import cache_folder
 from .networks import Network
 from .seeding import generator
 from .stacked import Stack, Weights, at_once
@@ -89,7 +89,7 @@ class Recipe:
 
     def path(self) -> Path:
         """Where these experts are, or are to be."""
-        where = self.config.experts or _cache()
+        where = self.config.experts or cache_folder() / "experts"
         if where.is_file() or where.suffix == ".safetensors":
             return where
         digest = hashlib.sha256(json.dumps(self.facts(), sort_keys=True).encode()).hexdigest()[:16]
@@ -228,7 +228,3 @@ def _table(path: Path, recipe: Recipe, shape: tuple[int, int, int]) -> np.memmap
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mim4dd" / "experts"

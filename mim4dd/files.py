@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever sees half of one."""
+"""Where files go, and writing them so that nobody ever sees half of one."""
 
 import os
 import tempfile
@@ -23,6 +23,12 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Return where data, experts and launch configurations are kept: $MIM4DD_CACHE, or the user's cache."""
+    own = os.environ.get("MIM4DD_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mim4dd"
 
 
 def make_folder(folder: Path, dataset: str) -> Path:

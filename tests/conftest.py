@@ -25,6 +25,7 @@ GOLDEN = Path(__file__).parent / "golden"
 def cache(tmp_path_factory):
     """Keep what the tests make apart from the user's."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MIM4DD_CACHE", raising=False)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import atomic
+from ..files import atomic, cache_folder
 from . import pictures, readers
 
 DEBIAN = Path("/usr/share/datasets")  # where Debian's dataset-* packages install
@@ -44,7 +43,7 @@ class Named:
         return self.read(*self._locate(name, folder)) if self.files else self.read()
 
     def _locate(self, name: str, data_dir: Path | None) -> list[Path]:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mim4dd" / name
+        cache = cache_folder() / name
         folders = [data_dir, data_dir / name] if data_dir else [DEBIAN / name, cache]
         missing = []
         for folder in folders:

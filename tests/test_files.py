@@ -1,0 +1,37 @@
+"""Where files go, and that they are whole."""
+
+from pathlib import Path
+
+import pytest
+
+from mim4dd.files import atomic, cache_folder
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"MIM4DD_CACHE": "/own", "XDG_CACHE_HOME": "/cache"}, Path("/own")),
+        ({"MIM4DD_CACHE": "", "XDG_CACHE_HOME": "/cache"}, Path("/cache/mim4dd")),
+        ({"XDG_CACHE_HOME": ""}, Path.home() / ".cache" / "mim4dd"),
+        ({}, Path.home() / ".cache" / "mim4dd"),
+    ],
+)
+def test_the_cache_is_where_the_user_wants_it(monkeypatch, environment, expected):
+    for name in ("MIM4DD_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cache_folder() == expected
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic(path) as temporary:  # noqa: PT012
+        temporary.write_text("half of the n")
+        assert path.read_text() == "old"
+        raise RuntimeError
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("result.json", "old")]
+    with atomic(path) as temporary:
+        temporary.write_text("new")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("result.json", "new")]
