@@ -212,7 +212,7 @@ def _earlier(folder: Path) -> dict[Key, dict[str, Any]]:
     """Return the outcomes of all cells in the folder of a comparison, also of those not asked for now."""
     if not (folder / "compare.json").exists():
         return {}  # nobody can say with what settings they were run
-    found = [outcome for path in sorted((folder / "cells").iterdir()) if (outcome := outcome_in(path))]
+    found = [outcome for path in sorted((folder / "cells").glob("*")) if (outcome := outcome_in(path))]
     return {(Arm.of(outcome), outcome["config"]["seed"]): outcome for outcome in found}
 
 

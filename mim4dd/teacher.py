@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ STEPS = 500  # at least an epoch: a teacher need not be perfect to tell which cl
 
 def teach(network: Network, real: ImageSet, protocol: Protocol, generator: torch.Generator) -> None:
     """Train `network` in place, from nothing, on the real images: `protocol`, but about `STEPS` steps."""
-    epochs = max(1, STEPS * protocol.batch // len(real))
+    epochs = max(1, STEPS // math.ceil(len(real) / protocol.batch))
     images = real.batch(torch.arange(len(real), device=real.images.device))
     initialise(network, generator)
     train(

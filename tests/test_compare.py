@@ -186,6 +186,16 @@ def test_other_settings_are_refused(finished, capsys):
     assert bytes_of(finished) == {p: b for p, b in before.items() if p.name != "compare.json"}
 
 
+def test_cells_that_were_removed_are_run_again(finished, scored):
+    ran = scored(lambda config: 0.5)
+    shutil.rmtree(finished / "cells")
+    assert (
+        compare.main([*QUICK, "--methods", "dm", "--seeds", "0", "--baselines", "--out", str(finished)]) == 0
+    )
+    assert len(ran) == 2
+    assert facts(finished)["cells"] == 2
+
+
 def test_an_unreadable_result_is_refused(finished, capsys):
     (finished / "cells" / NAMES[2] / "result.json").write_text("{")
     assert compare.main([*QUICK, *GRID, "--out", str(finished)]) == 2

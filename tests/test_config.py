@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from mim4dd import config, presets
-from mim4dd.augment import DSA
 from mim4dd.config import Config, DataConfig, DistillConfig, EvalConfig, MimConfig
 from mim4dd.errors import InputError
+from mim4dd.objectives import TrajectoryConfig
 
 
 def settings(**parts) -> Config:
@@ -46,11 +46,6 @@ def test_the_weight_falls_with_the_ipc():
     weights = [settings(distill=DistillConfig(ipc=ipc)).mim.mim_weight for ipc in (1, 5, 10, 49, 50, 100)]
     assert weights == sorted(weights, reverse=True)
     assert weights[0] > weights[-1]
-
-
-def test_characters_are_not_mirrored():
-    assert "flip" not in settings(data=DataConfig("mnist")).distill.augmentation
-    assert settings(data=DataConfig("cifar10")).distill.augmentation == DSA
 
 
 @pytest.mark.parametrize(
@@ -132,6 +127,60 @@ def test_bad_files_are_named(tmp_path, content, message):
 def test_impossible_settings_are_refused(parts, message):
     with pytest.raises(InputError, match=message):
         config.check(Config(**parts))
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "setting", "too_small"),
+    [
+        ("distill", DistillConfig, "factor", 0),
+        ("distill", DistillConfig, "real_batch", 0),
+        ("distill", DistillConfig, "width", 0),
+        ("eval", EvalConfig, "num_eval", -1),
+        ("trajectory", TrajectoryConfig, "num_experts", 0),
+        ("trajectory", TrajectoryConfig, "expert_snapshots", 0),
+        ("trajectory", TrajectoryConfig, "expert_batches", -1),
+        ("trajectory", TrajectoryConfig, "max_start", 0),
+        ("trajectory", TrajectoryConfig, "span", 0),
+        ("trajectory", TrajectoryConfig, "student_steps", 0),
+        ("trajectory", TrajectoryConfig, "student_batch", 0),
+        ("trajectory", TrajectoryConfig, "student_lr", 0.0),
+        ("trajectory", TrajectoryConfig, "student_lr_rate", 0.0),
+        ("mim", MimConfig, "mim_projection_size", 0),
+        ("mim", MimConfig, "mim_layer_decay", 0.0),
+    ],
+)
+def test_a_number_that_is_too_small_is_refused(part, kind, setting, too_small):
+    option = f"--{setting.replace('_', '-')} is {too_small}, expected"
+    with pytest.raises(InputError, match=option):
+        config.check(Config(**{part: kind(**{setting: too_small})}))
+
+
+def test_the_defaults_are_what_the_help_says():
+    def filled(**options):
+        return presets.with_presets(Config(**options))
+
+    short, paper = filled(), filled(preset="paper")
+    sizes = [(c.iterations, c.init, c.real_batch, c.width) for c in (short.distill, paper.distill)]
+    assert sizes == [(200, "kmeans", 128, 64), (20_000, "real", 256, 128)]
+    assert [(c.num_eval, c.eval_epochs) for c in (short.eval, paper.eval)] == [(5, 300), (20, 1000)]
+    experts = [(c.trajectory.num_experts, c.trajectory.student_steps) for c in (short, paper)]
+    assert experts == [(3, 20), (100, 30)]
+    assert filled(preset="paper", distill=DistillConfig(method="dc")).eval.eval_epochs == 300
+
+    def term_and_lr(method, ipc):
+        c = filled(distill=DistillConfig(method=method, ipc=ipc), data=DataConfig(dataset="cifar10"))
+        return c.mim.mim_weight, c.distill.image_lr
+
+    methods = "dm", "dc", "dsa", "mtt", "ncfm"
+    assert [term_and_lr(m, 1) for m in methods] == [(300, 1), (0, 0.1), (1000, 0.1), (0, 100), (1000, 0.1)]
+    assert [term_and_lr(m, 10)[0] for m in methods] == [100, 0, 1000, 0, 1000]
+
+
+@pytest.mark.parametrize("dataset", ["digits", "mnist", "kmnist", "svhn", "fashion-mnist"])
+def test_characters_are_not_mirrored(dataset):
+    parts = presets.with_presets(Config(data=DataConfig(dataset=dataset))).distill.augmentation.split("_")
+    assert ("flip" in parts) == (dataset == "fashion-mnist")
+    assert {"color", "crop", "cutout", "scale", "rotate"} <= {*parts}
 
 
 def test_the_settings_of_the_term_go_with_its_loss():

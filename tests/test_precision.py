@@ -48,6 +48,14 @@ def test_what_cannot_be_is_refused_with_exit_code_2(capsys, tmp_path):
     assert "--memory-budget is 0.0" in capsys.readouterr().err
 
 
+def test_only_tf32_rounds_to_tf32(monkeypatch):
+    """What torch allows its convolutions by default."""
+    for name, allowed in (("fp32", False), ("tf32", True), ("bf16", False)):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not allowed)
+        precision.allow_tf32(name)
+        assert torch.backends.cudnn.allow_tf32 is allowed
+
+
 @pytest.mark.parametrize("architecture", networks.ARCHITECTURES)
 def test_maps_and_logits_are_float32_in_any_precision(architecture):
     """bfloat16 is emulated where the processor lacks it, so this runs everywhere."""

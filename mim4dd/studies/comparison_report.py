@@ -20,8 +20,8 @@ Accuracy on the {split} set: mean ± standard deviation over the seeds, each the
 trained from nothing on the images alone. The arms of a seed start from the same images, draw on the same real
 images and train the same networks; differences are paired by seed: mean [95 % t-interval], no interval for a
 single seed. An interval without 0 is p < 0.05 for that row alone: among many rows some will be, by chance.
-The arms have as many iterations, not as much time: what distilling took is the mean of the seeds, in seconds of
-wall time, good to compare where nothing else ran meanwhile.
+The arms have as many iterations, not as much time: what distilling took is the mean of the seeds, in seconds
+of wall time, good to compare where nothing else ran meanwhile.
 """
 SPLITS = "Each seed holds out a validation split of its own, the same for all its arms.\n"
 

@@ -1,0 +1,37 @@
+"""The teacher of soft labels."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from mim4dd import networks, teacher
+from mim4dd.data import load
+from mim4dd.evaluation import Protocol, accuracy
+from mim4dd.seeding import generator
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "epochs"), [(100, 256, 500), (300, 256, 250), (1438, 256, 83), (1438, 2, 1)]
+)
+def test_it_takes_about_500_steps_and_at_least_an_epoch(monkeypatch, images, batch, epochs):
+    trained = []
+    monkeypatch.setattr(teacher, "train", lambda *arguments: trained.append(arguments))
+    train, _ = load("digits")
+    real = dataclasses.replace(train, images=train.images[:images], labels=train.labels[:images])
+    network = networks.create("mlp", 1, 10, (8, 8))
+    teacher.teach(network, real, Protocol(7, "none", batch=batch), generator(0, "teacher"))
+    ((_, seen, labels, protocol, _),) = trained
+    assert (protocol.epochs, protocol.batch) == (epochs, batch)
+    assert torch.equal(seen, real.batch(torch.arange(images)))
+    assert torch.equal(labels, real.labels)
+
+
+def test_it_learns_and_gives_probabilities():
+    train, test = load("digits")
+    network = networks.create("mlp", 1, 10, (8, 8))
+    teacher.teach(network, train, Protocol(1, "none"), generator(0, "teacher"))
+    assert accuracy(network, test) > 0.9
+    given = teacher.probabilities(network, test.batch(torch.arange(100)))
+    torch.testing.assert_close(given.sum(1), torch.ones(100))
+    assert (given.argmax(1) == test.labels[:100]).float().mean() > 0.9
