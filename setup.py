@@ -64,8 +64,15 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
-        subprocess.run(configure, cwd=build, check=True)
-        subprocess.run(["cmake", "--build", ".", "--target", ext.name.split(".")[-1]], cwd=build, check=True)
+        target_of = ["cmake", "--build", ".", "--target", ext.name.split(".")[-1]]
+        try:
+            for command in (configure, target_of):
+                subprocess.run(command, cwd=build, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            sys.exit(
+                f"{ext.name} cannot be built ({error}); it needs CMake, Ninja and a C++20 compiler. "
+                "MIM4DD_NO_EXT=1 installs without it: the PyTorch reference runs, slower."
+            )
 
 
 if os.environ.get("MIM4DD_NO_EXT") == "1":

@@ -30,13 +30,18 @@ within() {
     timeout -k 10 $((left < 1 ? 1 : left < limit ? left : limit)) "$@"
 }
 
-# Without cmake, ninja or pybind11 the extension stays out; the losses need none of it.
+# Without an nvcc of torch's version there is no CUDA half, without cmake, ninja or pybind11 no extension at all.
 install=("$PYTHON" -m pip install --quiet --no-index --no-build-isolation --no-deps -e .)
-within 100 "${install[@]}" || MIM4DD_NO_EXT=1 within 30 "${install[@]}" || exit 2
+within 100 "${install[@]}" || MIM4DD_CUDA=0 within 60 "${install[@]}" ||
+    MIM4DD_NO_EXT=1 within 30 "${install[@]}" || exit 2
 
 failed=0
-# Without the fixtures of the whole suite, which need more packages.
-within 170 "$PYTHON" -m pytest --noconftest tests/test_{kernels,augment_cuda,graph,stacked}.py || failed=1
+# Runs GPU tests, without the fixtures of the whole suite, which need more packages.
+tests() {
+    local limit=$1
+    shift
+    within "$limit" "$PYTHON" -m pytest --noconftest "$@" || failed=1
+}
 
 bench() {
     local json=build/bench-$1.json status
@@ -47,7 +52,13 @@ bench() {
     [ $status -eq 0 ] || [ $status -eq 124 ] || failed=1
     "$PYTHON" -m bench.report "$json" || failed=1
 }
-bench losses 170
+
+tests 90 tests/test_{graph,stacked,augment_cuda}.py
+bench loop 130
 bench augment 60
-bench loop 120
+bench losses 90
+# Last, for they compile some 300 kernels; where pytest-xdist is, side by side.
+"$PYTHON" -c 'import xdist' 2> /dev/null && workers=(-n 8) || workers=()
+tests 150 "${workers[@]}" tests/test_kernels.py
+within 30 "$PYTHON" -m bench.profile --method dm || failed=1
 exit $failed

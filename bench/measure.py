@@ -106,7 +106,8 @@ def replayed(step: Callable[[], object], rounds: int) -> float | None:
     """
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        # The outer context brings the current stream back where a failure keeps the inner one from it.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             step()
     except RuntimeError:
         return None

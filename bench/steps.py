@@ -23,7 +23,7 @@ from mim4dd.synthetic import SyntheticSet
 CLASSES, IPC, REAL_BATCH, WIDTH, SIDE = 10, 10, 256, 128, 28
 STRATEGY = "color_crop_cutout_scale_rotate"
 NETWORKS, TEST = 5, 1000
-EPOCHS = {"cpu": 4, "cuda": 40}  # a graph is there only after some steps
+EPOCHS = {"cpu": 4, "cuda": 200}  # as in a whole evaluation, recording graphs is to take little
 STEPS, STEP_SIZE = 20, 0.01
 
 

@@ -24,6 +24,7 @@ from mim4dd import augment, extension
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SHAPES = [(256, 3, 32, 32), (64, 3, 128, 128)]
+GPU_SHAPES = [(2560, 3, 32, 32), (64, 3, 224, 224)] if torch.cuda.is_available() else []
 OPS = [*augment.DSA.split("_"), "all"]
 CALLS = 10
 SECONDS = 5.0  # for the rounds of a case, at least five of them
@@ -134,12 +135,14 @@ def versions(op: str, shape: tuple[int, ...], device: str) -> dict[str, Callable
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("shape", SHAPES + GPU_SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize("passes", ["forward", "both"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_augment(benchmark, device, passes, shape, op):
     if benchmark.disabled:
         pytest.skip("nothing is timed; tests/ has the equality")
+    if device == "cpu" and shape in GPU_SHAPES:
+        pytest.skip("of a size for GPUs")
     if not extension.available(device):
         pytest.skip(f"the extension is not built for {device}")
     x = torch.randn(shape, device=device, requires_grad=passes == "both")

@@ -225,7 +225,7 @@ def check(config: Config) -> None:
         try:
             parts_of(config.distill.augmentation)
         except ValueError as error:
-            raise InputError(f"--augmentation: {error}") from error
+            raise InputError(f"--augmentation: {str(error).removeprefix('mim4dd.augment: ')}") from error
     layers(config.mim)
 
 

@@ -66,7 +66,8 @@ def score_saved(
     if test.class_names != saved.class_names or test.images.shape[1:] != saved.images.shape[1:]:
         raise InputError(
             f"{path} holds {len(saved.class_names)} classes of images {list(saved.images.shape[1:])}, but "
-            f"{source} {test.num_classes} of {list(test.images.shape[1:])}; name its data with --dataset"
+            f"{source} {test.num_classes} of {list(test.images.shape[1:])}; "
+            + ("give --dataset the data it was made from" if dataset else "name its data with --dataset")
         )
     # The networks are trained in the saved set's normalisation, so they are tested in it too.
     test = test.whitened(saved.whitening) if saved.whitening else test

@@ -280,7 +280,7 @@ def _layers(problem: Problem, config: Config) -> list[int]:
     try:
         return layer_indices(layers(config.mim), len(problem.network().feature_sizes))
     except ValueError as error:
-        raise InputError(f"--mim-layers is {config.mim.mim_layers}; {error}") from error
+        raise InputError(f"--mim-layers: {str(error).removeprefix('mim4dd: ')}") from error
 
 
 def resolved(config: Config) -> Config:

@@ -131,7 +131,10 @@ class Experts:
 
     def weights(self, expert: int, snapshot: int, device: torch.device) -> Weights:
         """Return the weights of an expert after `snapshot` intervals, by name."""
-        flat = self._weights[expert, snapshot].to(device)
+        flat = self._weights[expert, snapshot]
+        if device.type == "cuda":
+            flat = flat.pin_memory()  # or the copy would wait for what the device has still to do
+        flat = flat.to(device, non_blocking=True)
         parts = flat.split([math.prod(shape) for shape in self.shapes.values()])
         return {
             name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)

@@ -42,6 +42,9 @@ class SyntheticSet:
         soft_labels: probabilities float32 [n * factor², num_classes] of the decoded images, or None.
         network_lr: learning rate for networks on these images, where the method learned one.
         whitening: what real images must go through to be like these; mean is 0 and std 1 then.
+
+    Raises:
+        ValueError: soft labels of another shape, or images that the factor does not divide.
     """
 
     images: Tensor
@@ -54,6 +57,19 @@ class SyntheticSet:
     soft_labels: Tensor | None = None
     network_lr: float | None = None
     whitening: Whitening | None = None
+
+    def __post_init__(self) -> None:
+        if any(side % self.factor for side in self.images.shape[2:]):
+            raise ValueError(
+                f"mim4dd.SyntheticSet: images {list(self.images.shape)} cannot hold {self.factor} x "
+                f"{self.factor} others; expected sides that are multiples of the factor"
+            )
+        wanted = [len(self.decoded_labels), len(self.class_names)]
+        if self.soft_labels is not None and list(self.soft_labels.shape) != wanted:
+            raise ValueError(
+                f"mim4dd.SyntheticSet: soft labels {list(self.soft_labels.shape)}, expected {wanted}: one "
+                "row per decoded image, one column per class"
+            )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -128,21 +144,14 @@ class SyntheticSet:
                     whitening = Whitening(*(file.get_tensor(f"whitening.{name}") for name in WHITENING))
             facts = json.loads(header["facts"])
             own = {name: facts.pop(name) for name in FACTS}
+            own["class_names"] = tuple(own["class_names"])
+            return cls(**tensors, **own, metadata=facts, whitening=whitening)
         except FileNotFoundError as error:
             raise InputError(f"{path}: no such file; expected a synthetic.safetensors of mim4dd") from error
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: not a readable synthetic set ({error}); was it cut short?") from error
-        own["class_names"] = tuple(own["class_names"])
-        read = cls(**tensors, **own, metadata=facts, whitening=whitening)
-        wanted = (len(read.decoded_labels), len(read.class_names))
-        if read.soft_labels is not None and read.soft_labels.shape != wanted:
-            raise InputError(
-                f"{path}: soft labels {list(read.soft_labels.shape)}, expected {list(wanted)}: one row per "
-                "decoded image, one column per class"
-            )
-        return read
 
 
 def decode(images: Tensor, factor: int) -> Tensor:

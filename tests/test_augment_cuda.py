@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from bench import measure
 from mim4dd import augment, extension
 
 DEVICE = "cuda"
@@ -44,6 +45,20 @@ def test_images_and_gradients_equal_the_reference(strategy, shape, dtype, memory
         results.append((y.detach(), *torch.autograd.grad(y, leaf, upstream.to(device))))
     for expected, result in zip(*results, strict=True):
         close(result, expected, dtype)
+
+
+@pytest.mark.parametrize("strategy", ["crop", "color", augment.DSA])
+def test_a_small_image_takes_one_launch_each_way(strategy):
+    x = torch.randn(256, 3, 32, 32, device=DEVICE, requires_grad=True)
+    _, params = drawn(strategy, 256, (32, 32))
+    upstream = torch.randn_like(x)
+
+    def step() -> None:
+        torch.autograd.grad(augment.apply(x, params, backend="fused"), x, upstream)
+
+    step()
+    count = measure.launches(step)
+    assert count in (None, 2), "None: the profiler sees nothing here"
 
 
 def test_bytes_rows_and_both_conventions_of_corners():

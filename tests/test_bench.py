@@ -243,11 +243,11 @@ def test_gpu_script_runs_every_part_whatever_fails(tmp_path, failing, status, ex
     environment = {**os.environ, "PYTHON": str(stub), "LOG": str(log), "FAILING": failing}
     done = subprocess.run([ROOT / "bench/gpu.sh"], env={**environment, "STATUS": str(status)})
     assert done.returncode == expected
-    parts = re.findall(r"pip install|(?:tests|bench)/test_\w+|bench\.report", log.read_text())
-    benches = ("losses", "augment", "loop")
+    parts = re.findall(r"pip install|(?:tests|bench)/test_\w+|bench\.(?:report|profile)", log.read_text())
+    benches = ("loop", "augment", "losses")
     after = [part for name in benches for part in (f"bench/test_{name}", "bench.report")]
-    tests = [f"tests/test_{name}" for name in ("kernels", "augment_cuda", "graph", "stacked")]
-    assert parts == ["pip install", *tests, *after]
+    tests = [f"tests/test_{name}" for name in ("graph", "stacked", "augment_cuda")]
+    assert parts == ["pip install", *tests, *after, "tests/test_kernels", "bench.profile"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -157,6 +157,11 @@ def test_trajectory_distance_names_bad_input(generator):
     x, labels = torch.randn(2, 1, 8, 8, generator=generator), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="target does not fit the network, see weight 'blocks"):
         trajectory_distance(network, weights, {}, x, labels, steps=1, step_size=0.1)
+    other = {name: value[..., None] for name, value in weights.items()}
+    with pytest.raises(ValueError, match="start has weights of other shapes than the network"):
+        trajectory_distance(network, other, weights, x, labels, steps=1, step_size=0.1)
+    with pytest.raises(ValueError, match="steps is -1, expected at least 0"):
+        trajectory_distance(network, weights, weights, x, labels, steps=-1, step_size=0.1)
     with pytest.raises(ValueError, match="memory is 'none', expected 'constant' or 'unrolled'"):
         trajectory_distance(network, weights, weights, x, labels, steps=1, step_size=0.1, memory="none")
 

@@ -149,7 +149,7 @@ def test_evaluate_refuses_files_and_data_that_do_not_fit(finished, tmp_path, cap
     assert "not a readable synthetic set" in capsys.readouterr().err
     other = npz(tmp_path / "other.npz")
     assert main([str(folder / "synthetic.safetensors"), "--dataset", other]) == 2
-    assert "name its data with --dataset" in capsys.readouterr().err
+    assert "give --dataset the data it was made from" in capsys.readouterr().err
 
 
 def test_a_run_is_found_by_its_folder_and_a_set_without_settings_refused(finished, tmp_path, capsys):

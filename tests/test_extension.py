@@ -147,3 +147,22 @@ def test_cuda_kernels_are_built_by_the_nvcc_of_torch(monkeypatch, capsys, tmp_pa
     assert ("MIM4DD_CUDA=1 builds them in any case" in said) is (torch_cuda is not None and not built)
     monkeypatch.setenv("MIM4DD_CUDA", "1")
     assert wants_cuda()
+
+
+def test_without_a_compiler_the_build_says_what_to_do(tmp_path):
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-temp",
+        tmp_path,
+        "--build-lib",
+        tmp_path,
+    ]
+    environment = {**os.environ, "PATH": str(tmp_path), "MIM4DD_CUDA": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "mim4dd._C cannot be built" in done.stderr
+    assert "MIM4DD_NO_EXT=1 installs without it" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -242,6 +242,7 @@ def test_an_objective_of_ones_own_is_never_recorded(stand_in):
 @pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_graph_gives_what_single_launches_give(method, device, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # that a step cannot be recorded
         replayed, _ = distilled(method, tmp_path, device, iterations=6)
@@ -253,6 +254,7 @@ def test_a_graph_gives_what_single_launches_give(method, device, tmp_path, monke
 
 @pytest.mark.parametrize("device", [CUDA])
 def test_training_by_a_graph_is_that_by_single_launches(device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     replayed = trained(device, augmentation="color_crop_cutout_flip_scale_rotate")
     monkeypatch.setattr(graph, "WARM_UP", 10**9)
     plain = trained(device, augmentation="color_crop_cutout_flip_scale_rotate")

@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import close
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from mim4dd.data import load
 from mim4dd.errors import InputError
@@ -41,9 +42,20 @@ def test_round_trip(tmp_path, digits):
 
 def test_soft_labels_that_do_not_fit_are_refused(tmp_path, digits):
     start = initialise(digits, 2, "real", generator(0, "init"))
-    replace(start, soft_labels=torch.rand(20, 9)).save(tmp_path / "set.safetensors")
-    with pytest.raises(InputError, match=r"soft labels \[20, 9\], expected \[20, 10\]"):
-        SyntheticSet.load(tmp_path / "set.safetensors")
+    with pytest.raises(ValueError, match=r"soft labels \[20, 9\], expected \[20, 10\]"):
+        replace(start, soft_labels=torch.rand(20, 9))
+    replace(start, soft_labels=torch.rand(20, 10)).save(tmp_path / "set.safetensors")
+    tensors, path = load_file(tmp_path / "set.safetensors"), tmp_path / "cut.safetensors"
+    with safe_open(tmp_path / "set.safetensors", "pt") as file:
+        save_file({**tensors, "soft_labels": torch.rand(20, 9)}, path, file.metadata())
+    with pytest.raises(InputError, match=r"cut.safetensors: .*soft labels \[20, 9\], expected \[20, 10\]"):
+        SyntheticSet.load(path)
+
+
+def test_images_that_the_factor_does_not_divide_are_refused(digits):
+    start = initialise(digits, 2, "real", generator(0, "init"))
+    with pytest.raises(ValueError, match=r"images \[20, 1, 8, 8\] cannot hold 3 x 3 others"):
+        replace(start, factor=3)
 
 
 def test_dataset_trains_as_it_is(digits):

@@ -54,6 +54,12 @@ def trajectory_distance(
             raise ValueError(
                 f"mim4dd.trajectory_distance: {argument} does not fit the network, see weight {odd!r}"
             )
+        if any(weights[name].shape != value.shape for name, value in network.named_parameters()):
+            raise ValueError(
+                f"mim4dd.trajectory_distance: {argument} has weights of other shapes than the network"
+            )
+    if steps < 0:
+        raise ValueError(f"mim4dd.trajectory_distance: steps is {steps}, expected at least 0")
     if memory not in ("constant", "unrolled"):
         raise ValueError(
             f"mim4dd.trajectory_distance: memory is {memory!r}, expected 'constant' or 'unrolled'"
