@@ -122,8 +122,9 @@ class Experts:
         wanted = recipe.facts()
         for name in ("format", "data", "architecture", "width", "weights"):
             if found.get(name) != wanted[name]:
+                what = "data set, split or whitening" if name == "data" else name
                 raise InputError(
-                    f"--experts {path} is of another {name}: {_short(found.get(name))}, but this run has "
+                    f"--experts {path} is of another {what}: {_short(found.get(name))}, but this run has "
                     f"{_short(wanted[name])}; name another file or a folder"
                 )
         self.num_experts, snapshots, _ = self._weights.get_shape()
