@@ -132,6 +132,17 @@ def test_a_last_step_that_breaks_the_images_is_noticed():
         )
 
 
+def test_images_move_by_plain_sgd_with_momentum():
+    """Down the sum of squares, whose gradient is 2x."""
+    start = plain(torch.rand(3, 1, 8, 8, generator=generator(0, "x")))
+    result = distill(Breaking(), start, iterations=3, lr=0.1, momentum=0.25)
+    images, velocity = start.images.clone(), torch.zeros(3, 1, 8, 8)
+    for _ in range(3):
+        velocity = 0.25 * velocity + 2 * images
+        images = images - 0.1 * velocity
+    torch.testing.assert_close(result.images, images)
+
+
 @pytest.mark.parametrize("objective", [DistributionMatching, GradientMatching])
 def test_small_images_are_decoded_for_the_objective_and_learn_from_it(objective):
     problem, start = digits_problem(ipc=2, factor=2)

@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from commands import npz
+from conftest import close
 
-from mim4dd import networks
+from mim4dd import augment, networks, run
+from mim4dd.config import to_json
 from mim4dd.data import load
 from mim4dd.evaluate import main
 from mim4dd.evaluation import Protocol, Score, accuracy, evaluate, train
@@ -82,6 +86,32 @@ def test_training_set_may_change_with_the_network(digits):
     assert tuple(reported) == score.accuracies
 
 
+def test_networks_are_trained_by_plain_sgd(digits):
+    """Three epochs of 300 images in batches of 256: momentum, weight decay and augmentation by hand."""
+    start = initialise(digits[0], 30, "real", generator(0, "init"))
+    networks_ = [networks.create("convnet", 1, 10, (8, 8), width=8) for _ in range(2)]
+    for network in networks_:
+        networks.initialise(network, generator(0, "test"))
+    trained, network = networks_
+    protocol = Protocol(epochs=3, augmentation="color_crop")
+    train(trained, start.images, start.labels, protocol, generator(0, "t"))
+
+    random, velocity = generator(0, "t"), [0.0 for _ in network.parameters()]
+    for lr in (0.01, 0.01, 0.001):
+        for index in torch.randperm(300, generator=random).split(256):
+            params = augment.sample("color_crop", len(index), (8, 8), generator=random)
+            logits = network(augment.apply(start.images[index], params))
+            gradients = torch.autograd.grad(
+                F.cross_entropy(logits, start.labels[index]), [*network.parameters()]
+            )
+            with torch.no_grad():
+                for k, (weight, gradient) in enumerate(zip(network.parameters(), gradients, strict=True)):
+                    velocity[k] = 0.9 * velocity[k] + gradient + 5e-4 * weight
+                    weight -= lr * velocity[k]
+    for ours, expected in zip(trained.parameters(), network.parameters(), strict=True):
+        close(ours.detach(), expected.detach(), 1e-5)
+
+
 def test_learning_rate_falls_to_a_tenth_after_half(monkeypatch, digits):
     real, _ = digits
     start = initialise(real, 1, "real", generator(0, "init"))
@@ -150,6 +180,41 @@ def test_evaluate_refuses_files_and_data_that_do_not_fit(finished, tmp_path, cap
     other = npz(tmp_path / "other.npz")
     assert main([str(folder / "synthetic.safetensors"), "--dataset", other]) == 2
     assert "give --dataset the data it was made from" in capsys.readouterr().err
+
+
+def test_a_saved_set_is_scored_by_its_own_settings_and_those_given(digits, tmp_path, monkeypatch):
+    """Its learning rate, its normalisation; and what the run said, unless the command line says other."""
+    calls, loads = [], []
+
+    def recorded(training_set, test, protocol, **options):
+        calls.append((*training_set(0), test, protocol, options))
+        return Score((0.5,))
+
+    monkeypatch.setattr("mim4dd.evaluate.evaluate", recorded)
+    monkeypatch.setattr("mim4dd.evaluate.load", lambda *source: loads.append(source) or digits)
+    monkeypatch.setattr("mim4dd.evaluate.resolve", lambda precision, _: f"picked for {precision}")
+    settings = "--eval-epochs 12 --augmentation crop --width 9 --network mlp --seed 5 --data-dir there"
+    own = {"mean": torch.tensor([0.25]), "std": torch.tensor([0.5]), "network_lr": 0.03}
+    metadata = {"config": to_json(run.parse(settings.split()))}
+    start = initialise(digits[0], 2, "real", generator(0, "init"), factor=2)
+    saved = dataclasses.replace(start, **own, metadata=metadata)
+    saved.save(tmp_path / "synthetic.safetensors")
+    assert main([str(tmp_path)]) == 0
+    given = "--eval-epochs 7 --seed 4 --num-eval 2 --precision bf16 --data-dir here --architectures lenet"
+    assert main([str(tmp_path), *given.split()]) == 0
+
+    assert loads == [("digits", Path("there"), None), ("digits", Path("here"), None)]
+    for images, labels, test, *_ in calls:
+        assert torch.equal(images, saved.decoded)
+        assert torch.equal(labels, torch.arange(10).repeat_interleave(8))
+        assert torch.equal(test.images, digits[1].images)
+        assert (test.mean.item(), test.std.item()) == (0.25, 0.5)
+    (*_, by_run, options), (*_, by_hand, others) = calls
+    assert (by_run.epochs, by_run.architecture, by_run.precision) == (12, "mlp", "picked for auto")
+    assert (by_hand.epochs, by_hand.architecture, by_hand.precision) == (7, "lenet", "picked for bf16")
+    for protocol in (by_run, by_hand):
+        assert (protocol.lr, protocol.augmentation, protocol.width) == (0.03, "crop", 9)
+    assert [(o["seed"], o["num_networks"]) for o in (options, others)] == [(0, 5), (4, 2)]
 
 
 def test_a_run_is_found_by_its_folder_and_a_set_without_settings_refused(finished, tmp_path, capsys):

@@ -1,0 +1,243 @@
+"""From settings to what is run: each arrives where it belongs, and baselines are what they are called."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import close
+
+from mim4dd import experiment, run
+from mim4dd.data import load
+from mim4dd.data.clusters import cluster_labels, image_for_each, kmeans_centres
+from mim4dd.evaluation import Score
+from mim4dd.experiment import Experiment
+from mim4dd.networks import memory
+from mim4dd.objectives import TrainedOnReal, TrainedOnSynthetic
+from mim4dd.seeding import generator
+from mim4dd.synthetic import encode, initialise, select_kmeans, select_random
+
+
+def prepare(options="", load=load):
+    """A small experiment of seed 3 with these options of the command line."""
+    return Experiment.prepare(run.parse(["--quick", "--width", "8", "--seed", "3", *options.split()]), load)
+
+
+@pytest.fixture
+def brief_students(monkeypatch):
+    monkeypatch.setattr("mim4dd.objectives.own_networks.STUDENT_STEPS", (3, 3))
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """What evaluations are asked for, none of which take place."""
+    calls = []
+
+    def evaluate(training_set, test, protocol, **options):
+        calls.append((training_set, test, protocol, options))
+        return Score((0.5,))
+
+    monkeypatch.setattr(experiment, "evaluate", evaluate)
+    return calls
+
+
+def test_the_problem_is_that_of_the_settings(monkeypatch):
+    asked, budgets = [], []
+
+    def recorded(name, folder, size):
+        asked.append((name, folder, size))
+        return load("digits", None, size)
+
+    monkeypatch.setattr(memory, "budget", lambda *arguments: budgets.append(arguments) or 10**7)
+    monkeypatch.setattr(experiment.precision, "resolve", lambda *_: "bf16")
+    options = "--image-size 12 --validation 0.25 --ipc 2 --factor 2 --network mlp --real-batch 9"
+    options += " --augmentation crop --mim-layers 0 --student-steps 7 --memory-budget 1.5"
+    prepared = prepare(options + " --data-dir here", recorded)
+    assert asked == [("digits", Path("here"), 12)]
+    assert budgets == [(1.5, torch.device("cpu"))]
+    problem = prepared.problem
+    train, held_out = load("digits", None, 12)[0].split(0.25, generator(3, "validation"))
+    assert torch.equal(problem.real.images, train.images)
+    assert torch.equal(prepared.test.images, held_out.images)
+    assert torch.equal(problem.labels, torch.arange(10).repeat_interleave(8))
+    assert (problem.architecture, problem.width, problem.real_batch) == ("mlp", 8, 9)
+    assert (problem.augmentation, problem.layers, problem.seed) == ("crop", [0], 3)
+    assert (problem.precision, problem.memory, problem.partners) == ("bf16", 10**7, None)
+    assert problem.trajectory.student_steps == 7
+
+
+def test_the_term_is_that_of_the_settings():
+    options = "--mim-loss nce --mim-weight 7 --mim-layers 0 --mim-layer-decay 0.5 --mim-temperature 0.2"
+    options += " --mim-noise-ratio 2 --mim-projection trained --mim-projection-size 5 --mim-symmetric"
+    term = prepare(options).mutual_information()
+    assert (term.loss, term.weight, term.layers, term.layer_decay) == ("nce", 7, [0], 0.5)
+    assert (term.temperature, term.noise_ratio, term.symmetric) == (0.2, 2, True)
+    (projection,) = term.parameters()
+    assert projection.requires_grad
+    drawn = torch.randn(8 * 4 * 4, 5, generator=generator(3, "projection"))
+    torch.testing.assert_close(projection.detach(), drawn / 5**0.5)
+    plain = prepare().mutual_information()
+    assert (plain.loss, plain.noise_ratio, plain.symmetric) == ("info_nce", "calibrated", False)
+    assert not [*plain.parameters()]
+
+
+@pytest.mark.parametrize("init", ["real", "kmeans", "noise"])
+def test_the_start_is_that_of_the_settings(init):
+    start = prepare(f"--ipc 2 --init {init}").start
+    expected = initialise(load("digits")[0], 2, init, generator(3, "init"))
+    assert torch.equal(start.images, expected.images)
+    assert start.factor == 1
+
+
+def test_the_loop_is_given_the_settings(monkeypatch):
+    calls = []
+
+    def distill(objective, start, **options):
+        calls.append((objective, start, options))
+        return start
+
+    monkeypatch.setattr(experiment, "distill", distill)
+    prepared = prepare("--iterations 4 --image-lr 0.3 --image-momentum 0.2 --mim-weight 2")
+    assert prepared.distill(print) is prepared.start
+    prepared.distill(print, with_mim=False)
+    (_, start, options), (_, _, without) = calls
+    assert start is prepared.start
+    assert options.pop("mutual_information").weight == 2
+    assert without.pop("mutual_information") is None
+    assert options == without == {"iterations": 4, "lr": 0.3, "momentum": 0.2, "on_progress": print}
+
+
+def test_the_term_looks_through_the_networks_of_the_settings():
+    def networks(name):
+        objective = prepare(f"--mim-networks {name}")._objective(with_term=True)
+        return type(getattr(objective, "networks", None))
+
+    assert networks("synthetic") is TrainedOnSynthetic
+    assert networks("real") is TrainedOnReal
+    assert networks("base") is type(None)
+
+
+@pytest.mark.parametrize("init", ["real", "kmeans"])
+def test_pairs_by_cluster_go_with_the_images_of_the_start(init):
+    """Image j of a class starts from four real ones, each of which goes with a cluster of its own."""
+    prepared = prepare(f"--mim-pairs cluster --ipc 2 --factor 2 --init {init}")
+    train, random = load("digits")[0], generator(3, "init")
+    centres = kmeans_centres(train, 8, random)
+    assert torch.equal(prepared.centres, centres)
+    assert torch.equal(prepared.problem.partners, cluster_labels(train, centres))
+    candidates = [(train.labels == c).nonzero().squeeze(1) for c in range(10)]
+    if init == "real":
+        candidates = select_random(train, 8, random)
+    index = image_for_each(centres, train, candidates)
+    assert torch.equal(prepared.start.images, encode(train.batch(index.flatten()), 2))
+
+
+def test_the_term_of_a_run_pairs_by_cluster(brief_students):
+    """Through networks of its own, the default: from the same start the images go elsewhere."""
+    runs = [prepare(f"--mim-pairs {pairs} --ipc 2 --iterations 1") for pairs in ("cluster", "class")]
+    assert torch.equal(runs[0].start.images, runs[1].start.images)
+    cluster, class_ = (one.distill(lambda _: None).images for one in runs)
+    assert cluster.isfinite().all()
+    assert not torch.allclose(cluster, class_)
+
+
+def test_whitening_is_measured_on_the_training_images():
+    train, test = load("digits")
+    prepared = prepare("--zca")
+    close(prepared.train.whitening.mean, train.images.flatten(1).float().mean(0) / scale(train))
+    for ours, plain in ((prepared.train, train), (prepared.test, test)):
+        close(ours.images, prepared.train.whitening.apply(plain.images), 1e-6)
+
+
+def scale(images):
+    return 255 if images.images.dtype == torch.uint8 else 1
+
+
+@pytest.mark.parametrize(("real_batch", "at_once"), [(4, 32), (2, 20)])
+def test_footprint(real_batch, at_once):
+    """A pass over a chunk, both maps of all real images, and 40 synthetic ones with gradients."""
+    prepared = prepare(f"--factor 2 --mim-layers 0 --real-batch {real_batch}")
+    network = prepared.problem.network()
+    passing, kept = (memory.per_image(network, (1, 8, 8), gradients=g) for g in (False, True))
+    maps = 4 * (8 * 4 * 4 + 8 * 2 * 2) * 10 * real_batch
+    assert prepared.footprint == (at_once, at_once * passing + maps + 40 * kept)
+
+
+def test_scores_follow_the_settings(evaluated):
+    options = "--network mlp --eval-epochs 11 --num-eval 4 --augmentation crop"
+    prepared = prepare(options)
+    reported = []
+    prepared.score(prepared.start, reported.append)
+    prepared.score(dataclasses.replace(prepared.start, network_lr=0.03), reported.append, "lenet")
+    training_set, test, protocol, asked = evaluated[0]
+    images, targets = training_set(0)
+    assert torch.equal(images, prepared.start.images)
+    assert torch.equal(targets, torch.arange(10))
+    assert test is prepared.test
+    assert (protocol.architecture, protocol.epochs, protocol.width) == ("mlp", 11, 8)
+    assert (protocol.augmentation, protocol.lr, protocol.precision) == (
+        "crop",
+        0.01,
+        prepared.config.precision,
+    )
+    assert asked == {"num_networks": 4, "seed": 3, "on_network": reported.append}
+    other = evaluated[1][2]
+    assert (other.architecture, other.lr, other.epochs) == ("lenet", 0.03, 11)
+
+
+def test_the_teacher_draws_by_the_seed(monkeypatch):
+    taught = []
+    monkeypatch.setattr(experiment, "teach", lambda *arguments: taught.append(arguments))
+    prepared = prepare("--network mlp")
+    network = prepared.teacher
+    ((student, real, protocol, random),) = taught
+    assert student is network
+    assert real is prepared.train
+    assert protocol.architecture == "mlp"
+    assert random.initial_seed() == generator(3, "teacher").initial_seed()
+
+
+def test_every_network_is_trained_on_other_random_images(evaluated):
+    prepared = prepare("--ipc 2 --num-eval 3")
+    prepared.baseline("random", print)
+    ((training_set, _, _, asked),) = evaluated
+    assert (asked["num_networks"], asked["seed"]) == (3, 3)
+    drawn = [training_set(k) for k in range(3)]
+    for k, (images, labels) in enumerate(drawn):
+        assert torch.equal(labels, torch.arange(10).repeat_interleave(2))
+        index = select_random(prepared.train, 2, generator(3, f"baseline/random/{k}")).flatten()
+        assert torch.equal(images, prepared.train.batch(index))
+    assert not any(torch.equal(drawn[a][0], drawn[b][0]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_the_kmeans_baseline_is_nearest_to_centres(evaluated):
+    prepared = prepare("--ipc 2")
+    prepared.baseline("kmeans", print)
+    images, labels = evaluated[0][0](0)
+    index = select_kmeans(load("digits")[0], 2, generator(3, "baseline/kmeans"))
+    assert torch.equal(images, prepared.train.batch(index.flatten()))
+    assert torch.equal(labels, torch.arange(10).repeat_interleave(2))
+
+
+@pytest.mark.parametrize(("epochs", "cut"), [(400, 20), (40, 5)])
+def test_the_full_data_take_fewer_epochs_and_one_network(evaluated, epochs, cut):
+    prepared = prepare(f"--eval-epochs {epochs} --num-eval 3")
+    prepared.baseline("full", print)
+    ((training_set, _, protocol, asked),) = evaluated
+    assert (protocol.epochs, asked["num_networks"]) == (cut, 1)
+    images, labels = training_set(0)
+    assert torch.equal(images, prepared.train.batch(torch.arange(1438)))
+    assert torch.equal(labels, prepared.train.labels)
+
+
+def test_the_base_baseline_is_a_run_without_the_term(evaluated, brief_students):
+    def distilled(options=""):
+        prepared = prepare("--iterations 3 --baselines base" + options)
+        return prepared, prepared.distill(lambda _: None)
+
+    prepared, ours = distilled()
+    run.evaluations(prepared, ours)
+    (base, _), (scored, _) = (call[0](0) for call in evaluated)
+    assert torch.equal(base, distilled(" --mim-weight 0")[1].images)
+    assert torch.equal(scored, ours.images)
+    assert not torch.equal(base, ours.images)
