@@ -336,6 +336,17 @@ def test_picture_shows_every_mean_at_its_place():
     assert headings == ["1 per class", "10 per class"]
 
 
+@pytest.mark.parametrize(("validation", "split"), [(0.0, "test"), (0.2, "validation")])
+def test_the_table_says_which_images_accuracies_are_of(tmp_path, validation, split):
+    arm = Arm("dm", 0.0, 1)
+    settings = {"data": {"dataset": "digits", "validation": validation}, "eval": {"eval_archs": []}}
+    outcomes = {(arm, 0): {"accuracy_mean": 0.5, "num_networks": 5}}
+    comparison_report.write(tmp_path, [arm], outcomes, 1, settings)
+    text = (tmp_path / "compare.md").read_text()
+    assert f"Accuracy on the {split} set: mean" in text
+    assert ("Each seed holds out a validation split" in text) == (split == "validation")
+
+
 def test_default_weights_are_those_of_run(monkeypatch):
     plan = compare.cells(
         comparison("--methods", "dm", "dc", "--ipcs", "10", "1", "--seeds", "3", "--baselines")

@@ -12,6 +12,7 @@ from PIL import Image, ImageFont
 
 import mim4dd
 from mim4dd import evaluate, report, run
+from mim4dd.files import atomic
 from mim4dd.objectives import METHODS
 from mim4dd.synthetic import SyntheticSet
 
@@ -219,6 +220,32 @@ def test_report_is_one_self_contained_page(finished):
         "https://matplotlib.org", ""
     ).replace("http://creativecommons.org", "")
     assert Image.open(folder / "images.png").size[0] > 100
+
+
+def test_names_are_no_markup(finished, tmp_path):
+    folder, _ = finished
+    result = json.loads((folder / "result.json").read_text())
+    result["dataset"] = result["config"]["data"]["dataset"] = "<b>&"
+    report.write(tmp_path, SyntheticSet.load(folder / "synthetic.safetensors"), result)
+    page = (tmp_path / "report.html").read_text()
+    assert "<b>" not in page
+    assert "<h1>&lt;b&gt;&amp;: 2 synthetic images per class</h1>" in page
+
+
+@pytest.mark.parametrize("failing", ["images.png", "report.html"])
+def test_a_result_is_there_only_if_all_the_rest_is(finished, tmp_path, monkeypatch, failing):
+    folder, _ = finished
+
+    def full(path):
+        if path.name == failing:
+            raise OSError("disk full")
+        return atomic(path)
+
+    monkeypatch.setattr(report, "atomic", full)
+    result = json.loads((folder / "result.json").read_text())
+    with pytest.raises(OSError, match="disk full"):
+        report.write(tmp_path, SyntheticSet.load(folder / "synthetic.safetensors"), result)
+    assert "result.json" not in files(tmp_path)
 
 
 def test_light_imports():

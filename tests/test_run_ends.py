@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from commands import QUICK, command, files, npz
 from conftest import write_pictures
 
 from mim4dd import run
+from mim4dd.distill import Progress
+from mim4dd.experiment import Experiment
 from mim4dd.synthetic import SyntheticSet
 
 
@@ -150,6 +153,24 @@ def test_interruption_keeps_the_last_good_set(tmp_path):
     assert process.returncode == 130, error
     assert "the last good set, of iteration" in error
     assert len(SyntheticSet.load(tmp_path / "out" / "synthetic.safetensors")) == 10
+
+
+def test_a_set_in_the_making_is_saved_every_minute_and_says_how_far_it_is(tmp_path, monkeypatch):
+    seconds = [100.0]
+    monkeypatch.setattr("mim4dd.run.time.monotonic", lambda: seconds[0])
+    experiment = Experiment.prepare(run.parse(["--quick", "--iterations", "500"]))
+    path = tmp_path / "synthetic.safetensors"
+    keeper = run.Keeper(experiment, path)
+    saved = []
+    for iteration, seconds[0] in ((10, 159), (20, 161), (30, 220), (40, 222)):
+        images = experiment.start.images + iteration
+        keeper(Progress(iteration, {"base": 1.0}, replace(experiment.start, images=images)))
+        if path.exists():
+            made = SyntheticSet.load(path)
+            saved.append(made.metadata["iterations"])
+            assert torch.equal(made.images, experiment.start.images + saved[-1])
+    assert saved == [20, 20, 40]
+    assert made.metadata["config"]["distill"]["iterations"] == 500
 
 
 def test_output_that_nobody_reads_ends_quietly():

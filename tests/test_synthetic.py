@@ -40,6 +40,22 @@ def test_round_trip(tmp_path, digits):
     assert (read.factor, read.network_lr) == (2, 0.02)
 
 
+def test_a_save_that_fails_leaves_the_old_set(tmp_path, digits, monkeypatch):
+    path = tmp_path / "set.safetensors"
+    start = initialise(digits, 2, "real", generator(0, "init"))
+    start.save(path)
+
+    def half(tensors, file, metadata):
+        file.write_bytes(b"garbage")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("mim4dd.synthetic.save_file", half)
+    with pytest.raises(OSError, match="disk full"):
+        initialise(digits, 2, "noise", generator(0, "init")).save(path)
+    assert torch.equal(SyntheticSet.load(path).images, start.images)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_soft_labels_that_do_not_fit_are_refused(tmp_path, digits):
     start = initialise(digits, 2, "real", generator(0, "init"))
     with pytest.raises(ValueError, match=r"soft labels \[20, 9\], expected \[20, 10\]"):

@@ -78,8 +78,9 @@ def test_the_best_is_found_and_run_accepts_it(tmp_path, scored, capsys):
     printed = capsys.readouterr().out
     assert f"Trial {found['best']} is +" in printed
     command = (out / "tune.md").read_text().split("python -m mim4dd.compare ")[1].split("\n")[0]
-    arms = {str(arm) for arm, _ in compare.cells(read(compare.Comparison, "compare", command.split()))}
-    assert arms == {
+    plan = compare.cells(read(compare.Comparison, "compare", command.split()))
+    assert {seed for _, seed in plan} == {3, 4, 5, 6, 7}, "those searched are 0, 1 and 2"
+    assert {str(arm) for arm, _ in plan} == {
         "random real",
         "dsa, weight 0",
         f"dsa, weight {best['mim']['mim_weight']}".removesuffix(".0"),
@@ -114,6 +115,35 @@ def test_poor_trials_are_given_up_early(tmp_path, scored):
     assert all(trial["complete"] for trial in trials[:5])
     best = max(trial["accuracies"]["0"] for trial in trials)
     assert all(trial["accuracies"]["0"] < best for trial in early)
+
+
+def test_a_poor_trial_that_ran_on_all_seeds_is_complete(tmp_path, scored):
+    """The others gain 0.1 and 0.3; the last as much on the first seed, but nothing on the second."""
+
+    def score(config):
+        later = 0.3 if len(ran) // 2 < 6 else 0.0
+        return 0.5 + (later if config.seed else 0.1) * bool(config.mim.mim_weight)
+
+    ran = scored(score)
+    out = tmp_path / "out"
+    assert tune.main([*QUICK, "--trials", "6", "--seeds", "0", "1", "--out", str(out)]) == 0
+    last = written(out)["found"]["trials"][6]
+    assert last["accuracies"] == {"0": 0.6, "1": 0.5}
+    assert last["complete"]
+
+
+def test_the_seed_of_the_search_decides_what_is_tried(tmp_path, scored):
+    ran = scored()
+    for seed in ("0", "1"):
+        arguments = ["--trials", "2", "--seeds", "4", "--seed", seed, "--out", str(tmp_path / seed)]
+        assert tune.main([*QUICK, *arguments]) == 0
+    assert {config.seed for config in ran} == {4}
+    base, default, first, *again, second = (config.mim for config in ran)
+    assert again == [base, default], "which nobody draws"
+    for setting in ("mim_weight", "mim_temperature"):
+        values = [getattr(mim, setting) for mim in (first, second)]
+        assert values[0] != values[1]
+        assert values == [float(f"{value:.3g}") for value in values], "three digits"
 
 
 def test_a_search_cut_off_goes_on_as_if_it_had_not_been(tmp_path, scored, monkeypatch, capsys):
@@ -227,6 +257,8 @@ def test_what_is_said_of_the_best():
     assert [line[0] for line in lines] == ["0", "3", "1"]
     assert lines[0][-2:] == ("60.00 ± 10.00", "")
     assert lines[1][1:3] == ("1", "0.1")
+    many = [base, *(trial(weight, 0.5, 0.6, 0.7 + weight / 100) for weight in range(1, 8))]
+    assert [line[0] for line in table(many)] == ["0", "7", "6", "5", "4", "3"], "the base and the best five"
     assert columns([base, worse, clear]) == ("trial", "weight", "τ", "accuracy, %", "difference, points")
     other = dataclasses.replace(worse, mim=dataclasses.replace(worse.mim, mim_layers="last"))
     assert columns([base, other, clear])[3] == "layers"
