@@ -199,9 +199,9 @@ def test_a_saved_set_is_scored_by_its_own_settings_and_those_given(digits, tmp_p
     start = initialise(digits[0], 2, "real", generator(0, "init"), factor=2)
     saved = dataclasses.replace(start, **own, metadata=metadata)
     saved.save(tmp_path / "synthetic.safetensors")
-    assert main([str(tmp_path)]) == 0
+    assert main([str(tmp_path), "--device", "cpu"]) == 0
     given = "--eval-epochs 7 --seed 4 --num-eval 2 --precision bf16 --data-dir here --architectures lenet"
-    assert main([str(tmp_path), *given.split()]) == 0
+    assert main([str(tmp_path), "--device", "cpu", *given.split()]) == 0
 
     assert loads == [("digits", Path("there"), None), ("digits", Path("here"), None)]
     for images, labels, test, *_ in calls:

@@ -20,7 +20,8 @@ from mim4dd.synthetic import encode, initialise, select_kmeans, select_random
 
 def prepare(options="", load=load):
     """A small experiment of seed 3 with these options of the command line."""
-    return Experiment.prepare(run.parse(["--quick", "--width", "8", "--seed", "3", *options.split()]), load)
+    small = "--quick --width 8 --seed 3 --device cpu "
+    return Experiment.prepare(run.parse((small + options).split()), load)
 
 
 @pytest.fixture

@@ -158,7 +158,7 @@ def test_interruption_keeps_the_last_good_set(tmp_path):
 def test_a_set_in_the_making_is_saved_every_minute_and_says_how_far_it_is(tmp_path, monkeypatch):
     seconds = [100.0]
     monkeypatch.setattr("mim4dd.run.time.monotonic", lambda: seconds[0])
-    experiment = Experiment.prepare(run.parse(["--quick", "--iterations", "500"]))
+    experiment = Experiment.prepare(run.parse(["--quick", "--iterations", "500", "--device", "cpu"]))
     path = tmp_path / "synthetic.safetensors"
     keeper = run.Keeper(experiment, path)
     saved = []
