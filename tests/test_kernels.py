@@ -109,6 +109,18 @@ def test_pairs_with_itself_left_out(path, form, rows, temperature):
     check(replace(form, exclude_self=True), scales, *rest)
 
 
+@pytest.mark.parametrize("name", ["info_nce", "info_nce_any"])
+def test_an_anchor_with_no_positive_but_itself_does_not_count(path, name):
+    scales, _, _, (a,), (k,) = problem(6, 6, [16])
+    labels = torch.tensor([0, 0, 1, 2, 2, 3], device=DEVICE)  # the third and the last are alone
+    cosine = torch.cosine_similarity(a[:, None].double(), k.double(), dim=2)
+    p = (cosine / scales[0]).fill_diagonal_(-torch.inf).softmax(1)
+    expected = -(p[0, 1] * p[1, 0] * p[3, 4] * p[4, 3]).log() / 4
+    form = LossForm(name, exclude_self=True)
+    losses = kernels.contrast(form, scales, labels, labels, [a], [k], (False,) * 3)[0]
+    agree(losses[0], expected, 2e-5)
+
+
 @pytest.mark.parametrize("path", ["narrow"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("width", [3, 16, 31, 64, 100, 128])

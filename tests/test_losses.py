@@ -177,6 +177,16 @@ def test_pairs_with_itself_left_out_are_as_if_they_were_not_there():
         torch.testing.assert_close(both, expected + transposed)
 
 
+@pytest.mark.parametrize("positives", ["each", "any"])
+def test_an_anchor_with_no_positive_but_itself_does_not_count(positives):
+    a, k, _, _ = batch(6, 6, 5, 1)
+    labels = torch.tensor([0, 0, 1, 2, 2, 3])  # the third and the last are alone
+    p = (F.normalize(a) @ F.normalize(k).T / 0.2).fill_diagonal_(-torch.inf).softmax(1)
+    expected = -(p[0, 1] * p[1, 0] * p[3, 4] * p[4, 3]).log() / 4
+    loss = mim4dd.info_nce_loss(a, k, labels, labels, temperature=0.2, positives=positives, exclude_self=True)
+    torch.testing.assert_close(loss, expected)
+
+
 LOSSES = [
     mim4dd.nce_loss,
     mim4dd.info_nce_loss,
@@ -220,6 +230,13 @@ def test_calibrated_critic_starts_at_its_prior(monkeypatch):
     others = (F.normalize(a) @ F.normalize(a).T / 0.5).exp()[~torch.eye(6, dtype=torch.bool)].mean()
     alone = calibrated_noise_ratio(a, a, la, la, temperature=0.5, negatives=7.0, exclude_self=True)
     torch.testing.assert_close(alone, others * 7)
+
+
+def test_calibration_of_one_label_counts_one_negative():
+    a, k, _, _ = batch(6, 9, 16, 1)
+    zeros = torch.zeros(9, dtype=torch.int64)
+    mean = (F.normalize(a) @ F.normalize(k).T / 0.5).exp().mean()
+    torch.testing.assert_close(calibrated_noise_ratio(a, k, zeros[:6], zeros, temperature=0.5), mean)
 
 
 def test_module_freezes_its_calibration_and_keeps_it_in_its_state():
@@ -293,7 +310,10 @@ def test_bad_input_is_named():
         mim4dd.info_nce_loss(a, k)
     with pytest.raises(ValueError, match="positives is 'all', expected 'each' or 'any'"):
         mim4dd.info_nce_loss(a, k, la, lk, positives="all")
-    for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss):
+    for negatives in (-1, 0.0, math.inf):
+        with pytest.raises(ValueError, match=f"negatives is {negatives}, expected a positive number"):
+            mim4dd.nce_loss(a, k, la, lk, negatives=negatives)
+    for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss, calibrated_noise_ratio):
         with pytest.raises(ValueError, match=r"exclude_self .* anchors is \[4, 3\] and keys is \[5, 3\]"):
             loss(a, k, la, lk, exclude_self=True)
 
