@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from commands import npz
 from conftest import labels_of, pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -158,6 +159,24 @@ def test_unknown_name_and_missing_path(tmp_path):
     (tmp_path / "a.csv").touch()
     with pytest.raises(InputError, match=r"a\.csv: expected a folder of pictures, or a file ending in \.npz"):
         load(str(tmp_path / "a.csv"))
+
+
+def test_a_path_may_lie_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    npz(tmp_path / "set.npz")
+    train, _ = load("~/set.npz")
+    assert train.image_size == (12, 12)
+    assert data.name_of("~/set.npz") == "set"
+
+
+def test_fingerprint_tells_everything_apart():
+    images = make_set(4, 5)
+    others = [
+        dataclasses.replace(images, **{name: getattr(images, name).flip(0)})
+        for name in ("images", "labels", "mean", "std")
+    ]
+    assert len({one.fingerprint for one in (images, *others)}) == 5
+    assert dataclasses.replace(images).fingerprint == images.fingerprint
 
 
 def test_every_name_is_known():

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mim4dd.files import atomic, cache_folder
+from mim4dd.errors import InputError
+from mim4dd.files import atomic, cache_folder, make_folder
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,15 @@ def test_the_cache_is_where_the_user_wants_it(monkeypatch, environment, expected
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert cache_folder() == expected
+
+
+def test_results_do_not_go_among_the_pictures(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pictures").mkdir()
+    for dataset in (str(tmp_path / "pictures"), "~/pictures"):
+        with pytest.raises(InputError, match="where it would count as a class"):
+            make_folder(tmp_path / "pictures" / "run", dataset)
+    assert make_folder(tmp_path / "run", "~/pictures").is_dir()
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):

@@ -33,7 +33,8 @@ def test_digits():
     batch = train.batch(torch.arange(len(train)))
     assert abs(batch.mean()) < 1e-4
     assert batch.std() == pytest.approx(1, abs=1e-3)
-    assert torch.equal(test.images, load("digits")[1].images)
+    # What was measured on the held-out images stays comparable: they are these, on every machine.
+    assert hashlib.sha256(test.images.numpy().tobytes()).hexdigest()[:16] == "f0a4b86e853e4076"
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -103,6 +104,13 @@ def test_missing_named_files(tmp_path):
     assert "https://" in text
     assert "--data-dir" in text
     assert "train-images" not in text
+
+
+def test_data_dir_may_lie_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    images, *_ = write_idx(tmp_path / "data")
+    train, _ = load("kmnist", Path("~/data"))
+    assert np.array_equal(train.images[:, 0], images)
 
 
 class Python2Pickler(pickle._Pickler):

@@ -54,6 +54,39 @@ def test_folder_of_grey_and_colour(tmp_path, name):
     assert test.images.shape == (2, 3, 10, 10)
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA"])
+def test_grey_modes_give_one_channel(tmp_path, mode):
+    from PIL import Image
+
+    cross = np.eye(10, dtype=np.uint8) * 255
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            Image.fromarray(cross).convert(mode).save(tmp_path / name / f"{i}.png")
+    train, _ = load(str(tmp_path))
+    assert train.images.shape == (4, 1, 10, 10)
+    assert all(np.array_equal(image[0], cross) for image in train.images)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_deep_modes_are_refused(tmp_path, mode):
+    from PIL import Image
+
+    write_pictures(tmp_path / "a", 3)
+    write_pictures(tmp_path / "b", 3)
+    Image.fromarray(picture((10, 10), 0)).convert("L").convert(mode).save(tmp_path / "b" / "1.tiff")
+    with pytest.raises(InputError, match=rf"1\.tiff: mode {mode}, more than 8 bits"):
+        load(str(tmp_path))
+
+
+def test_suffixes_in_capitals(tmp_path):
+    write_pictures(tmp_path / "a", 5)
+    write_pictures(tmp_path / "b", 5)
+    for file in (tmp_path / "b").iterdir():
+        file.rename(file.with_suffix(".PNG"))
+    assert torch.bincount(load(str(tmp_path))[0].labels).tolist() == [4, 4]
+
+
 def test_image_size_of_pictures(tmp_path):
     write_pictures(tmp_path / "train" / "a", 2, (10, 12))
     write_pictures(tmp_path / "train" / "b", 2, (30, 20))

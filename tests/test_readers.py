@@ -8,6 +8,7 @@ import torch
 from conftest import labels_of, pixels
 
 from mim4dd.data import load
+from mim4dd.data.pixels import resized
 from mim4dd.errors import InputError
 
 
@@ -82,6 +83,14 @@ def test_image_size_of_arrays(tmp_path):
     assert (train.images[:, :, :2] == 200).all()
     assert (train.images[:, :, -2:] == 100).all()
     assert load("digits", image_size=32)[0].image_size == (32, 32)
+
+
+def test_shrinking_averages():
+    """Each pixel stands for the nine it replaces, not for the one in their middle."""
+    board = (torch.arange(24)[:, None] + torch.arange(24)) % 2 * 255
+    shrunk = resized(board.to(torch.uint8)[None, None], 8)
+    assert shrunk.shape == (1, 1, 8, 8)
+    assert (shrunk.float() - 127.5).abs().max() < 10
 
 
 @pytest.mark.parametrize(
