@@ -5,6 +5,7 @@ import torch
 from conftest import digits_problem
 
 from mim4dd.objectives import CharacteristicMatching, characteristic_distance
+from mim4dd.seeding import generator as seeded
 
 
 def naive(real, synthetic, real_labels, synthetic_labels, frequencies, amplitude=0.5, phase=0.5):
@@ -123,6 +124,19 @@ def test_names_bad_input():
         characteristic_distance(rows, rows, labels, labels, torch.zeros(3))
     with pytest.raises(ValueError, match=r"synthetic_labels is \[1\], expected \[2\]"):
         characteristic_distance(rows, rows, labels, labels[:1], torch.zeros(5, 3))
+
+
+def test_the_loss_is_the_distance_at_new_frequencies_every_time():
+    problem, start = digits_problem(ipc=2)
+    objective, random = CharacteristicMatching(problem), seeded(0, "ncfm/frequencies")
+    for _ in range(2):
+        matched = objective(start.images, problem.labels)
+        real, synthetic = matched.real_features[-1], matched.synthetic_features[-1]
+        frequencies = torch.randn(1024, real[0].numel(), generator=random)
+        labels = matched.real_labels, matched.synthetic_labels
+        torch.testing.assert_close(
+            matched.loss, 300 * characteristic_distance(real, synthetic, *labels, frequencies)
+        )
 
 
 def test_matching_brings_the_distance_down():

@@ -36,28 +36,37 @@ def test_mutual_information_is_the_weighted_sum_over_layers(generator):
 def test_real_images_find_their_class_among_the_synthetic(generator):
     synthetic, real = maps(generator, 6), maps(generator, 20)
     labels = torch.arange(6) % 3, torch.arange(20) % 3
-    expected = []
+    expected, other_way = [], []
     for s, r in zip(synthetic, real, strict=True):
         cosine = F.normalize(r.flatten(1)) @ F.normalize(s.flatten(1)).T
         guess = (cosine / 0.2).softmax(1) @ F.one_hot(labels[0]).float()
         expected.append(F.nll_loss(guess.log(), labels[1]))
-    term = MutualInformation(loss="info_nce", layers="all", temperature=0.2, weight=5.0, layer_decay=0.5)
-    torch.testing.assert_close(term(synthetic, real, *labels), 5 * (expected[1] + 0.5 * expected[0]))
+        guess = (cosine.T / 0.2).softmax(1) @ F.one_hot(labels[1]).float()
+        other_way.append(F.nll_loss(guess.log(), labels[0]))
+    options = {"loss": "info_nce", "layers": "all", "temperature": 0.2, "weight": 5.0, "layer_decay": 0.5}
+    one_way = 5 * (expected[1] + 0.5 * expected[0])
+    torch.testing.assert_close(MutualInformation(**options)(synthetic, real, *labels), one_way)
+    both = one_way + 5 * (other_way[1] + 0.5 * other_way[0])
+    term = MutualInformation(symmetric=True, **options)
+    torch.testing.assert_close(term(synthetic, real, *labels), both)
 
 
 def test_mutual_information_is_calibrated_once_per_layer(generator):
     labels = torch.arange(6) % 3, torch.arange(20) % 3
     first, second = ((maps(generator, 6), maps(generator, 20)) for _ in range(2))
-    term = MutualInformation(layers="all")
+    options = {"temperature": 0.2, "negatives": 4.0}
+    term = MutualInformation(layers="all", **options)
     term(*first, *labels)
     expected = sum(
-        mim4dd.nce_loss(s2, r2, *labels, noise_ratio=calibrated_noise_ratio(s1, r1, *labels))
+        mim4dd.nce_loss(
+            s2, r2, *labels, noise_ratio=calibrated_noise_ratio(s1, r1, *labels, **options), **options
+        )
         for s1, r1, s2, r2 in zip(
             *([m.flatten(1) for m in side] for batch in (first, second) for side in batch), strict=True
         )
     )
     torch.testing.assert_close(term(*second, *labels), expected)
-    copy = MutualInformation(layers="all")
+    copy = MutualInformation(layers="all", **options)
     copy.load_state_dict(term.state_dict())
     torch.testing.assert_close(copy(*second, *labels), expected)
 

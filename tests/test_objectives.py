@@ -7,9 +7,13 @@ import torch
 import torch.nn.functional as F
 from conftest import close, digits_problem
 
-from mim4dd import augment, seeding
+from mim4dd import augment, networks, seeding
 from mim4dd.objectives import METHODS, DistributionMatching, GradientMatching, gradient_distance
 from mim4dd.objectives.gradient import loops
+
+
+def weights_of(network):
+    return torch.cat([weight.detach().flatten() for weight in network.parameters()])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -42,12 +46,23 @@ def test_chunked_real_features_are_those_of_one_pass():
     assert not unneeded.numel()
 
 
-@pytest.mark.parametrize("augmentation", ["none", "color_crop"])
-def test_gradient_matching_sums_over_the_classes(augmentation):
+def test_distribution_matching_looks_through_a_new_network_every_time():
+    problem, start = digits_problem()
+    objective, random = DistributionMatching(problem), seeding.generator(0, "dm/network")
+    for _ in range(2):
+        objective(start.images, problem.labels)
+        network = problem.network()
+        networks.initialise(network, random)
+        close(weights_of(objective.network), weights_of(network), 0)
+
+
+# The chunks that images of a class are taken in hold 32.
+@pytest.mark.parametrize(("augmentation", "real_batch"), [("none", 8), ("color_crop", 40)])
+def test_gradient_matching_sums_over_the_classes(augmentation, real_batch):
     """Against a plain loop over classes with the same draws."""
     problem, start = digits_problem(ipc=2)
     images = start.images
-    problem = dataclasses.replace(problem, augmentation=augmentation, layers=(1,))
+    problem = dataclasses.replace(problem, augmentation=augmentation, real_batch=real_batch, layers=(1,))
     x = images.clone().requires_grad_()
     objective = GradientMatching(problem)
     matched = objective(x, problem.labels)
@@ -80,23 +95,51 @@ def test_gradient_matching_loops_are_the_published_ones():
     assert all(1 <= outer <= 50 and inner >= 10 for outer, inner in map(loops, range(2, 200)))
 
 
+def test_gradient_matching_trains_its_network_as_published():
+    """Against plain SGD with the same draws, two of its epochs."""
+    problem, start = digits_problem(ipc=2)
+    problem = dataclasses.replace(problem, augmentation="crop")
+    objective = GradientMatching(problem)
+    objective.inner = 2
+    for _ in range(2):
+        objective.prepare(start.images, problem.labels)
+    network, training = problem.network().requires_grad_(), seeding.generator(0, "dc/training")
+    networks.initialise(network, seeding.generator(0, "dc/network"))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    for _ in range(2):
+        order = torch.randperm(20, generator=training)
+        params = augment.sample("crop", 20, (8, 8), generator=training)
+        optimizer.zero_grad()
+        F.cross_entropy(network(augment.apply(start.images[order], params)), problem.labels[order]).backward()
+        optimizer.step()
+    close(weights_of(objective.network), weights_of(network), 1e-5)
+
+
+@pytest.mark.parametrize(("ipc", "epochs", "batches"), [(2, 250, [20]), (26, 20, [256, 4])])
+def test_gradient_matching_trains_for_as_many_epochs_as_published(ipc, epochs, batches):
+    problem, start = digits_problem(ipc=ipc)
+    objective, steps = GradientMatching(problem), []
+    objective.step = lambda index, images, targets: steps.append(index[0])
+    for _ in range(2):
+        objective.prepare(start.images, problem.labels)
+    assert [len(index) for index in steps] == batches * epochs
+    assert torch.cat(steps).bincount().tolist() == [epochs] * 10 * ipc, "each image in each epoch"
+
+
 def test_gradient_matching_trains_its_network_between_image_steps():
     problem, start = digits_problem(ipc=2)
     images = start.images
     objective = GradientMatching(problem)
     assert objective.outer == 2
 
-    def weights():
-        return torch.cat([p.flatten() for p in objective.network.parameters()]).clone()
-
     def loss():
         return F.cross_entropy(objective.network.network(images), problem.labels)
 
     objective(images, problem.labels)
-    first, first_loss = weights(), loss()
+    first, first_loss = weights_of(objective.network), loss()
     objective(images, problem.labels)
     assert loss() < first_loss
     objective(images, problem.labels)
-    third = weights()
+    third = weights_of(objective.network)
     assert not torch.equal(third, first), "a new network"
     assert third.abs().max() <= first.abs().max() * 1.01, "that is not trained yet"

@@ -163,7 +163,33 @@ def test_the_objective_is_the_distance_after_steps_on_minibatches(problem):
     for one, other in zip(found, torch.autograd.grad(expected, [images, logits, lr]), strict=True):
         close(one, other)
     assert objective.network_lr == pytest.approx(0.01)
+    (trained,) = objective.trained
+    assert trained["params"][0] is objective.log_lr
+    assert trained["lr"] == 0.1
     assert found[0][order[18:]].abs().max() == 0, "two images were not in the first three batches"
+
+
+def test_a_match_starts_anywhere_and_ends_a_span_later(problem):
+    objective = TrajectoryMatching(problem)
+    known = {(e, k): flat(weights(problem, e, k)) for e in range(2) for k in range(4)}
+    seen = set()
+    for _ in range(20):
+        objective.prepare(torch.zeros(20, 1, 8, 8), problem.labels)
+        (start,) = [key for key, value in known.items() if torch.equal(value, flat(objective.start))]
+        assert torch.equal(flat(objective.target), known[start[0], start[1] + 2])
+        seen.add(start)
+    assert seen == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+def test_every_round_of_the_images_is_in_a_new_order(problem):
+    objective = TrajectoryMatching(with_options(problem, student_steps=10))
+    steps = [*objective._indices(20)]
+    assert [len(index) for index in steps] == [6] * 10
+    first, second, third = torch.cat(steps).split(20)
+    for order in (first, second, third):
+        assert order.sort().values.tolist() == [*range(20)]
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
 
 
 def test_features_for_the_term_are_those_of_the_starting_network(problem):
