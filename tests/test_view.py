@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import digits_problem
+import torch.nn.functional as F
+from conftest import close, digits_problem
 
-from mim4dd import evaluation
+from mim4dd import augment, evaluation
 from mim4dd.data import load
 from mim4dd.distill import distill
 from mim4dd.networks import initialise
@@ -17,6 +18,7 @@ from mim4dd.objectives import (
     Objective,
     TrainedOnReal,
     TrainedOnSynthetic,
+    TrajectoryMatching,
     own_networks,
     through,
 )
@@ -57,6 +59,63 @@ def test_networks_on_real_images_are_trained_the_later_the_longer(problem):
     assert not torch.equal(weights_of(TrainedOnReal(other), other), weights)
 
 
+def trained_by_hand(problem, random, images, labels, draw):
+    """The weights after three steps of plain SGD on augmented images at what `draw` returns."""
+    network = problem.network().requires_grad_()
+    initialise(network, random)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    for _ in range(3):
+        index = draw()
+        params = augment.sample(problem.augmentation, len(index), (8, 8), generator=random)
+        optimizer.zero_grad()
+        F.cross_entropy(network(augment.apply(images[index], params)), labels[index]).backward()
+        optimizer.step()
+    return torch.cat([weight.detach().flatten() for weight in network.parameters()])
+
+
+def test_training_on_real_images_is_plain_sgd(problem, monkeypatch):
+    monkeypatch.setattr(own_networks, "REAL_NETWORKS", 1)
+    monkeypatch.setattr(own_networks, "REAL_STEPS", 3)
+    real, random = problem.real, generator(0, "mim/network/0")
+    images = real.batch(torch.arange(len(real)))
+    expected = trained_by_hand(
+        problem, random, images, real.labels, lambda: torch.randint(len(real), (128,), generator=random)
+    )
+    close(weights_of(TrainedOnReal(problem), problem)[0], expected, 1e-5)
+
+
+def test_training_a_student_is_plain_sgd(monkeypatch):
+    """On no more than 256 images a step."""
+    monkeypatch.setattr(own_networks, "STUDENT_STEPS", (3, 3))
+    problem, start = digits_problem(ipc=26)
+    random = generator(0, "mim/student")
+    expected = trained_by_hand(
+        problem, random, start.images, problem.labels, lambda: torch.randperm(260, generator=random)[:256]
+    )
+    networks = TrainedOnSynthetic(problem)
+    networks.renew(start.images, problem.labels)
+    close(networks.weights[0], expected, 1e-5)
+
+
+def test_every_network_starts_from_weights_of_its_own(problem, monkeypatch):
+    monkeypatch.setattr(own_networks, "REAL_STEPS", 0)
+    weights = weights_of(TrainedOnReal(problem), problem)
+    assert len(weights.unique(dim=0)) == 10
+
+
+def test_every_twentieth_match_trains_a_student_for_100_to_400_steps(problem):
+    networks, lengths = TrainedOnSynthetic(problem), generator(0, "mim/student/steps")
+    steps, counts = [], []
+    networks._training.step = lambda *_: steps.append(None)
+    for _ in range(60):
+        networks.renew(torch.zeros(10, 1, 8, 8), problem.labels)
+        counts.append(len(steps))
+        steps.clear()
+    expected = [int(torch.randint(100, 401, (), generator=lengths)) for _ in range(3)]
+    assert counts[::20] == expected
+    assert sum(counts) == sum(expected), "and not in between"
+
+
 def test_training_on_real_images_is_told_step_by_step_and_done_once(problem):
     networks = TrainedOnReal(problem)
     for _ in zip(range(30), networks.train(), strict=False):  # 10 and 20 steps: two networks
@@ -76,7 +135,7 @@ def test_a_student_learns_the_synthetic_images_and_makes_room_for_the_next(probl
     images = start.images
     targets = problem.labels
     if soft:
-        targets = torch.nn.functional.one_hot(targets, 10) * 0.9 + 0.01
+        targets = F.one_hot(targets, 10) * 0.9 + 0.01
     networks = TrainedOnSynthetic(problem)
     students = []
     for _ in range(2 * own_networks.STUDENT_EVERY + 1):
@@ -112,38 +171,35 @@ def test_a_student_starts_from_nothing(problem, monkeypatch):
     random.set_state(state)
     initialise(network, random)
     network.requires_grad_()
-    torch.nn.functional.cross_entropy(network(start.images), problem.labels).backward()
+    F.cross_entropy(network(start.images), problem.labels).backward()
     expected = torch.cat([(p - own_networks.LR * p.grad).detach().flatten() for p in network.parameters()])
     torch.testing.assert_close(networks.weights[0], expected)
 
 
 @pytest.mark.parametrize("architecture", ["convnet", "convnet-bn"])
-def test_features_are_those_of_one_of_the_networks(problem, architecture):
+def test_features_are_those_of_one_of_the_networks(problem, architecture, monkeypatch):
+    monkeypatch.setattr(own_networks, "REAL_STEPS", 0)
     problem = dataclasses.replace(problem, architecture=architecture, augmentation="none")
     networks = TrainedOnReal(problem)
     weights = weights_of(networks, problem)
     alone = DistributionMatching(problem)
     objective = through(networks, DistributionMatching(problem), problem)
     images = torch.randn(10, 1, 8, 8, generator=generator(0, "images"), requires_grad=True)
-    all_of_them = [network_of(problem, flat) for flat in weights]
-    for network in all_of_them:
-        problem.settle(network, generator(0, "any"))
+    choice, statistics = generator(0, "mim/choice"), generator(0, "mim/statistics")
     seen = set()
     for _ in range(20):
         matched = objective(images, problem.labels)
         assert torch.equal(matched.loss, alone(images, problem.labels).loss), "the base is left as it is"
         assert len(matched.real_labels) == 10 * problem.real_batch
-        if architecture == "convnet":
-            expected = [network.features(images) for network in all_of_them]
-            which = [
-                k for k, maps in enumerate(expected) if torch.equal(maps[-1], matched.synthetic_features[-1])
-            ]
-            seen |= set(which)
-            assert len(which) == 1
-            assert torch.equal(expected[which[0]][0], matched.synthetic_features[0])
+        chosen = int(torch.randint(10, (1,), generator=choice))
+        seen.add(chosen)
+        network = network_of(problem, weights[chosen])
+        problem.settle(network, statistics)
+        for found, expected in zip(matched.synthetic_features, network.features(images), strict=True):
+            assert torch.equal(found, expected)
         assert matched.synthetic_features[-1].requires_grad
         assert not matched.real_features[-1].requires_grad
-    assert architecture == "convnet-bn" or len(seen) > 3
+    assert len(seen) > 3
 
 
 class Plain(Objective):
@@ -155,6 +211,29 @@ class Plain(Objective):
     def match(self, images, targets):
         self.calls += 1
         return Matched(self.calls * images.square().sum(), [images], [images], targets, targets)
+
+
+def test_no_more_than_64_real_images_a_class_are_compared(problem, monkeypatch):
+    monkeypatch.setattr(own_networks, "REAL_STEPS", 0)
+    problem = dataclasses.replace(problem, real_batch=100)
+    objective = through(TrainedOnReal(problem), Plain(), problem)
+    matched = objective(torch.zeros(10, 1, 8, 8), problem.labels)
+    assert matched.real_labels.bincount().tolist() == [64] * 10
+    assert len(matched.real_features[-1]) == 640
+
+
+def test_what_the_base_learns_is_learned_through_them(problem, monkeypatch, tmp_path):
+    monkeypatch.setattr(own_networks, "REAL_STEPS", 0)
+    _, start = digits_problem()
+    problem = dataclasses.replace(
+        problem, trajectory=dataclasses.replace(problem.trajectory, experts=tmp_path / "experts")
+    )
+    base = TrajectoryMatching(problem)
+    objective = through(TrainedOnReal(problem), base, problem)
+    assert objective.network_lr == pytest.approx(0.01)
+    distilled = distill(objective, start, iterations=2, lr=0.0, momentum=0.0)
+    assert abs(base.network_lr - 0.01) > 1e-5
+    assert distilled.network_lr == objective.network_lr == base.network_lr
 
 
 @pytest.mark.parametrize("kind", [TrainedOnReal, TrainedOnSynthetic])
