@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 
 import pytest
 import torch
@@ -90,6 +91,40 @@ def test_experts_are_found_again_and_training_goes_on_where_it_was_cut_off(probl
     assert list(train_experts(other_width)), "another network has its own"
     rounded = dataclasses.replace(problem, precision="bf16")
     assert recipe(rounded).path() != recipe(problem).path(), "and so has another precision"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"augmentation": "crop"},
+        {"width": 4},
+        {"architecture": "mlp"},
+        {"precision": "bf16"},
+        {"num_experts": 1},
+        {"expert_snapshots": 4},
+        {"expert_batches": 3},
+        {"expert_seed": 1},
+    ],
+    ids=str,
+)
+def test_experts_trained_otherwise_are_others(problem, change):
+    ((name, _),) = change.items()
+    own = hasattr(problem.trajectory, name)
+    other = with_options(problem, **change) if own else dataclasses.replace(problem, **change)
+    assert recipe(other).path() != recipe(problem).path()
+
+
+def test_two_runs_train_their_experts_once(problem):
+    """The second waits for the first, and then finds them."""
+    first, found = train_experts(problem), []
+    next(first)
+    second = threading.Thread(target=lambda: found.append([*train_experts(problem)]))
+    second.start()
+    second.join(0.3)
+    assert second.is_alive()
+    assert list(first)[-1] == (6, 6)
+    second.join()
+    assert found == [[]]
 
 
 def test_an_experts_file_that_does_not_fit_is_refused(problem, tmp_path):
