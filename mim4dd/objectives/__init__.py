@@ -97,7 +97,7 @@ METHODS = {
         augmented=True,
         learns_targets=True,
         iterations=lambda _: 5000,
-        mim_weights={"info-nce": {1: 0.0}, "nce": {1: 0.0}},
+        mim_weights={"info-nce": {1: 1.0, 2: 0.0}, "nce": {1: 0.0}},
         prepare=train_experts,
     ),
     "ncfm": Method(
