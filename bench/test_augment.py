@@ -107,7 +107,10 @@ TEXTBOOK = {
 
 def kornia_version(op: str, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor] | None:
     kornia = importlib.import_module("kornia.augmentation")
+    half = augment.CUTOUT**2  # of the area
     makers = {
+        "color": lambda: kornia.ColorJiggle(0.5, (0.5, 1.5), (0.0, 2.0), p=1.0),  # also clamps to [0, 1]
+        "cutout": lambda: kornia.RandomErasing(scale=(half, half), ratio=(1.0, 1.0), p=1.0),
         "crop": lambda: kornia.RandomCrop(shape[2:], padding=int(shape[2] * augment.CROP + 0.5)),
         "flip": lambda: kornia.RandomHorizontalFlip(p=0.5),
         "scale": lambda: kornia.RandomAffine(0, scale=(1 / 1.2, 1.2, 1 / 1.2, 1.2), p=1.0),

@@ -164,11 +164,23 @@ class Worker {
       for (int y = ys.begin; y < ys.end; ++y) {
         To* row = to.row(c, y);
         if (to.x == 1)
-          for (int x = xs.begin; x < xs.end; ++x) row[x] = 0;
+          zero(row + xs.begin, xs.size());
         else
           for (int x = xs.begin; x < xs.end; ++x) row[x * to.x] = 0;
       }
     }
+  }
+
+  // By blocks of one store each, the last of which overlaps: a call of memset takes longer than a short row.
+  template <typename To>
+  static void zero(To* row, int count) {
+    constexpr int kBlock = 32 / sizeof(To);
+    if (count < kBlock) {
+      for (int x = 0; x < count; ++x) row[x] = 0;
+      return;
+    }
+    for (int x = 0; x < count - kBlock; x += kBlock) memset(row + x, 0, 32);
+    memset(row + count - kBlock, 0, 32);
   }
 
   // ------------------------------------------------------------------------------- in and out of the buffers
