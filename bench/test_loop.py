@@ -37,6 +37,7 @@ from mim4dd import evaluation, graph, networks, stacked
 from mim4dd.networks import blocks, convolution, precision
 from mim4dd.objectives import METHODS, Problem, base, distribution, gradient, trajectory_distance
 from mim4dd.seeding import generator
+from mim4dd.stacked import Stack
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ROUNDS = {"cpu": 2, "cuda": 20}
@@ -141,7 +142,8 @@ def test_the_trained_network_is_that_of_the_textbook(device, small):
     networks.initialise(network, generator(0, "bench/start", torch.device(device)))
     plain = setting(of, images, [p.detach().clone() for p in network.parameters()])
     protocol = evaluation.Protocol(3, "none", width=of.width)
-    evaluation.train(network, images, of.labels, protocol, generator(0, "bench/train", torch.device(device)))
+    stack = Stack.of(network, generator(0, "bench/train", torch.device(device)))
+    evaluation.train(stack, [(images, of.labels)], protocol)
     theirs = plain.network()
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2])

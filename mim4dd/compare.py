@@ -20,7 +20,7 @@ from .objectives import METHODS
 from .options import Hidden, plain, read
 from .presets import with_presets
 from .studies import comparison_report
-from .studies.cells import BaselineCell, Cell, outcome_in, rehearse
+from .studies.cells import BaselineCell, Cell, differences, outcome_in, rehearse
 from .studies.comparison import COLUMNS, REAL, Arm, in_order, rows
 
 Key = tuple[Arm, int]  # an arm and a seed
@@ -204,8 +204,8 @@ def _refuse_others(folder: Path, shared: dict[str, Any]) -> None:
         settings = json.loads(path.read_text())["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a comparison of mim4dd ({error!r}); give another --out") from error
-    if settings != shared:
-        raise InputError(f"{folder} holds a comparison with other settings, see {path}; give another --out")
+    if others := differences(settings, shared):
+        raise InputError(f"{folder} holds a comparison with other settings: {others}; give another --out")
 
 
 def _earlier(folder: Path) -> dict[Key, dict[str, Any]]:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -31,7 +32,8 @@ console = Console(highlight=False, markup=False)
 def guarded(command: Callable[[], int | None]) -> int:
     """Run a command line; return its exit code.
 
-    1: diverged; 2: the user's mistake; 130: interrupted; 141: nobody reads the output any more.
+    1: diverged, or out of memory; 2: the user's mistake; 130: interrupted; 141: nobody reads the output any
+    more.
     """
     try:
         try:
@@ -47,9 +49,22 @@ def guarded(command: Callable[[], int | None]) -> int:
     except DivergenceError as error:
         complain(str(error))
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        complain(
+            f"out of memory ({str(error).splitlines()[0]}); take less with --memory-budget (on a GPU), "
+            "--real-batch, --width, --ipc or --image-size"
+        )
+        return 1
     except KeyboardInterrupt:
         complain("interrupted")
         return 130
+
+
+def _out_of_memory(error: Exception) -> bool:
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 def complain(message: str) -> None:

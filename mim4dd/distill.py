@@ -140,17 +140,20 @@ def updates(
         yield update().clone()
 
 
+def _remedy(names: list[str]) -> str:
+    options = {"base": "--image-lr", "mim": "--mim-weight"}
+    return f"lower {' or '.join(options[name] for name in names)}"
+
+
 def _read(unread: list[Tensor], names: list[str], iteration: int, learned: list[Tensor]) -> dict[str, float]:
     """Fetch the losses of the last iterations, all at once, and average them, if all is finite."""
     values = torch.stack(unread).tolist()
-    for back, row in enumerate(values):
-        for name, value in zip(names, row, strict=True):
-            if not math.isfinite(value):
-                raise DivergenceError(
-                    f"the {name} term became {value} in iteration {iteration - len(values) + 1 + back}; "
-                    f"lower {'--mim-weight' if name == 'mim' else '--image-lr'}"
-                )
+    for when, row in enumerate(values, iteration - len(values) + 1):
+        wrong = {name: value for name, value in zip(names, row, strict=True) if not math.isfinite(value)}
+        if wrong:  # all of them where it is the images that are not finite
+            became = " and ".join(f"the {name} term became {value}" for name, value in wrong.items())
+            raise DivergenceError(f"{became} in iteration {when}; {_remedy([*wrong])}")
     if not all(bool(tensor.isfinite().all()) for tensor in learned):
-        raise DivergenceError(f"the images are not finite after iteration {iteration}; lower --image-lr")
+        raise DivergenceError(f"the images are not finite after iteration {iteration}; {_remedy(names)}")
     columns = zip(*values, strict=True)
     return {name: sum(column) / len(values) for name, column in zip(names, columns, strict=True)}

@@ -18,7 +18,7 @@ from .augment import AugmentParams
 from .data import ImageSet
 from .networks import Network
 from .seeding import generator
-from .stacked import Stack
+from .stacked import Batch, Stack
 
 OnNetwork = Callable[[float], None]
 
@@ -106,28 +106,33 @@ def evaluate(
     for group in torch.arange(num_networks).split(together):
         random = [generator(seed, f"evaluation/{k}", device) for k in group.tolist()]
         stack = Stack.initialised(network, random)
-        _train(stack, [training_set(k) for k in group.tolist()], protocol)
+        train(stack, [training_set(k) for k in group.tolist()], protocol)
         for trained in stack.unstack():
             accuracies.append(accuracy(trained, test))
             on_network(accuracies[-1])
     return Score(tuple(accuracies))
 
 
-def train(
-    network: Network, images: Tensor, targets: Tensor, protocol: Protocol, generator: torch.Generator
-) -> None:
-    """Train `network` in place on images [n, C, H, W] and targets [n, ...], every epoch in a new order."""
-    _train(Stack.of(network, generator), [(images, targets)], protocol)
+def train_on_real(network: Network, real: ImageSet, protocol: Protocol, generator: torch.Generator) -> None:
+    """Train `network` in place, from nothing, on all real images, which stay the bytes they are stored as."""
+    networks.initialise(network, generator)
+    _train(Stack.of(network, generator), real.labelled, len(real), real.image_size, protocol)
 
 
-def _train(stack: Stack, sets: Sequence[tuple[Tensor, Tensor]], protocol: Protocol) -> None:
-    """Train each network of a stack on its own set of images and targets, all of one size."""
+def train(stack: Stack, sets: Sequence[tuple[Tensor, Tensor]], protocol: Protocol) -> None:
+    """Train each network of a stack on its own images [n, C, H, W] and targets [n, ...]."""
 
     def batch(index: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
         own = [(images[i], targets[i]) for (images, targets), i in zip(sets, index, strict=True)]
         images = augment.apply(torch.cat([x for x, _ in own]), params)
         return images.unflatten(0, index.shape), torch.stack([y for _, y in own])
 
+    count, *_, height, width = sets[0][0].shape
+    _train(stack, batch, count, (height, width), protocol)
+
+
+def _train(stack: Stack, batch: Batch, count: int, size: tuple[int, int], protocol: Protocol) -> None:
+    """Train a stack on batches of `count` images, every epoch in a new order."""
     stack.network.train()
     optimizer = torch.optim.SGD(
         stack.weights.values(),
@@ -136,12 +141,11 @@ def _train(stack: Stack, sets: Sequence[tuple[Tensor, Tensor]], protocol: Protoc
         weight_decay=protocol.weight_decay,
     )
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [protocol.epochs // 2 + 1])
-    count, *_, height, width = sets[0][0].shape
     lr = None
     for _ in range(protocol.epochs):
         if schedule.get_last_lr() != lr:  # a new step, for a recorded one keeps its learning rate
             lr = schedule.get_last_lr()
-            step = stack.step(optimizer, batch, protocol.augmentation, (height, width))
+            step = stack.step(optimizer, batch, protocol.augmentation, size)
         for index in stack.epoch(count, protocol.batch):
             step(index)
         schedule.step()

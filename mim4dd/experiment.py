@@ -17,7 +17,7 @@ from .data.whitening import Whitening
 from .devices import pick_device
 from .distill import Progress, distill
 from .errors import InputError
-from .evaluation import OnNetwork, Protocol, Score, evaluate
+from .evaluation import OnNetwork, Protocol, Score, accuracy, evaluate, train_on_real
 from .information import held_out_information
 from .networks import Network, memory, precision
 from .objectives import (
@@ -34,7 +34,7 @@ from .seeding import generator
 from .synthetic import SyntheticSet
 from .teacher import probabilities, teach
 
-FULL_EPOCHS = 20  # full data: this fraction of the epochs, but at least 5; and one network
+FULL_SHARE = 20  # full data: the epochs divided by this, but at least 5; and one network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,10 +191,13 @@ class Experiment:
 
     def _objective(self, *, with_term: bool) -> Objective:
         make, seen = METHODS[self.config.distill.method].objective, self.config.mim.mim_networks
-        if not with_term or seen == "base":
+        if with_term and seen == "base":
             return make(self.problem)
+        alone = make(dataclasses.replace(self.problem, layers=()))
+        if not with_term:
+            return alone
         networks = self._trained_on_real if seen == "real" else TrainedOnSynthetic(self.problem)
-        return through(networks, make(dataclasses.replace(self.problem, layers=())), self.problem)
+        return through(networks, alone, self.problem)
 
     @cached_property
     def _trained_on_real(self) -> TrainedOnReal:
@@ -227,8 +230,7 @@ class Experiment:
         """Evaluate real images: "random" (new ones for every network), "kmeans" or "full"."""
         real, ipc, seed = self.train, self.config.distill.ipc, self.config.seed
         if name == "full":
-            images = real.batch(torch.arange(len(real), device=self.device))
-            return self._evaluate(lambda _: (images, real.labels), on_network, full=True)
+            return self._full(on_network)
         if name == "kmeans":
             index = synthetic.select_kmeans(real, ipc, generator(seed, "baseline/kmeans", self.device))
             pair = real.batch(index.flatten()), self.start.labels
@@ -240,18 +242,23 @@ class Experiment:
 
         return self._evaluate(draw, on_network)
 
+    def _full(self, on_network: OnNetwork) -> Score:
+        protocol, network = self._protocol(), self.problem.network()
+        protocol = dataclasses.replace(protocol, epochs=max(5, protocol.epochs // FULL_SHARE))
+        train_on_real(network, self.train, protocol, generator(self.config.seed, "evaluation/0", self.device))
+        reached = accuracy(network, self.test)
+        on_network(reached)
+        return Score((reached,))
+
     def _evaluate(
         self,
         training_set: Callable[[int], tuple[Tensor, Tensor]],
         on_network: OnNetwork,
         *,
-        full: bool = False,
         lr: float | None = None,
         architecture: str | None = None,
     ) -> Score:
         protocol = self._protocol()
-        if full:
-            protocol = dataclasses.replace(protocol, epochs=max(5, protocol.epochs // FULL_EPOCHS))
         if lr:
             protocol = dataclasses.replace(protocol, lr=lr)
         if architecture:
@@ -260,7 +267,7 @@ class Experiment:
             training_set,
             self.test,
             protocol,
-            num_networks=1 if full else settled(self.config.eval.num_eval),
+            num_networks=settled(self.config.eval.num_eval),
             seed=self.config.seed,
             on_network=on_network,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
@@ -19,12 +20,10 @@ import numpy as np
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from .augment import AugmentParams
 from .data import ImageSet
 from .errors import InputError
-from .files import cache_folder
+from .files import atomic, cache_folder
 from .networks import Network
 from .seeding import generator
 from .stacked import Stack, Weights, at_once
@@ -39,7 +38,8 @@ class ExpertConfig:
     """The experts that trajectory matching (mtt) follows. They are kept, and found again by later runs."""
 
     experts: Path | None = None
-    """Folder they are kept in, or one file of them; default: ~/.cache/mim4dd/experts."""
+    """Folder they are kept in, or one file of them, which are then taken however they were trained; default:
+    ~/.cache/mim4dd/experts."""
     num_experts: int | None = None
     """How many are trained."""
     expert_snapshots: int | None = None
@@ -175,8 +175,8 @@ def _train_alone(recipe: Recipe, path: Path) -> Iterator[tuple[int, int]]:
     assert snapshots is not None
     partial = path.with_suffix(".partial")
     table = _table(partial, recipe, (count, snapshots + 1, sum(map(math.prod, recipe.shapes.values()))))
-    # An expert is finished once its last snapshot, the last that is written, is there.
-    done = next((k for k in range(count) if not table[k, -1].any()), count)
+    finished = path.with_suffix(".finished")  # how many experts are all there
+    done = int(finished.read_text()) if finished.exists() else 0
     real = recipe.real
     together = at_once(recipe.network, (real.channels, *real.image_size), BATCH, real.images.device)
     while done < count:
@@ -187,7 +187,10 @@ def _train_alone(recipe: Recipe, path: Path) -> Iterator[tuple[int, int]]:
             table.flush()
             yield group.start * snapshots + len(group) * snapshot, count * snapshots
         done = group.stop
+        with atomic(finished) as temporary:
+            temporary.write_text(str(done))
     partial.replace(path)
+    finished.unlink()
 
 
 def _paths(recipe: Recipe, group: Sequence[int]) -> Iterator[Weights]:
@@ -198,12 +201,8 @@ def _paths(recipe: Recipe, group: Sequence[int]) -> Iterator[Weights]:
     network, real = recipe.network, recipe.real
     random = [generator(recipe.config.expert_seed, f"expert/{k}", real.images.device) for k in group]
     stack = Stack.initialised(network, random)
-
-    def batch(index: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
-        return real.augmented(index, params), real.labels[index]
-
     optimizer = torch.optim.SGD(stack.weights.values(), lr=LR)
-    step = stack.step(optimizer, batch, recipe.augmentation, real.image_size)
+    step = stack.step(optimizer, real.labelled, recipe.augmentation, real.image_size)
     batches = chain.from_iterable(stack.epoch(len(real), BATCH) for _ in repeat(None))
     for snapshot in range((recipe.config.expert_snapshots or 0) + 1):
         for index in islice(batches, recipe.interval if snapshot else 0):
@@ -212,7 +211,11 @@ def _paths(recipe: Recipe, group: Sequence[int]) -> Iterator[Weights]:
 
 
 def _table(path: Path, recipe: Recipe, shape: tuple[int, int, int]) -> np.memmap:
-    """Map the file's numbers for writing; a new file is a .safetensors of zeros, and takes no room yet."""
+    """Map the file's numbers for writing; a new file is a .safetensors of zeros.
+
+    Raises:
+        InputError: there is no room for it.
+    """
     size = 4 * math.prod(shape)
     header = json.dumps(
         {
@@ -223,10 +226,24 @@ def _table(path: Path, recipe: Recipe, shape: tuple[int, int, int]) -> np.memmap
     header += b" " * (-len(header) % 8)
     start = 8 + len(header)
     if not path.exists():
-        with path.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            file.truncate(start + size)
+        try:
+            with atomic(path) as temporary, temporary.open("wb") as file:
+                file.write(len(header).to_bytes(8, "little") + header)
+                _reserve(file.fileno(), start, size)
+        except OSError as error:
+            raise InputError(
+                f"--experts {path.parent} has no room for {size / 2**30:.1f} GiB of experts "
+                f"({error.strerror}); name another folder, or fewer --num-experts or --expert-snapshots"
+            ) from error
     return np.memmap(path, "<f4", "r+", start, shape)
+
+
+def _reserve(file: int, start: int, size: int) -> None:
+    """Fill with zeros, for a file of holes kills whoever writes into its memory once the disk is full."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, start, size)
+    else:
+        os.truncate(file, start + size)
 
 
 def _short(value: Any) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from rich.filesize import decimal
 
 from . import __version__, report
 from .config import Config, check, settled, to_json
@@ -29,7 +33,6 @@ from .errors import InputError
 from .evaluation import Score
 from .experiment import Experiment
 from .files import make_folder
-from .networks.memory import GIB
 from .options import read
 from .presets import with_presets
 from .synthetic import SyntheticSet
@@ -60,21 +63,26 @@ def open_folder(experiment: Experiment) -> Path:
     Raises:
         InputError: it cannot be written, or holds something and --overwrite is not given.
     """
-    config = experiment.config
+    config, dataset = experiment.config, experiment.config.data.dataset
     folder = config.out
     if folder is None:
         name = f"{experiment.name}-{config.distill.method}-ipc{config.distill.ipc}-{config.seed}"
-        folder, k = Path("runs") / name, 1
-        while _taken(folder) and not config.overwrite:
-            k += 1
-            folder = Path("runs") / f"{name}-{k}"
-    elif _taken(folder) and not config.overwrite:
+        if config.overwrite:
+            return make_folder(Path("runs") / name, dataset)
+        return _claimed(make_folder(Path("runs"), dataset), name)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not config.overwrite):
         raise InputError(f"--out {folder} holds something already; give another folder, or --overwrite")
-    return make_folder(folder, config.data.dataset)
+    return make_folder(folder, dataset)
 
 
-def _taken(folder: Path) -> bool:
-    return folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+def _claimed(runs: Path, name: str) -> Path:
+    """Create the first of name, name-2, ... that is not there: of two runs at once each gets its own."""
+    for k in itertools.count(1):
+        folder = runs / (name if k == 1 else f"{name}-{k}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError("there is always a next number")
 
 
 def run(experiment: Experiment, folder: Path) -> dict[str, Any]:
@@ -93,7 +101,7 @@ def run(experiment: Experiment, folder: Path) -> dict[str, Any]:
     at_once, needed = experiment.footprint
     console.print(
         f"{config.precision}; {at_once} real images at a time; the networks' maps take about "
-        f"{needed / GIB:.2f} GiB",
+        f"{decimal(needed)}; {the_term(config)}",
         soft_wrap=True,
     )
     if config.distill.soft_labels:
@@ -141,6 +149,12 @@ def run(experiment: Experiment, folder: Path) -> dict[str, Any]:
         f"Wrote synthetic.safetensors, result.json, images.png and report.html into {folder}/", soft_wrap=True
     )
     return result
+
+
+def the_term(config: Config) -> str:
+    """Return what becomes of the mutual-information term, in words."""
+    weight = settled(config.mim.mim_weight)
+    return f"the term has weight {weight:g}" if weight else "without the term (weight 0)"
 
 
 class Keeper:

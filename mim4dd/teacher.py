@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .data import ImageSet
-from .evaluation import Protocol, train
-from .networks import CHUNK, Network, initialise
+from .evaluation import Protocol, train_on_real
+from .networks import CHUNK, Network
 
 STEPS = 500  # at least an epoch: a teacher need not be perfect to tell which classes are alike
 
@@ -18,15 +18,7 @@ STEPS = 500  # at least an epoch: a teacher need not be perfect to tell which cl
 def teach(network: Network, real: ImageSet, protocol: Protocol, generator: torch.Generator) -> None:
     """Train `network` in place, from nothing, on the real images: `protocol`, but about `STEPS` steps."""
     epochs = max(1, STEPS // math.ceil(len(real) / protocol.batch))
-    images = real.batch(torch.arange(len(real), device=real.images.device))
-    initialise(network, generator)
-    train(
-        network,
-        images,
-        real.labels,
-        dataclasses.replace(protocol, epochs=epochs),
-        generator,
-    )
+    train_on_real(network, real, dataclasses.replace(protocol, epochs=epochs), generator)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from .files import make_folder
 from .options import read, recast
 from .presets import with_presets
 from .seeding import generator
-from .studies.cells import Cell, rehearse
+from .studies.cells import Cell, differences, rehearse
 from .studies.tune_report import Trial, describe, show, write
 from .studies.tuning import CHOICES, RANGES, SEARCHED, Tuning, check_tuning
 
@@ -70,7 +70,7 @@ class Search:
         Raises:
             DivergenceError: the base method alone diverged.
         """
-        while len(trials := self.trials()) <= self.tuning.trials:
+        while len(trials := self._written()) <= self.tuning.trials:
             done = len(trials)
             # A sampler of its own for every trial: a search that was cut off goes on as if it had not been.
             self.study.sampler = _sampler(self.tuning.seed, done)
@@ -83,12 +83,16 @@ class Search:
             except KeyboardInterrupt:
                 complain(f"{done} of {self.tuning.trials + 1} trials are finished; the same command goes on")
                 raise
-            trials = self.trials()
-            if trials[0].failed:
-                raise DivergenceError(f"the base method alone failed: {trials[0].failed}")
-            write(self.folder, self.tuning.run_settings, trials, self._facts())
         show(trials)
         console.print(f"Wrote tune.json and tune.md into {self.folder}/", soft_wrap=True)
+
+    def _written(self) -> list[Trial]:
+        trials = self.trials()
+        if trials and trials[0].failed:
+            raise DivergenceError(f"the base method alone failed: {trials[0].failed}")
+        if trials:
+            write(self.folder, self.tuning.run_settings, trials, self._facts())
+        return trials
 
     def trials(self) -> list[Trial]:
         """Return the trials that are through, the base method first."""
@@ -197,8 +201,8 @@ def _study(folder: Path, settings: dict[str, Any]) -> optuna.Study:
         )
     except (ValueError, KeyError) as error:
         raise InputError(f"{log} is damaged ({error}); remove it: finished runs are found again") from error
-    if study.user_attrs.get("settings", settings) != settings:
-        raise InputError(f"{folder} holds a search with other settings; give another --out")
+    if others := differences(study.user_attrs.get("settings", settings), settings):
+        raise InputError(f"{folder} holds a search with other settings: {others}; give another --out")
     study.set_user_attr("settings", settings)
     return study
 

@@ -11,6 +11,7 @@ from conftest import close, digits_problem
 from mim4dd import augment, evaluation, networks, run
 from mim4dd.objectives import DistributionMatching, GradientMatching, distribution_distance, gradient_distance
 from mim4dd.seeding import generator
+from mim4dd.stacked import Stack
 
 
 def forward(network, x, statistics=None):
@@ -141,7 +142,7 @@ def test_accuracy_does_not_depend_on_the_other_images():
     network = problem.network().requires_grad_()
     networks.initialise(network, generator(0, "w"))
     protocol = evaluation.Protocol(epochs=20, augmentation="none", architecture="convnet-bn", width=8)
-    evaluation.train(network, images, problem.labels, protocol, generator(0, "t"))
+    evaluation.train(Stack.of(network, generator(0, "t")), [(images, problem.labels)], protocol)
     test = dataclasses.replace(problem.real, images=problem.real.images[:40], labels=problem.real.labels[:40])
     accuracy = evaluation.accuracy(network, test)
     with torch.no_grad():

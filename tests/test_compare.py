@@ -177,13 +177,22 @@ def test_other_settings_are_refused(finished, capsys):
     before = bytes_of(finished)
     command = [*QUICK, *GRID, "--out", str(finished), "--iterations", "1"]
     assert compare.main([*QUICK, "--seeds", "7", "--iterations", "1", "--out", str(finished)]) == 2
-    assert f"{finished} holds a comparison with other settings" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{finished} holds a comparison with other settings: iterations 0 (now 1); give another" in error
     assert compare.main(command) == 2
     (finished / "compare.json").unlink()
     capsys.readouterr()
     assert compare.main(command) == 2
     assert "iterations 0 (now 1); give another --out, or remove that folder" in capsys.readouterr().err
     assert bytes_of(finished) == {p: b for p, b in before.items() if p.name != "compare.json"}
+
+
+def test_a_comparison_older_than_a_setting_goes_on(finished):
+    path = finished / "compare.json"
+    older = json.loads(path.read_text())
+    del older["settings"]["mim"]["mim_pairs"]
+    path.write_text(json.dumps(older))
+    assert compare.main([*QUICK, *GRID, "--out", str(finished)]) == 0
 
 
 def test_cells_that_were_removed_are_run_again(finished, scored):
@@ -400,7 +409,7 @@ def test_time_left_goes_by_the_cells_like_it():
         (["--methods"], "--methods names nothing"),
         (["--seeds"], "--seeds names nothing"),
         (["--ipcs", "1", "1000"], "fewer than the 1000 asked for"),
-        (["--ipcs", "0"], "--ipc is 0, expected at least 1"),
+        (["--ipcs", "0"], "--ipc is 0, expected a number of at least 1"),
         (["--mim-weights", "0", "-1"], "--mim-weight is -1.0"),
         (["--mim-layers", "7"], "there is no layer 7"),
         (["--num-eval", "0"], "--num-eval is 0: nothing to compare"),

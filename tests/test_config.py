@@ -108,7 +108,7 @@ def test_bad_files_are_named(tmp_path, content, message):
     [
         ({"distill": DistillConfig(method="dmm")}, "unknown method 'dmm', did you mean dm"),
         ({"distill": DistillConfig(network="convnett")}, "unknown network 'convnett', did you mean convnet"),
-        ({"distill": DistillConfig(ipc=0)}, "--ipc is 0, expected at least 1"),
+        ({"distill": DistillConfig(ipc=0)}, "--ipc is 0, expected a number of at least 1"),
         ({"distill": DistillConfig(iterations=-1)}, "--iterations is -1"),
         ({"distill": DistillConfig(image_lr=float("nan"))}, "--image-lr is nan, expected a positive number"),
         ({"distill": DistillConfig(image_lr=1e300)}, "--image-lr is 1e\\+300, expected a positive number"),
@@ -116,11 +116,12 @@ def test_bad_files_are_named(tmp_path, content, message):
         ({"distill": DistillConfig(image_momentum=-0.5)}, "--image-momentum is -0.5, expected 0 up to 1"),
         ({"distill": DistillConfig(image_momentum=1)}, "--image-momentum is 1, expected 0 up to 1"),
         ({"distill": DistillConfig(augmentation="color_shear")}, "unknown part 'shear'"),
-        ({"mim": MimConfig(mim_weight=-2.0)}, "--mim-weight is -2.0, expected at least 0"),
+        ({"mim": MimConfig(mim_weight=float("inf"))}, "--mim-weight is inf, expected a number of at least 0"),
+        ({"mim": MimConfig(mim_weight=-2.0)}, "--mim-weight is -2.0, expected a number of at least 0"),
         ({"mim": MimConfig(mim_temperature=0.0)}, "--mim-temperature is 0.0"),
         ({"mim": MimConfig(mim_noise_ratio=2.0)}, "only --mim-loss nce has one, and it is info-nce"),
         ({"mim": MimConfig(mim_layers="first")}, "--mim-layers is 'first', expected all, last or indices"),
-        ({"eval": EvalConfig(eval_epochs=0)}, "--eval-epochs is 0, expected at least 1"),
+        ({"eval": EvalConfig(eval_epochs=0)}, "--eval-epochs is 0, expected a number of at least 1"),
         ({"data": DataConfig(validation=1.0)}, "--validation is 1.0, expected a share"),
     ],
 )

@@ -16,6 +16,7 @@ from mim4dd.data import load
 from mim4dd.evaluate import main
 from mim4dd.evaluation import Protocol, Score, accuracy, evaluate, train
 from mim4dd.seeding import generator
+from mim4dd.stacked import Stack
 from mim4dd.synthetic import SyntheticSet, initialise
 
 
@@ -94,7 +95,7 @@ def test_networks_are_trained_by_plain_sgd(digits):
         networks.initialise(network, generator(0, "test"))
     trained, network = networks_
     protocol = Protocol(epochs=3, augmentation="color_crop")
-    train(trained, start.images, start.labels, protocol, generator(0, "t"))
+    train(Stack.of(trained, generator(0, "t")), [(start.images, start.labels)], protocol)
 
     random, velocity = generator(0, "t"), [0.0 for _ in network.parameters()]
     for lr in (0.01, 0.01, 0.001):
@@ -127,7 +128,11 @@ def test_learning_rate_falls_to_a_tenth_after_half(monkeypatch, digits):
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.SGD, "step", recording_step)
-    train(network, start.images, start.labels, dataclasses.replace(PROTOCOL, epochs=10), generator(0, "t"))
+    train(
+        Stack.of(network, generator(0, "t")),
+        [(start.images, start.labels)],
+        dataclasses.replace(PROTOCOL, epochs=10),
+    )
     assert rates == pytest.approx([0.01] * 6 + [0.001] * 4)
 
 
@@ -143,7 +148,7 @@ def test_batches_cover_every_image_once_an_epoch(monkeypatch, digits):
         lambda logits, labels: sizes.append(labels.bincount(minlength=10)) or cross_entropy(logits, labels),
     )
     protocol = dataclasses.replace(PROTOCOL, epochs=1, batch=32)
-    train(network, start.images, start.labels, protocol, generator(0, "t"))
+    train(Stack.of(network, generator(0, "t")), [(start.images, start.labels)], protocol)
     assert [int(s.sum()) for s in sizes] == [32, 32, 6]
     assert sum(sizes).tolist() == [7] * 10
 

@@ -13,7 +13,7 @@ from mim4dd.data.clusters import cluster_labels, image_for_each, kmeans_centres
 from mim4dd.evaluation import Score
 from mim4dd.experiment import Experiment
 from mim4dd.networks import memory
-from mim4dd.objectives import TrainedOnReal, TrainedOnSynthetic
+from mim4dd.objectives import METHODS, TrainedOnReal, TrainedOnSynthetic
 from mim4dd.seeding import generator
 from mim4dd.synthetic import encode, initialise, select_kmeans, select_random
 
@@ -221,14 +221,30 @@ def test_the_kmeans_baseline_is_nearest_to_centres(evaluated):
 
 
 @pytest.mark.parametrize(("epochs", "cut"), [(400, 20), (40, 5)])
-def test_the_full_data_take_fewer_epochs_and_one_network(evaluated, epochs, cut):
+def test_the_full_data_take_fewer_epochs_and_one_network(monkeypatch, epochs, cut):
+    trained = []
+    monkeypatch.setattr(experiment, "train_on_real", lambda *arguments: trained.append(arguments))
+    monkeypatch.setattr(experiment, "accuracy", lambda network, test: 0.25)
     prepared = prepare(f"--eval-epochs {epochs} --num-eval 3")
-    prepared.baseline("full", print)
-    ((training_set, _, protocol, asked),) = evaluated
-    assert (protocol.epochs, asked["num_networks"]) == (cut, 1)
-    images, labels = training_set(0)
-    assert torch.equal(images, prepared.train.batch(torch.arange(1438)))
-    assert torch.equal(labels, prepared.train.labels)
+    reported = []
+    assert prepared.baseline("full", reported.append).accuracies == (0.25,)
+    assert reported == [0.25]
+    ((_, real, protocol, random),) = trained
+    assert real is prepared.train
+    assert protocol.epochs == cut
+    assert random.initial_seed() == generator(3, "evaluation/0").initial_seed()
+
+
+def test_only_the_term_has_maps_kept(monkeypatch, brief_students):
+    made = []
+    dm = METHODS["dm"]
+    monkeypatch.setitem(
+        METHODS, "dm", dataclasses.replace(dm, objective=lambda p: made.append(p.layers) or dm.objective(p))
+    )
+    prepared = prepare("--iterations 1 --mim-networks base --mim-weight 1")
+    prepared.distill(lambda _: None)
+    prepared.distill(lambda _: None, with_mim=False)
+    assert made == [[0, 1], ()]
 
 
 def test_the_base_baseline_is_a_run_without_the_term(evaluated, brief_students):

@@ -165,7 +165,8 @@ def trained(device="cpu", architecture="convnet", augmentation="crop"):
     network = networks.create(architecture, 1, 10, (8, 8), width=8, device=device)
     networks.initialise(network, random)
     protocol = evaluation.Protocol(epochs=6, augmentation=augmentation, batch=16)
-    evaluation.train(network, start.images.to(device), problem.labels.to(device), protocol, random)
+    pair = start.images.to(device), problem.labels.to(device)
+    evaluation.train(stacked.Stack.of(network, random), [pair], protocol)
     return torch.cat([value.flatten().double() for value in network.state_dict().values()])
 
 

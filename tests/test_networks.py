@@ -43,6 +43,15 @@ def test_every_network_takes_every_size(architecture, size):
     assert (logits[0] - logits[1]).abs().max() > 1e-3, "two images must not look the same"
 
 
+def test_maps_that_are_not_wanted_take_no_memory():
+    network = ConvNet(1, 10, width=8)
+    x = torch.randn(4, 1, 32, 32, generator=generator(0, "x"))
+    with torch.no_grad():
+        maps = network.features(x, (2,))
+    assert [m.shape for m in maps] == [(4, 0, 16, 16), (4, 0, 8, 8), (4, 8, 4, 4)]
+    assert [m.untyped_storage().nbytes() for m in maps] == [0, 0, 4 * 4 * 8 * 4 * 4]
+
+
 def test_depth_follows_the_size():
     depths = {side: networks.depth_for((side, side)) for side in (8, 16, 28, 32, 64, 128)}
     assert depths == {8: 2, 16: 3, 28: 3, 32: 3, 64: 4, 128: 5}

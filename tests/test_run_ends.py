@@ -36,6 +36,19 @@ def test_results_are_never_overwritten_silently(tmp_path, monkeypatch, capsys):
     assert left == ["synthetic.safetensors"], "nothing tells of another set"
 
 
+def test_two_runs_at_once_get_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    experiment = Experiment.prepare(run.parse([*QUICK]))
+    assert [run.open_folder(experiment).name for _ in range(2)] == ["digits-dm-ipc1-0", "digits-dm-ipc1-0-2"]
+
+
+def test_too_little_memory_is_told(tmp_path, capsys):
+    assert run.main([*QUICK, "--width", "100000000", "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("mim4dd: out of memory (")
+    assert "take less with --memory-budget" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -43,7 +56,7 @@ def test_results_are_never_overwritten_silently(tmp_path, monkeypatch, capsys):
         (["--method", "dn"], "unknown method 'dn', did you mean dm"),
         (["--dataset", "mnist", "--data-dir", "nowhere"], "not found in nowhere"),
         (["--dataset", "./nothing.npz"], "no such file or folder"),
-        (["--ipc", "0"], "--ipc is 0, expected at least 1"),
+        (["--ipc", "0"], "--ipc is 0, expected a number of at least 1"),
         (["--factor", "3"], "--factor 3 does not divide images of 8x8"),
         (["--ipc", "1000"], "fewer than the 1000 asked for"),
         (["--ipc", "1000", "--mim-pairs", "cluster"], "fewer than the 1000 asked for"),
@@ -106,7 +119,7 @@ def test_out_is_not_to_become_a_class(tmp_path, monkeypatch, capsys):
         write_pictures(tmp_path / "data" / "pets" / name, 5)
     monkeypatch.chdir(tmp_path / "data" / "pets")
     assert run.main([*QUICK, "--dataset", "."]) == 2
-    assert "--out runs/pets-dm-ipc1-0 lies in ., where it would count as a class" in capsys.readouterr().err
+    assert "--out runs lies in ., where it would count as a class" in capsys.readouterr().err
     assert files(tmp_path / "data" / "pets") == ["cats", "dogs"]
     out = str(tmp_path / "[old]")
     assert run.main([*QUICK, "--dataset", ".", "--num-eval", "0", "--out", out]) == 0

@@ -33,7 +33,7 @@ def test_a_stack_is_trained_as_its_networks_are_alone(soft, device):
     def trained(group):
         stack = Stack.initialised(network, [generator(0, f"network/{k}", device) for k in group])
         before = {name: weight.clone() for name, weight in stack.weights.items()}
-        evaluation._train(stack, [sets[k] for k in group], protocol)
+        evaluation.train(stack, [sets[k] for k in group], protocol)
         assert all((stack.weights[name] != before[name]).any() for name in before if "weight" in name)
         return stack.weights
 
@@ -87,7 +87,7 @@ def test_a_stack_of_a_network_trains_that_network():
     networks.initialise(network, random)
     before = network.classifier.weight.clone()
     stack = Stack.of(network, random)
-    evaluation._train(stack, [(start.images, problem.labels)], evaluation.Protocol(1, "none"))
+    evaluation.train(stack, [(start.images, problem.labels)], evaluation.Protocol(1, "none"))
     assert not torch.equal(network.classifier.weight, before)
     assert [*stack.unstack()] == [network]
     close(network.classifier.weight, stack.weights["classifier.weight"][0], 0)

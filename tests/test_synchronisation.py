@@ -154,7 +154,7 @@ def test_a_training_step_waits_for_nothing(architecture, count):
     network = networks.create(architecture, 1, 10, (8, 8), width=8, device=META)
     stack = Stack.initialised(network, [Generator() for _ in range(count)])
     pair = torch.rand(50, 1, 8, 8, device=META), torch.zeros(50, dtype=torch.int64, device=META)
-    evaluation._train(stack, [pair] * count, evaluation.Protocol(4, DSA, batch=16))
+    evaluation.train(stack, [pair] * count, evaluation.Protocol(4, DSA, batch=16))
 
 
 def test_training_experts_waits_for_nothing():

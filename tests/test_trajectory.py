@@ -93,6 +93,29 @@ def test_experts_are_found_again_and_training_goes_on_where_it_was_cut_off(probl
     assert recipe(rounded).path() != recipe(problem).path(), "and so has another precision"
 
 
+def test_an_expert_whose_last_snapshot_is_half_written_is_trained_anew(problem):
+    for done, _ in train_experts(problem):
+        if done == 4:
+            break
+    partial = recipe(problem).path().with_suffix(".partial")
+    with partial.open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\1\1\1\1")  # of the last snapshot of the second expert
+    assert next(iter(train_experts(problem)))[0] == 3
+    assert list(train_experts(problem))[-1] == (6, 6)
+    assert not partial.with_suffix(".finished").exists()
+
+
+def test_a_full_disk_is_told(problem, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(InputError, match=r"has no room for 0\.0 GiB of experts \(No space left on device\)"):
+        next(iter(train_experts(problem)))
+    assert not list(recipe(problem).path().parent.glob("*.partial"))
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -182,7 +182,7 @@ def test_other_settings_are_refused(tmp_path, scored, capsys):
     for other in (["--seeds", "5"], ["--iterations", "3"], ["--weights", "1", "2"], ["--seed", "1"]):
         before = (tmp_path / "out" / "tune.json").read_bytes()
         assert tune.main([*arguments, *other]) == 2
-        assert "holds a search with other settings; give another --out" in capsys.readouterr().err
+        assert "holds a search with other settings: " in capsys.readouterr().err
         assert (tmp_path / "out" / "tune.json").read_bytes() == before
 
 
@@ -232,6 +232,7 @@ def test_a_base_that_diverges_ends_the_search(tmp_path, capsys):
         assert tune.main([*QUICK, "--iterations", "12", "--image-lr", "3e38", "--out", str(out)]) == 1
         assert "the base method alone failed" in capsys.readouterr().err
     assert not (out / "tune.json").exists()
+    assert [path.name for path in (out / "cells").iterdir()] == ["base"], "no trial follows"
 
 
 def trial(weight, *accuracies, complete=True):

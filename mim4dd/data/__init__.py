@@ -76,6 +76,10 @@ class ImageSet:
         images = augment.apply(pixels, params, rows=rows, mean=self.mean, std=self.std)
         return images.reshape(index.shape + pixels.shape[1:])
 
+    def labelled(self, index: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
+        """`augmented` images and their labels, as a step of training takes them."""
+        return self.augmented(index, params), self.labels[index]
+
     def sample(self, per_class: int, generator: torch.Generator) -> Tensor:
         """Indices int64 [num_classes, per_class] of random images of each class, without replacement.
 

@@ -62,7 +62,7 @@ class Network(nn.Module):
         with autocast(self.precision, x.device):
             for k, block in enumerate(self.blocks):
                 x = block(x)
-                wanted = x if layers is None or k in layers else x[:, :0]
+                wanted = x if layers is None or k in layers else nothing_of(x)
                 maps.append(wanted.to(torch.promote_types(x.dtype, torch.float32)))
         return maps
 
@@ -73,6 +73,11 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the class logits [B, num_classes]."""
         return self.classifier(self.embed(x))
+
+
+def nothing_of(x: Tensor) -> Tensor:
+    """Return an empty map [B, 0, ...] in place of x [B, C, ...]."""
+    return x[:, :0].clone()  # a view would keep all of x in memory
 
 
 class ConvNet(Network):

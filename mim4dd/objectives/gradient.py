@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from .. import augment
-from ..networks import CHUNK, Network, initialise
+from ..networks import CHUNK, Network, initialise, nothing_of
 from ..seeding import generator
 from ..stacked import Stack, augmented_batch
 from .base import Matched, Objective, Problem
@@ -159,7 +159,7 @@ class _WithMaps(nn.Module):
         last = len(self.network.blocks) - 1
         maps = self.network.features(x, {last, *self.layers})
         logits = self.network.classifier(maps[-1].flatten(1))
-        return logits, [m if k in self.layers else m[:, :0] for k, m in enumerate(maps)]
+        return logits, [m if k in self.layers else nothing_of(m) for k, m in enumerate(maps)]
 
 
 def _loss(

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..augment import AugmentParams
 from ..networks import Network, initialise
 from ..seeding import generator
 from ..stacked import Batch, Stack, augmented_batch
@@ -72,7 +71,7 @@ class TrainedOnReal(OwnNetworks):
         steps = [REAL_STEPS * (k + 1) // REAL_NETWORKS for k in range(REAL_NETWORKS)]
         for k in range(self._finished, REAL_NETWORKS):
             random = generator(self.problem.seed, f"mim/network/{k}", device)
-            training = _Training(self.problem, network, random, self._batch)
+            training = _Training(self.problem, network, random, self.problem.real.labelled)
             training.restart()
             for done in range(steps[k]):
                 training.step(torch.randint(count, (1, REAL_BATCH), generator=random, device=device))
@@ -84,10 +83,6 @@ class TrainedOnReal(OwnNetworks):
         """Train what is not trained yet."""
         for _ in self.train():
             pass
-
-    def _batch(self, index: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
-        real = self.problem.real
-        return real.augmented(index, params), real.labels[index]
 
 
 class TrainedOnSynthetic(OwnNetworks):

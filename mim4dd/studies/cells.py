@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,24 +158,26 @@ def refuse_others(folder: Path, settings: dict[str, Any], config: Config) -> Non
     Raises:
         InputError: they are not; it names the first few that differ.
     """
-    there, here = _flat(settings), _flat(to_json(resolved(config)))
-    default = _flat(to_json(Config()))  # for settings that came later than the file
-    names = [name for name in {**here, **there} if there.get(name, default.get(name)) != here.get(name)]
-    if names:
-        shown = ", ".join(
-            f"{name} {there.get(name, default.get(name))} (now {here.get(name)})" for name in names[:3]
-        )
+    if others := differences(settings, to_json(resolved(config)), IRRELEVANT):
         raise InputError(
-            f"{folder} holds a run of other settings: {shown}{', ...' if names[3:] else ''}; "
-            "give another --out, or remove that folder"
+            f"{folder} holds a run of other settings: {others}; give another --out, or remove that folder"
         )
+
+
+def differences(there: dict[str, Any], here: dict[str, Any], irrelevant: Sequence[str] = ()) -> str:
+    """Return the first few settings of a file that are not those of now, for people; "" if there are none.
+
+    A setting that came later than the file had its default there.
+    """
+    default, there, here = (_flat(settings) for settings in (to_json(Config()), there, here))
+    there = {name: there.get(name, default.get(name)) for name in {**here, **there}}
+    others = [n for n in there if n not in irrelevant and there[n] != here.get(n)]
+    shown = ", ".join(f"{name} {there[name]} (now {here.get(name)})" for name in others[:3])
+    return shown + (", ..." if others[3:] else "")
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
-        if isinstance(value, dict):
-            flat.update(value)
-        elif name not in IRRELEVANT:
-            flat[name] = value
+        flat.update(_flat(value) if isinstance(value, dict) else {name: value})
     return flat
