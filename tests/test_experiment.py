@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import close
 
-from mim4dd import experiment, run
+from mim4dd import experiment, run, runner
 from mim4dd.data import load
 from mim4dd.data.clusters import cluster_labels, image_for_each, kmeans_centres
 from mim4dd.evaluation import Score
@@ -253,7 +253,7 @@ def test_the_base_baseline_is_a_run_without_the_term(evaluated, brief_students):
         return prepared, prepared.distill(lambda _: None)
 
     prepared, ours = distilled()
-    run.evaluations(prepared, ours)
+    runner.evaluations(prepared, ours)
     (base, _), (scored, _) = (call[0](0) for call in evaluated)
     assert torch.equal(base, distilled(" --mim-weight 0")[1].images)
     assert torch.equal(scored, ours.images)

@@ -12,7 +12,7 @@ import torch
 from commands import QUICK, command, files, npz
 from conftest import write_pictures
 
-from mim4dd import run
+from mim4dd import run, runner
 from mim4dd.distill import Progress
 from mim4dd.experiment import Experiment
 from mim4dd.synthetic import SyntheticSet
@@ -170,10 +170,10 @@ def test_interruption_keeps_the_last_good_set(tmp_path):
 
 def test_a_set_in_the_making_is_saved_every_minute_and_says_how_far_it_is(tmp_path, monkeypatch):
     seconds = [100.0]
-    monkeypatch.setattr("mim4dd.run.time.monotonic", lambda: seconds[0])
+    monkeypatch.setattr("mim4dd.runner.time.monotonic", lambda: seconds[0])
     experiment = Experiment.prepare(run.parse(["--quick", "--iterations", "500", "--device", "cpu"]))
     path = tmp_path / "synthetic.safetensors"
-    keeper = run.Keeper(experiment, path)
+    keeper = runner.Keeper(experiment, path)
     saved = []
     for iteration, seconds[0] in ((10, 159), (20, 161), (30, 220), (40, 222)):
         images = experiment.start.images + iteration

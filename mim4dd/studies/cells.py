@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..experiment import Experiment, resolved
 from ..files import atomic
 from ..presets import with_presets
-from ..run import run, score_facts
+from ..runner import run, score_facts
 from ..synthetic import SyntheticSet
 
 RESULT, FAILED, IMAGES = "result.json", "failed.json", "synthetic.safetensors"

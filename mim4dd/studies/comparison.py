@@ -46,12 +46,8 @@ class Arm:
 
 
 def in_order(arms: Iterable[Arm]) -> list[Arm]:
-    """Return each arm once: by IPC, baselines first, methods as they come, weights ascending."""
-    distinct = dict.fromkeys(arms)
-    names = list(dict.fromkeys(arm.name for arm in distinct))
-    return sorted(
-        distinct, key=lambda arm: (arm.ipc, arm.weight is not None, names.index(arm.name), arm.weight or 0)
-    )
+    """Return each arm once: by IPC, baselines first, methods by name, weights ascending."""
+    return sorted(set(arms), key=lambda arm: (arm.ipc, arm.weight is not None, arm.name, arm.weight or 0))
 
 
 Outcomes = Mapping[tuple[Arm, int], dict[str, Any]]  # by arm and seed: a result, or {"failed": why}
