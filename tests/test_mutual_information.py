@@ -132,3 +132,16 @@ def test_mutual_information_names_bad_input(generator):
     labels = torch.arange(2)
     with pytest.raises(ValueError, match="2 synthetic maps, but 1 real ones"):
         MutualInformation()(maps(generator, 2), maps(generator, 2)[:1], labels, labels)
+
+
+@pytest.mark.parametrize("loss", ["nce", "info_nce"])
+def test_a_map_that_is_not_there_is_refused(generator, loss):
+    synthetic, real = maps(generator, 6), maps(generator, 20)
+    labels = torch.arange(6) % 3, torch.arange(20) % 3
+    empty = [[m[0][:, :0], m[1]] for m in (synthetic, real)]
+    with pytest.raises(ValueError, match="map 0 is empty: name it in Problem.layers"):
+        MutualInformation(loss=loss, layers="all")(*empty, *labels)
+    MutualInformation(loss=loss, layers="last")(*empty, *labels)
+    for layers, given in (("all", ([], [])), ("last", ([], [])), ([], (synthetic, real))):
+        with pytest.raises(ValueError, match="there is no map to compare, expected at least one"):
+            MutualInformation(loss=loss, layers=layers)(*given, *labels)

@@ -109,7 +109,7 @@ class MutualInformation(nn.Module):
             real_labels: int [N].
 
         Raises:
-            ValueError: maps, labels or layers do not fit.
+            ValueError: maps, labels or layers do not fit, or a map to compare is empty.
         """
         synthetic = [synthetic_features] if isinstance(synthetic_features, Tensor) else synthetic_features
         real = [real_features] if isinstance(real_features, Tensor) else real_features
@@ -118,6 +118,15 @@ class MutualInformation(nn.Module):
                 f"mim4dd.MutualInformation: {len(synthetic)} synthetic maps, but {len(real)} real ones"
             )
         layers = layer_indices(self.layers, len(synthetic))
+        if not layers:
+            raise ValueError("mim4dd.MutualInformation: there is no map to compare, expected at least one")
+        for k in layers:
+            # Two empty maps have cosines, all 0: the term would be a constant that nothing lowers.
+            if not synthetic[k].shape[1:].numel() or not real[k].shape[1:].numel():
+                raise ValueError(
+                    f"mim4dd.MutualInformation: map {k} is empty: name it in Problem.layers, or leave it out "
+                    "of the term's layers"
+                )
         ours, theirs = ([self._embed(k, maps[k]) for k in layers] for maps in (synthetic, real))
         losses = self._losses(layers, ours, theirs, synthetic_labels, real_labels)
         decay = [self.weight * self.layer_decay ** (len(synthetic) - 1 - k) for k in layers]
@@ -183,7 +192,7 @@ def layer_indices(layers: str | Sequence[int], num_layers: int) -> list[int]:
         ValueError: no such layer.
     """
     if isinstance(layers, str):
-        named = {"all": range(num_layers), "last": [num_layers - 1]}
+        named = {"all": range(num_layers), "last": range(num_layers)[-1:]}
         if layers not in named:
             raise ValueError(f"mim4dd: layers is {layers!r}, expected 'all', 'last' or a list of indices")
         return list(named[layers])
