@@ -111,6 +111,23 @@ def test_layers_in_one_call_equal_single_calls():
         single = [mim4dd.info_nce_loss(*side, la, lk, **options) for side in zip(anchors, keys, strict=True)]
         losses = mim4dd.info_nce_losses(anchors, keys, la, lk, **options)
         torch.testing.assert_close(losses, torch.stack(single))
+    pairs = [side[:6] for side in keys]
+    single = [mim4dd.info_nce_loss(*side) for side in zip(anchors, pairs, strict=True)]
+    torch.testing.assert_close(mim4dd.info_nce_losses(anchors, pairs), torch.stack(single))
+
+
+def test_compiles_once_for_all_numbers():
+    a, k, la, lk = (value.detach() for value in batch(6, 9, 8))
+
+    def loss(temperature):
+        return mim4dd.nce_loss(a, k, la, lk, temperature=temperature, noise_ratio=2 * temperature)
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="eager")
+    for temperature in (0.3, 0.5):
+        torch.testing.assert_close(compiled(temperature), loss(temperature))
+    with pytest.raises(Exception, match="expected a positive number"):
+        compiled(-0.3)
 
 
 @pytest.mark.parametrize("engine", ["aot_eager", "inductor"])

@@ -292,6 +292,11 @@ def test_bad_input_is_named():
         ((a, k.to("meta"), la, lk), {}, "anchors is on cpu and keys on meta"),
         ((a, k, la, lk), {"temperature": 0.0}, "temperature is 0.0"),
         ((a, k, la, lk), {"temperature": torch.ones(2)}, r"temperature is \[2\]"),
+        (
+            (a, k, la, lk),
+            {"temperature": None},
+            "temperature is None, expected a positive number or a tensor",
+        ),
         ((a, k, la, lk), {"backend": "triton"}, "backend is 'triton'"),
     ]
     for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss):
@@ -302,12 +307,25 @@ def test_bad_input_is_named():
             loss(a, k, la, lk, backend="fused")
     with pytest.raises(ValueError, match="noise_ratio is -1"):
         mim4dd.nce_loss(a, k, la, lk, noise_ratio=-1)
+    for loss, sides in ((mim4dd.nce_loss, (a, k)), (mim4dd.nce_losses, ([a], [k]))):
+        with pytest.raises(
+            ValueError, match="noise_ratio is 'calibrated', .*NCELoss and calibrated_noise_ratio"
+        ):
+            loss(*sides, la, lk, noise_ratio="calibrated")
+    with pytest.raises(ValueError, match="noise_ratio is None, expected a positive number"):
+        mim4dd.nce_losses([a, a], [k, k], la, lk, noise_ratio=[1.0, None])
+    for name in ("temperature", "negatives"):
+        for loss in (mim4dd.nce_loss, calibrated_noise_ratio):
+            with pytest.raises(ValueError, match=f"{name} is 'all', expected a positive number"):
+                loss(a, k, la, lk, **{name: "all"})
     with pytest.raises(ValueError, match="noise_ratio is 'auto'"):
         mim4dd.NCELoss(noise_ratio="auto")
     with pytest.raises(ValueError, match="key_labels is None"):
         mim4dd.info_nce_loss(a, k, la)
     with pytest.raises(ValueError, match="as many keys as anchors"):
         mim4dd.info_nce_loss(a, k)
+    with pytest.raises(ValueError, match="info_nce_losses: .* as many keys as anchors"):
+        mim4dd.info_nce_losses([a], [k])
     with pytest.raises(ValueError, match="positives is 'all', expected 'each' or 'any'"):
         mim4dd.info_nce_loss(a, k, la, lk, positives="all")
     for negatives in (-1, 0.0, math.inf):

@@ -127,6 +127,9 @@ def test_mutual_information_names_bad_input(generator):
         MutualInformation(projection="learned")
     with pytest.raises(ValueError, match="loss is 'supcon', expected 'nce' or 'info_nce'"):
         MutualInformation(loss="supcon")
+    for name, value in (("negatives", 5.0), ("noise_ratio", 2.0)):
+        with pytest.raises(ValueError, match=f"{name} is {value}, but loss is 'info_nce'; leave it out"):
+            MutualInformation(loss="info_nce", **{name: value})
     with pytest.raises(ValueError, match="needs feature_sizes and a generator"):
         MutualInformation(projection="random")
     labels = torch.arange(2)

@@ -9,6 +9,7 @@ the features are used in the dtype they come in, sums are float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,7 +113,9 @@ def nce_losses(
         ValueError: as in `nce_loss`; or there is no layer, or the numbers of layers differ.
         RuntimeError: as in `nce_loss`.
     """
-    ratios = list(noise_ratio) if isinstance(noise_ratio, Sequence) else [noise_ratio] * len(anchors)
+    given: Any = noise_ratio  # what is neither number nor tensor, a string too, is refused by name
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    ratios = [*given] if several else [given] * len(anchors)
     return _losses(
         "nce_losses",
         anchors,
@@ -165,26 +168,15 @@ def info_nce_loss(
         RuntimeError: `backend="fused"` where the fused kernels cannot run; or, on a GPU or under
             `torch.compile`, a tensor that is not positive (on a GPU by a device-side assertion, so later).
     """
-    function = "info_nce_loss"
-    check_features(function, anchors, keys)
-    if anchor_labels is None and key_labels is None:
-        if len(anchors) != len(keys):
-            raise ValueError(
-                "mim4dd.info_nce_loss: without labels the positive of anchor i is key i, but anchors is "
-                f"{list(anchors.shape)}, keys is {list(keys.shape)}; give labels or as many keys as anchors"
-            )
-        anchor_labels = key_labels = torch.arange(len(anchors), device=anchors.device, dtype=torch.int32)
-    form = _info_nce(function, positives, symmetric, exclude_self)
-    return _losses(function, [anchors], [keys], anchor_labels, key_labels, temperature, [1.0], form, backend)[
-        0
-    ]
+    options = (temperature, positives, symmetric, exclude_self, backend)
+    return _info_nce_losses("info_nce_loss", [anchors], [keys], anchor_labels, key_labels, *options)[0]
 
 
 def info_nce_losses(
     anchors: Sequence[Tensor],
     keys: Sequence[Tensor],
-    anchor_labels: Tensor,
-    key_labels: Tensor,
+    anchor_labels: Tensor | None = None,
+    key_labels: Tensor | None = None,
     *,
     temperature: float | Tensor = 0.1,
     positives: str = "each",
@@ -197,8 +189,8 @@ def info_nce_losses(
     Args:
         anchors: L tensors, float [M, D_l]; the widths may differ.
         keys: L tensors, float [N, D_l].
-        anchor_labels: int32 or int64 [M].
-        key_labels: int32 or int64 [N].
+        anchor_labels: int32 or int64 [M], or None, as in `info_nce_loss`.
+        key_labels: int32 or int64 [N], or None, as in `info_nce_loss`.
         temperature: one for all layers, as in `info_nce_loss`.
         positives: as in `info_nce_loss`.
         symmetric: as in `info_nce_loss`.
@@ -212,10 +204,8 @@ def info_nce_losses(
         ValueError: as in `info_nce_loss`; or there is no layer, or the numbers of layers differ.
         RuntimeError: as in `info_nce_loss`.
     """
-    function = "info_nce_losses"
-    form = _info_nce(function, positives, symmetric, exclude_self)
-    ratios = [1.0] * len(anchors)
-    return _losses(function, anchors, keys, anchor_labels, key_labels, temperature, ratios, form, backend)
+    options = (temperature, positives, symmetric, exclude_self, backend)
+    return _info_nce_losses("info_nce_losses", anchors, keys, anchor_labels, key_labels, *options)
 
 
 def calibrated_noise_ratio(
@@ -239,6 +229,9 @@ def calibrated_noise_ratio(
         "calibrated_noise_ratio", anchors, keys, anchor_labels, key_labels
     )
     check_self("calibrated_noise_ratio", exclude_self, anchors, keys)
+    check_positive("calibrated_noise_ratio", temperature=temperature)
+    if negatives is not None:
+        check_positive("calibrated_noise_ratio", negatives=negatives)
     m, n = len(anchors), len(keys)
     with torch.no_grad(), torch.autocast(anchors.device.type, enabled=False):
         units, other_units = unit_rows(anchors), unit_rows(keys)
@@ -260,11 +253,33 @@ def calibrated_noise_ratio(
     return ratio
 
 
-def _info_nce(function: str, positives: str, symmetric: bool, exclude_self: bool) -> LossForm:
+def _info_nce_losses(
+    function: str,
+    anchors: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    anchor_labels: Tensor | None,
+    key_labels: Tensor | None,
+    temperature: float | Tensor,
+    positives: str,
+    symmetric: bool,
+    exclude_self: bool,
+    backend: str | None,
+) -> Tensor:
     names = {"each": "info_nce", "any": "info_nce_any"}
     if positives not in names:
         raise ValueError(f"mim4dd.{function}: positives is {positives!r}, expected 'each' or 'any'")
-    return LossForm(names[positives], None, symmetric, exclude_self)
+    if anchors and keys and anchor_labels is None and key_labels is None:
+        first, other = anchors[0], keys[0]
+        check_features(function, first, other)
+        if len(first) != len(other):
+            raise ValueError(
+                f"mim4dd.{function}: without labels the positive of anchor i is key i, but anchors is "
+                f"{list(first.shape)}, keys is {list(other.shape)}; give labels or as many keys as anchors"
+            )
+        anchor_labels = key_labels = torch.arange(len(first), device=first.device, dtype=torch.int32)
+    form = LossForm(names[positives], None, symmetric, exclude_self)
+    ratios = [1.0] * len(anchors)
+    return _losses(function, anchors, keys, anchor_labels, key_labels, temperature, ratios, form, backend)
 
 
 def _losses(
@@ -284,7 +299,9 @@ def _losses(
             f"mim4dd.{function}: anchors has {len(anchors)} layers, keys {len(keys)}, noise_ratio "
             f"{len(noise_ratios)}; expected the same number, at least 1"
         )
-    check_positive(function, temperature=temperature, negatives=form.negatives)
+    check_positive(function, temperature=temperature)
+    if form.negatives is not None:
+        check_positive(function, negatives=form.negatives)
     for ratio in noise_ratios:
         check_positive(function, noise_ratio=ratio)
     for a, k in zip(anchors, keys, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from importlib.util import find_spec
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -60,13 +61,18 @@ def check_self(function: str, exclude_self: bool, anchors: Tensor, keys: Tensor)
         )
 
 
-def check_positive(function: str, **values: float | Tensor | None) -> None:
-    """A number must be positive and finite, and so must the one a tensor on the CPU holds.
+def check_positive(function: str, **values: object) -> None:
+    """A number must be positive and finite, and so must the one a tensor on the CPU holds; no more is taken.
 
     Reading a tensor's value elsewhere would wait for the device, and cannot be traced: `assert_positive` sees
     to those.
     """
     for name, value in values.items():
+        if not isinstance(value, Tensor | Real | torch.SymFloat | torch.SymInt):
+            hint = "; NCELoss and calibrated_noise_ratio measure it" if str(value) == "calibrated" else ""
+            raise ValueError(
+                f"mim4dd.{function}: {name} is {value!r}, expected a positive number or a tensor of one{hint}"
+            )
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(f"mim4dd.{function}: {name} is {list(value.shape)}, expected one number")
@@ -76,7 +82,7 @@ def check_positive(function: str, **values: float | Tensor | None) -> None:
                 )
             if _readable(value):
                 value = value.item()
-        if isinstance(value, float | int) and not (value > 0 and math.isfinite(value)):
+        if isinstance(value, Real) and not 0 < float(value) < math.inf:
             raise ValueError(f"mim4dd.{function}: {name} is {value}, expected a positive number")
 
 

@@ -41,7 +41,8 @@ class MutualInformation(nn.Module):
         symmetric: add the term with the roles of real and synthetic exchanged.
 
     Raises:
-        ValueError: an unknown option, or a projection without its sizes and generator.
+        ValueError: an unknown option, one that the loss does not have, or a projection without its sizes and
+            generator.
     """
 
     def __init__(
@@ -66,6 +67,12 @@ class MutualInformation(nn.Module):
         if isinstance(noise_ratio, str) and noise_ratio != "calibrated":
             raise ValueError(
                 f"mim4dd.MutualInformation: noise_ratio is {noise_ratio!r}, expected a number or 'calibrated'"
+            )
+        if loss == "info_nce" and (negatives is not None or noise_ratio != "calibrated"):
+            name, value = ("noise_ratio", noise_ratio) if negatives is None else ("negatives", negatives)
+            raise ValueError(
+                f"mim4dd.MutualInformation: {name} is {value}, but loss is {loss!r}; leave it out, or use "
+                "loss='nce', which has it"
             )
         if projection not in ("none", "random", "trained"):
             raise ValueError(
