@@ -1,5 +1,7 @@
+import copy
 import functools
 import math
+import pickle
 
 import pytest
 import torch
@@ -248,9 +250,31 @@ def test_module_freezes_its_calibration_and_keeps_it_in_its_state():
     value = loss(*second)
     assert torch.equal(loss.noise_ratio, frozen)
     torch.testing.assert_close(value, mim4dd.nce_loss(*second, noise_ratio=frozen))
-    copy = mim4dd.NCELoss(noise_ratio="calibrated")
-    copy.load_state_dict(loss.state_dict())
-    torch.testing.assert_close(copy(*second).float(), value.float())
+    other = mim4dd.NCELoss(noise_ratio="calibrated")
+    new = other.state_dict()
+    other.load_state_dict(loss.state_dict())
+    torch.testing.assert_close(other(*second).float(), value.float())
+    other.load_state_dict(new)
+    other(*second)
+    torch.testing.assert_close(other.noise_ratio.double(), calibrated_noise_ratio(*second))
+
+
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(mim4dd.NCELoss(noise_ratio="calibrated"), "noise_ratio"), (mim4dd.MutualInformation(), "noise_ratios")],
+)
+def test_calibration_goes_where_its_module_goes(module, name, measured):
+    first = copy.deepcopy(module)
+    if measured:
+        first(*batch(6, 20, 8, 3, dtype=torch.float32))
+    ratio = getattr(first, name)
+    assert bool(ratio.numel()) == measured
+    other = pickle.loads(pickle.dumps(module)).to(torch.float64)
+    other.load_state_dict(first.state_dict())
+    for moved in (other, copy.deepcopy(first).to(torch.float64)):
+        assert torch.equal(getattr(moved, name), ratio.double())
+    assert getattr(first.to("meta"), name).is_meta
 
 
 def test_calibration_is_in_full_precision_under_autocast():

@@ -69,6 +69,12 @@ def test_mutual_information_is_calibrated_once_per_layer(generator):
     copy = MutualInformation(layers="all", **options)
     copy.load_state_dict(term.state_dict())
     torch.testing.assert_close(copy(*second, *labels), expected)
+    copy.load_state_dict(MutualInformation(layers="all", **options).state_dict())
+    copy(*second, *labels)
+    assert not torch.equal(copy.noise_ratios, term.noise_ratios)
+    for fixed in (MutualInformation(noise_ratio=2.0), MutualInformation(loss="info_nce")):
+        fixed(*first, *labels)
+        assert not fixed.state_dict()
 
 
 @pytest.mark.parametrize("projection", ["random", "trained"])

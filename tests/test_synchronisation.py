@@ -15,7 +15,7 @@ from conftest import digits_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mim4dd import distill, evaluation, experts, networks, stacked
+from mim4dd import NCELoss, distill, evaluation, experts, networks, stacked
 from mim4dd.objectives import (
     METHODS,
     MutualInformation,
@@ -162,6 +162,18 @@ def test_training_experts_waits_for_nothing():
     problem = dataclasses.replace(problem, real=valueless(problem.real))
     path = experts._paths(trajectory.recipe(problem), range(2))
     assert len([*path]) == 4
+
+
+@pytest.mark.parametrize("kind", [NCELoss, MutualInformation])
+def test_calibration_waits_for_nothing(kind):
+    rows, labels = torch.rand(6, 4, device=META), torch.zeros(6, dtype=torch.int64, device=META)
+    first, second = (kind(noise_ratio="calibrated").to(META) for _ in range(2))
+    first(rows, rows, labels, labels)
+    with no_copies():
+        first(rows, rows, labels, labels)
+    second.load_state_dict(first.state_dict())
+    with no_copies():
+        second(rows, rows, labels, labels)
 
 
 @pytest.mark.parametrize(

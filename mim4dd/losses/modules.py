@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from . import calibrated_noise_ratio, info_nce_loss, nce_loss
+from .calibration import register_calibration
 
 
 class NCELoss(nn.Module):
     """`nce_loss` as a module; the arguments are those of the function.
 
     `noise_ratio="calibrated"` measures the ratio on the first batch (`calibrated_noise_ratio`) and freezes it
-    in the buffer `noise_ratio`, which is NaN until then. A temperature or noise ratio given as an
+    in the buffer `noise_ratio`, which is empty until then. A temperature or noise ratio given as an
     `nn.Parameter` is learned.
     """
 
@@ -36,20 +35,18 @@ class NCELoss(nn.Module):
         self.exclude_self = exclude_self
         self.backend = backend
         self.noise_ratio: float | Tensor
-        self._uncalibrated = isinstance(noise_ratio, str)
         if isinstance(noise_ratio, str):
             if noise_ratio != "calibrated":
                 raise ValueError(
                     f"mim4dd.NCELoss: noise_ratio is {noise_ratio!r}, expected a number or 'calibrated'"
                 )
-            self.register_buffer("noise_ratio", torch.tensor(math.nan))
-            self.register_load_state_dict_post_hook(_forget_calibration)
+            register_calibration(self, "noise_ratio")
         else:
             self.noise_ratio = noise_ratio
 
     def forward(self, anchors: Tensor, keys: Tensor, anchor_labels: Tensor, key_labels: Tensor) -> Tensor:
         """Return the loss, a scalar; arguments and errors as in `nce_loss`."""
-        if self._uncalibrated:
+        if isinstance(self.noise_ratio, Tensor) and not self.noise_ratio.numel():
             self.noise_ratio = calibrated_noise_ratio(
                 anchors,
                 keys,
@@ -59,7 +56,6 @@ class NCELoss(nn.Module):
                 negatives=self.negatives,
                 exclude_self=self.exclude_self,
             )
-            self._uncalibrated = False
         return nce_loss(
             anchors,
             keys,
@@ -112,8 +108,3 @@ class InfoNCELoss(nn.Module):
             exclude_self=self.exclude_self,
             backend=self.backend,
         )
-
-
-def _forget_calibration(module: NCELoss, _: object) -> None:
-    """After a state dict is loaded: a calibrated ratio in it is kept, a NaN is measured anew."""
-    module._uncalibrated = bool(torch.as_tensor(module.noise_ratio).isnan())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import calibrated_noise_ratio, info_nce_losses, nce_losses
+from ..losses.calibration import register_calibration
 
 
 class MutualInformation(nn.Module):
@@ -31,7 +32,7 @@ class MutualInformation(nn.Module):
         layer_decay: the factor from a layer to the one before it.
         temperature: of the critic.
         noise_ratio: of the critic of "nce", or "calibrated": measured per layer on the first batch, then
-            frozen.
+            frozen in the buffer `noise_ratios`, float [layers], which is empty until then.
         negatives: of "nce": negatives drawn per positive; None: as many as there are.
         projection: "none", or a linear map of every layer into a common space: "random" (fixed) or "trained"
             (its parameters are the module's; give them to an optimiser).
@@ -86,7 +87,9 @@ class MutualInformation(nn.Module):
         self.noise_ratio = noise_ratio
         self.negatives = negatives
         self.symmetric = symmetric
-        self._calibrated: dict[int, Tensor] = {}
+        self.noise_ratios: Tensor
+        if loss == "nce" and noise_ratio == "calibrated":
+            register_calibration(self, "noise_ratios")
         self.projections = nn.ParameterDict()
         if projection != "none":
             if generator is None or not feature_sizes:
@@ -135,13 +138,12 @@ class MutualInformation(nn.Module):
                     "of the term's layers"
                 )
         ours, theirs = ([self._embed(k, maps[k]) for k in layers] for maps in (synthetic, real))
-        losses = self._losses(layers, ours, theirs, synthetic_labels, real_labels)
+        losses = self._losses(ours, theirs, synthetic_labels, real_labels)
         decay = [self.weight * self.layer_decay ** (len(synthetic) - 1 - k) for k in layers]
         return sum((factor * loss for factor, loss in zip(decay, losses, strict=True)), losses.new_zeros(()))
 
     def _losses(
         self,
-        layers: Sequence[int],
         synthetic: Sequence[Tensor],
         real: Sequence[Tensor],
         synthetic_labels: Tensor,
@@ -163,33 +165,27 @@ class MutualInformation(nn.Module):
             real,
             *labels,
             temperature=self.temperature,
-            noise_ratio=[
-                self._noise_ratio(k, s, r, *labels) for k, s, r in zip(layers, synthetic, real, strict=True)
-            ],
+            noise_ratio=self._critic_ratios(synthetic, real, *labels),
             negatives=self.negatives,
             symmetric=self.symmetric,
         )
-
-    def get_extra_state(self) -> dict[int, Tensor]:
-        """Return the calibrated noise ratios by layer, for the state dict."""
-        return self._calibrated
-
-    def set_extra_state(self, state: dict[int, Tensor]) -> None:
-        """Restore the calibrated noise ratios."""
-        self._calibrated = dict(state)
 
     def _embed(self, k: int, features: Tensor) -> Tensor:
         features = features.flatten(1)
         return features @ self.projections[str(k)] if str(k) in self.projections else features
 
-    def _noise_ratio(self, k: int, *batch: Tensor) -> float | Tensor:
+    def _critic_ratios(
+        self, synthetic: Sequence[Tensor], real: Sequence[Tensor], *labels: Tensor
+    ) -> float | Sequence[Tensor]:
         if not isinstance(self.noise_ratio, str):
             return self.noise_ratio
-        if k not in self._calibrated:
-            self._calibrated[k] = calibrated_noise_ratio(
-                *batch, temperature=self.temperature, negatives=self.negatives
-            )
-        return self._calibrated[k]
+        if not self.noise_ratios.numel():
+            measured = [
+                calibrated_noise_ratio(*pair, *labels, temperature=self.temperature, negatives=self.negatives)
+                for pair in zip(synthetic, real, strict=True)
+            ]
+            self.noise_ratios = torch.stack(measured)
+        return self.noise_ratios.unbind()
 
 
 def layer_indices(layers: str | Sequence[int], num_layers: int) -> list[int]:
