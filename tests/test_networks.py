@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from conftest import close
@@ -50,6 +51,28 @@ def test_maps_that_are_not_wanted_take_no_memory():
         maps = network.features(x, (2,))
     assert [m.shape for m in maps] == [(4, 0, 16, 16), (4, 0, 8, 8), (4, 8, 4, 4)]
     assert [m.untyped_storage().nbytes() for m in maps] == [0, 0, 4 * 4 * 8 * 4 * 4]
+
+
+@pytest.mark.parametrize("architecture", networks.ARCHITECTURES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_size_is_a_side_or_any_pair(architecture, channels):
+    def shapes(size):
+        direct = networks.ARCHITECTURES[architecture](channels, 5, image_size=size)
+        created = networks.create(architecture, channels, 5, size)
+        return [[tuple(p.shape) for p in n.parameters()] + [*n.feature_sizes] for n in (direct, created)]
+
+    expected = shapes((28, 28))
+    for size in (28, [28, 28], torch.Size((28, 28)), np.int64(28)):
+        assert shapes(size) == expected
+
+
+@pytest.mark.parametrize("size", [(28,), (28, 28, 1), 28.0, "28", None, (0, 28), -28])
+def test_what_is_no_image_size_is_named(size):
+    for make in networks.ARCHITECTURES.values():
+        with pytest.raises(InputError, match=r"image_size is .*, expected \(height, width\) or one side"):
+            make(1, 10, image_size=size)
+    with pytest.raises(InputError, match="image_size is"):
+        networks.create("convnet", 1, 10, size)
 
 
 def test_depth_follows_the_size():

@@ -10,6 +10,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Collection, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,22 @@ from .blocks import InstanceNorm, OnePassBlock, Residual
 from .precision import autocast
 
 Size = tuple[int, int]
+ImageSize = int | Sequence[int]  # a side, or height and width
 
 # Images per forward pass without gradients: on CPU what keeps a map in the cache (twice as fast as 640).
 CHUNK = {"cpu": 32, "cuda": 1024}
+
+
+def size_of(image_size: object) -> Size:
+    """Return the height and width that one side, or any sequence of the two, stands for.
+
+    Raises:
+        InputError: it is neither.
+    """
+    match [image_size] * 2 if isinstance(image_size, Integral) else image_size:
+        case [Integral() as height, Integral() as width] if min(int(height), int(width)) > 0:
+            return int(height), int(width)
+    raise InputError(f"image_size is {image_size!r}, expected (height, width) or one side, in pixels")
 
 
 class Network(nn.Module):
@@ -31,7 +45,7 @@ class Network(nn.Module):
         blocks: modules; each maps the output of the one before.
         channels: channels of the images.
         num_classes: outputs of the classifier.
-        image_size: (height, width) of the images.
+        image_size: (height, width) of the images, or one side.
 
     Attributes:
         feature_sizes: numbers of features an image has after each block.
@@ -43,12 +57,12 @@ class Network(nn.Module):
     precision = "fp32"
 
     def __init__(
-        self, blocks: Sequence[nn.Module], channels: int, num_classes: int, image_size: Size
+        self, blocks: Sequence[nn.Module], channels: int, num_classes: int, image_size: ImageSize
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         shapes = copy.deepcopy(self.blocks).to("meta")
-        x = torch.empty(2, channels, *image_size, device="meta")
+        x = torch.empty(2, channels, *size_of(image_size), device="meta")
         self.feature_sizes = tuple((x := block(x))[0].numel() for block in shapes)
         self.classifier = nn.Linear(self.feature_sizes[-1], num_classes)
         self.batch_normalised = any(isinstance(m, nn.BatchNorm2d) for m in self.blocks.modules())
@@ -94,10 +108,10 @@ class ConvNet(Network):
         norm: "instance", "group" (4 groups), "layer", "batch" or "none".
         activation: "relu", "leaky_relu" or "sigmoid".
         pooling: "avg", "max" or "none".
-        image_size: (height, width) of the images.
+        image_size: (height, width) of the images, or one side.
 
     Raises:
-        InputError: an unknown name, or more blocks than the image can be halved.
+        InputError: an unknown name, no image size, or more blocks than the image can be halved.
     """
 
     def __init__(
@@ -110,11 +124,12 @@ class ConvNet(Network):
         norm: str = "instance",
         activation: str = "relu",
         pooling: str = "avg",
-        image_size: Size = (32, 32),
+        image_size: ImageSize = (32, 32),
     ) -> None:
         make_activation = _pick("activation", activation, _ACTIVATIONS)
         make_pooling = _pick("pooling", pooling, _POOLINGS)
         make_norm = _pick("norm", norm, _NORMS)
+        image_size = size_of(image_size)
         padded = channels == 1 and image_size == (28, 28)
         height, width_px = (32, 32) if padded else image_size
         if pooling != "none" and min(height, width_px) >> depth == 0:
@@ -137,9 +152,9 @@ class ConvNet(Network):
         super().__init__(blocks, channels, num_classes, image_size)
 
 
-def mlp(channels: int, num_classes: int, image_size: Size) -> Network:
+def mlp(channels: int, num_classes: int, image_size: ImageSize) -> Network:
     """Two hidden layers of 128."""
-    pixels = channels * image_size[0] * image_size[1]
+    pixels = channels * math.prod(size_of(image_size))
     blocks = [
         nn.Sequential(nn.Flatten(), nn.Linear(pixels, 128), nn.ReLU()),
         nn.Sequential(nn.Linear(128, 128), nn.ReLU()),
@@ -147,7 +162,7 @@ def mlp(channels: int, num_classes: int, image_size: Size) -> Network:
     return Network(blocks, channels, num_classes, image_size)
 
 
-def lenet(channels: int, num_classes: int, image_size: Size) -> Network:
+def lenet(channels: int, num_classes: int, image_size: ImageSize) -> Network:
     """LeNet-5 with ReLU and max pooling; the 5x5 map before the linear layers holds for any image size."""
     blocks = [
         nn.Sequential(nn.Conv2d(channels, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
@@ -158,7 +173,7 @@ def lenet(channels: int, num_classes: int, image_size: Size) -> Network:
     return Network(blocks, channels, num_classes, image_size)
 
 
-def alexnet(channels: int, num_classes: int, image_size: Size) -> Network:
+def alexnet(channels: int, num_classes: int, image_size: ImageSize) -> Network:
     """AlexNet in its small-image form: five convolutions, three poolings."""
     blocks = [
         nn.Sequential(nn.Conv2d(channels, 128, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
@@ -170,12 +185,12 @@ def alexnet(channels: int, num_classes: int, image_size: Size) -> Network:
     return Network(blocks, channels, num_classes, image_size)
 
 
-def vgg11(channels: int, num_classes: int, image_size: Size) -> Network:
+def vgg11(channels: int, num_classes: int, image_size: ImageSize) -> Network:
     """VGG-11 with instance normalisation, pooled to 1x1 at the end."""
     widths = (64, 128, 256, 256, 512, 512, 512, 512)
     pooled = (True, True, False, True, False, True, False, False)
     blocks = []
-    side = min(image_size)
+    side = min(size_of(image_size))
     for k, (wide, pool) in enumerate(zip(widths, pooled, strict=True)):
         convolution = nn.Conv2d(widths[k - 1] if k else channels, wide, 3, padding=1)
         layers = [convolution, InstanceNorm(wide), nn.ReLU()]
@@ -187,12 +202,12 @@ def vgg11(channels: int, num_classes: int, image_size: Size) -> Network:
     return Network(blocks, channels, num_classes, image_size)
 
 
-def resnet18(channels: int, num_classes: int, image_size: Size) -> Network:
+def resnet18(channels: int, num_classes: int, image_size: ImageSize) -> Network:
     """ResNet-18 for small images (3x3 stem, no first pooling) with instance normalisation."""
     blocks: list[nn.Module] = [
         nn.Sequential(nn.Conv2d(channels, 64, 3, padding=1, bias=False), InstanceNorm(64), nn.ReLU())
     ]
-    side, before = min(image_size), 64
+    side, before = min(size_of(image_size)), 64
     for wide, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
         if side < 4:
             stride = 1  # as in vgg11: no 1x1 maps
@@ -236,9 +251,9 @@ def _pick(kind: str, name: str, table: dict[str, Callable]) -> Callable:
     return table[name]
 
 
-def depth_for(image_size: Size) -> int:
+def depth_for(image_size: ImageSize) -> int:
     """Return the ConvNet depth the field uses at a size: 2 at 8x8, 3 from 16 to 63, 4 at 64, 5 at 128."""
-    halvings = min(image_size).bit_length() - 1
+    halvings = min(size_of(image_size)).bit_length() - 1
     return max(halvings - 2, min(halvings - 1, 3))
 
 
@@ -246,7 +261,7 @@ def create(
     architecture: str,
     channels: int,
     num_classes: int,
-    image_size: Size,
+    image_size: ImageSize,
     *,
     width: int = 128,
     device: torch.device | str = "cpu",
@@ -258,13 +273,13 @@ def create(
         architecture: one of `ARCHITECTURES`; the ConvNet's depth follows the image size (`depth_for`).
         channels: channels of the images.
         num_classes: outputs of the classifier.
-        image_size: (height, width), 8 to 128.
+        image_size: (height, width) of the images, or one side; 8 to 128.
         width: channels of the ConvNet's blocks; the others have one width.
         device: where its weights are to live.
         precision: what its blocks compute in: "fp32", "tf32" or "bf16".
 
     Raises:
-        InputError: no such architecture.
+        InputError: no such architecture, or no image size.
     """
     make = _pick("architecture", architecture, ARCHITECTURES)
     if architecture.startswith("convnet"):
