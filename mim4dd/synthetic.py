@@ -44,7 +44,8 @@ class SyntheticSet:
         whitening: what real images must go through to be like these; mean is 0 and std 1 then.
 
     Raises:
-        ValueError: soft labels of another shape, or images that the factor does not divide.
+        ValueError: images that are not [n, C, H, W] or that the factor does not divide, another number of
+            labels, a label that is no class (on the CPU), or soft labels of another shape.
     """
 
     images: Tensor
@@ -59,12 +60,29 @@ class SyntheticSet:
     whitening: Whitening | None = None
 
     def __post_init__(self) -> None:
+        if self.images.ndim != 4:
+            raise ValueError(
+                f"mim4dd.SyntheticSet: images are {list(self.images.shape)}, expected [n, C, H, W]"
+            )
+        if self.labels.shape != self.images.shape[:1]:
+            raise ValueError(
+                f"mim4dd.SyntheticSet: labels are {list(self.labels.shape)}, expected [{len(self.images)}]: "
+                "one per image"
+            )
+        classes = len(self.class_names)
+        if self.labels.device.type == "cpu":  # a look at others would wait for their device
+            wrong = self.labels[(self.labels < 0) | (self.labels >= classes)]
+            if len(wrong):
+                raise ValueError(
+                    f"mim4dd.SyntheticSet: there is a label {wrong[0].item()}, expected 0 to {classes - 1}: "
+                    f"class_names names {classes} classes"
+                )
         if any(side % self.factor for side in self.images.shape[2:]):
             raise ValueError(
                 f"mim4dd.SyntheticSet: images {list(self.images.shape)} cannot hold {self.factor} x "
                 f"{self.factor} others; expected sides that are multiples of the factor"
             )
-        wanted = [len(self.decoded_labels), len(self.class_names)]
+        wanted = [len(self.decoded_labels), classes]
         if self.soft_labels is not None and list(self.soft_labels.shape) != wanted:
             raise ValueError(
                 f"mim4dd.SyntheticSet: soft labels {list(self.soft_labels.shape)}, expected {wanted}: one "

@@ -68,6 +68,35 @@ def test_soft_labels_that_do_not_fit_are_refused(tmp_path, digits):
         SyntheticSet.load(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda images, labels: {"labels": labels[1:]}, r"labels are \[19\], expected \[20\]: one per image"),
+        (lambda images, labels: {"labels": labels[:, None]}, r"labels are \[20, 1\], expected \[20\]"),
+        (
+            lambda images, labels: {"images": images[:, 0]},
+            r"images are \[20, 8, 8\], expected \[n, C, H, W\]",
+        ),
+        (
+            lambda images, labels: {"labels": labels + 1},
+            "label 10, expected 0 to 9: class_names names 10 classes",
+        ),
+        (lambda images, labels: {"labels": labels - 1}, "label -1, expected 0 to 9"),
+    ],
+)
+def test_images_and_labels_that_do_not_fit_are_refused(tmp_path, digits, change, message):
+    start = initialise(digits, 2, "real", generator(0, "init"))
+    wrong = {name: value.contiguous() for name, value in change(start.images, start.labels).items()}
+    with pytest.raises(ValueError, match=f"mim4dd.SyntheticSet: .*{message}"):
+        replace(start, **wrong)
+    whole, path = tmp_path / "set.safetensors", tmp_path / "wrong.safetensors"
+    start.save(whole)
+    with safe_open(whole, "pt") as file:
+        save_file({**load_file(whole), **wrong}, path, file.metadata())
+    with pytest.raises(InputError, match=f"wrong.safetensors: not a readable synthetic set .*{message}"):
+        SyntheticSet.load(path)
+
+
 def test_images_that_the_factor_does_not_divide_are_refused(digits):
     start = initialise(digits, 2, "real", generator(0, "init"))
     with pytest.raises(ValueError, match=r"images \[20, 1, 8, 8\] cannot hold 3 x 3 others"):
