@@ -97,9 +97,9 @@ def updates(
 
     Nothing waits for the device. On a GPU what is the same work every time is replayed.
     """
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.SGD([{"params": [images], "lr": lr}, *objective.trained], momentum=momentum)
-    ]
+    # Copies, since SGD writes its defaults into the groups, where those of another run would then stay.
+    groups = [{"params": [images], "lr": lr}, *map(dict, objective.trained)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(groups, momentum=momentum)]
     adam = [{"params": [logits], "lr": LABEL_LR}] if logits is not None else []
     trained = [p for p in mutual_information.parameters() if p.requires_grad] if mutual_information else []
     adam += [{"params": trained, "lr": PROJECTION_LR}] if trained else []

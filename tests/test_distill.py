@@ -143,6 +143,23 @@ def test_images_move_by_plain_sgd_with_momentum():
     torch.testing.assert_close(result.images, images)
 
 
+def test_every_run_trains_what_the_objective_has_by_its_own_momentum():
+    class Learning(Breaking):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.ones((), requires_grad=True)
+            self.trained = [{"params": [self.scale], "lr": 0.1}]
+
+        def match(self, images, targets):
+            matched = super().match(images, targets)
+            return dataclasses.replace(matched, loss=matched.loss + self.scale.square() / 2)
+
+    objective, start = Learning(), plain(torch.rand(3, 1, 8, 8, generator=generator(0, "x")))
+    distill(objective, start, iterations=1, lr=0.1, momentum=0.9)
+    distill(objective, start, iterations=3, lr=0.1, momentum=0.0)
+    assert objective.scale.item() == pytest.approx(0.9**4)
+
+
 @pytest.mark.parametrize("objective", [DistributionMatching, GradientMatching])
 def test_small_images_are_decoded_for_the_objective_and_learn_from_it(objective):
     problem, start = digits_problem(ipc=2, factor=2)
