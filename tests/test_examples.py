@@ -19,6 +19,7 @@ def test_own_objective(tmp_path, monkeypatch):
     body = objective[objective.index("class ") :].strip()
     assert len(body.splitlines()) <= 20
     names = {}
+    assert "mim4dd." not in re.sub(r"from mim4dd\.\w+ import", "", objective + use), "imports are explicit"
     exec(objective, names)
     exec(use, names)
     saved = SyntheticSet.load("digits.safetensors")
