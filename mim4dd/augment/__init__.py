@@ -31,6 +31,8 @@ ROTATE = 15.0  # degrees
 class AugmentParams:
     """One row per image; every tensor has length B. The identity values change nothing.
 
+    Fields may share memory, so make others by `dataclasses.replace` rather than write into them.
+
     Attributes:
         brightness: float [B], added.
         saturation: float [B], factor about the pixel's mean over channels.
