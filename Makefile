@@ -21,7 +21,7 @@ $(VENV)/installed: requirements.txt
 	touch $@
 
 # Activated by PATH, so that CMake and Ninja are those of the environment.
-$(VENV)/built: $(VENV)/installed setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+$(VENV)/built: $(VENV)/installed setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 

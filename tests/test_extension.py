@@ -53,7 +53,9 @@ print(*(w.message for w in caught if "mim4dd" in str(w.message)), sep="\\n")
     assert "reference runs instead" in warnings[0]
 
 
-@pytest.mark.parametrize("name", ["cpu_images", "norm_image", "conv_tiles", "block_image"])
+@pytest.mark.parametrize(
+    "name", ["augment/cpu_images", "normalisation/image", "convolution/tiles", "first_block/image"]
+)
 def test_avx2_code_shares_no_function_with_the_baseline(tmp_path, name):
     """The linker keeps one copy of a weak function: an older machine must not be left with that of AVX2."""
     compiler = shutil.which("c++")
@@ -100,7 +102,7 @@ def test_cuda_kernels_compile_without_spills(tmp_path, record_property):
     options += ["--threads=2", "-Xptxas=-v", "-Xcompiler=-Wall,-Wextra", "-Werror=all-warnings", "-std=c++20"]
     include = Path(torch.__file__).parent / "include"
     done = subprocess.run(
-        [nvcc, *options, f"-I{include}", "-c", ROOT / "csrc/cuda.cu", "-o", tmp_path / "cuda.o"],
+        [nvcc, *options, f"-I{include}", "-c", ROOT / "csrc/augment/cuda.cu", "-o", tmp_path / "cuda.o"],
         capture_output=True,
         text=True,
     )
@@ -124,7 +126,8 @@ def test_the_operator_registers_for_cuda():
     include = [Path(torch.__file__).parent / "include", pybind11.get_include(), sysconfig.get_path("include")]
     macros = ["MIM4DD_CUDA", "USE_CUDA", "TORCH_TARGET_VERSION=0x020a000000000000"]
     options = ["-std=c++20", "-fsyntax-only", *(f"-D{m}" for m in macros), *(f"-I{path}" for path in include)]
-    done = subprocess.run([compiler, *options, ROOT / "csrc/ops.cpp"], capture_output=True, text=True)
+    sources = [ROOT / "csrc/module.cpp", ROOT / "csrc/augment/ops.cpp"]
+    done = subprocess.run([compiler, *options, *sources], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

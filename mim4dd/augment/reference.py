@@ -97,7 +97,7 @@ _FLOATS = (torch.float32, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
 _FIELD_DTYPES = {"shift_y": _INTEGERS, "shift_x": _INTEGERS, "cutout": _INTEGERS, "flip": (torch.bool,)}
 _IMAGE_DTYPES = (torch.float16, torch.bfloat16, *_FLOATS, torch.uint8)
-_MAX_SIDE = 16384  # kMaxSide of csrc/augment.h
+_MAX_SIDE = 16384  # kMaxSide of csrc/augment/augment.h
 
 
 def _error(message: str) -> ValueError:

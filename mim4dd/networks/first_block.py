@@ -64,7 +64,7 @@ def first_block(
 
 
 class _FirstBlock(torch.autograd.Function):
-    """(x, taps [9 I, O], scale, bias) -> y, mean, rstd; see csrc/block_image.cpp for the formulas."""
+    """(x, taps [9 I, O], scale, bias) -> y, mean, rstd; see csrc/first_block/image.cpp for the formulas."""
 
     generate_vmap_rule = True
 

@@ -54,7 +54,7 @@ _COMPILED_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 class _InstanceNorm(torch.autograd.Function):
-    """(x, weight, bias) -> out, mean, rstd; see csrc/norm_image.cpp for the formulas."""
+    """(x, weight, bias) -> out, mean, rstd; see csrc/normalisation/image.cpp for the formulas."""
 
     generate_vmap_rule = True
 

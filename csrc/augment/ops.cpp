@@ -1,18 +1,18 @@
-// The operator on torch's stable ABI: schema, checks, dispatch, and the Python module whose import registers it.
+// The augmentation's operator on torch's stable ABI: schema, checks, dispatch.
 // Compiled once for each library: mim4dd._C (schema and CPU) and, with MIM4DD_CUDA, mim4dd._C_cuda.
-#include <pybind11/pybind11.h>
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
+#include <cmath>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string_view>
+#include <tuple>
 #include <vector>
 
-#include "isa.h"
 #include "kernels.h"
 
 namespace {
@@ -171,12 +171,10 @@ STABLE_TORCH_LIBRARY_IMPL(mim4dd, CUDA, m) {
   m.impl("augment_no_grad", TORCH_BOX(&augment));
 }
 
-PYBIND11_MODULE(_C_cuda, m) { m.doc() = "CUDA kernels of torch.ops.mim4dd.*; importing it registers them"; }
-
 #else
 
 // Twice, as the package gives a gradient to the first; its autograd node calls the second.
-STABLE_TORCH_LIBRARY(mim4dd, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(mim4dd, m) {
   m.def(
       "augment(Tensor images, Tensor[] params, Tensor? rows, Tensor? mean, Tensor? std, bool align_corners, "
       "bool adjoint) -> Tensor");
@@ -188,12 +186,6 @@ STABLE_TORCH_LIBRARY(mim4dd, m) {
 STABLE_TORCH_LIBRARY_IMPL(mim4dd, CPU, m) {
   m.impl("augment", TORCH_BOX(&augment));
   m.impl("augment_no_grad", TORCH_BOX(&augment));
-}
-
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "torch.ops.mim4dd.* and their CPU kernels; importing it registers them";
-  m.def("isa", [] { return std::array{"baseline", "avx2", "avx512"}[static_cast<size_t>(mim4dd::isa())]; },
-        "The instruction set that the CPU kernels use.");
 }
 
 #endif

@@ -26,7 +26,7 @@ struct NormCall {
   void* grad_grad_out;                                     // twice
 };
 
-// Works on one image. The same code compiled for three instruction sets; `norm_image` picks at run time.
+// Works on one image. The same code compiled for three instruction sets; ops.cpp picks at run time.
 namespace baseline { void norm_image(const NormCall& call, int64_t image); }
 namespace avx2 { void norm_image(const NormCall& call, int64_t image); }
 namespace avx512 { void norm_image(const NormCall& call, int64_t image); }

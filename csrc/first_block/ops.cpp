@@ -1,5 +1,5 @@
 // The block's operators on torch's stable ABI: schema, checks, and images in parallel on the CPU.
-#include "block.h"
+#include "first_block.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,7 +11,7 @@
 #include <tuple>
 #include <vector>
 
-#include "isa.h"
+#include "../isa.h"
 
 namespace {
 

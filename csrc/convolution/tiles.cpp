@@ -6,8 +6,8 @@
 // are then 36 matrix products. These points round half as often as the usual 0, +-1, +-2: in float32 the largest error
 // is about twice that of the plain sum. The gradient by x is the same operation on the weight turned round; that by
 // the weight is G'((B'd)(A g))G. No standard templates here: the linker would keep one copy for all instruction sets.
-#include "conv.h"
-#include "lanes.h"
+#include "convolution.h"
+#include "../lanes.h"
 
 namespace mim4dd::MIM4DD_ISA {
 namespace {

@@ -6,7 +6,7 @@
 #include <torch/headeronly/util/Half.h>
 #endif
 
-#include "cpu.h"
+#include "cpu_images.h"
 #include "worker.h"
 
 namespace mim4dd::MIM4DD_ISA {

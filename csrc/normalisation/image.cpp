@@ -8,7 +8,7 @@
 //             by x: r P(c) - w r^2 S n / N,  c = v d - (w r / N)(A u + B d).
 // An image of one channel group stays in the cache between the sweeps over it. No standard templates here: the
 // linker would keep one copy of each for all instruction sets.
-#include "norm.h"
+#include "normalisation.h"
 
 namespace mim4dd::MIM4DD_ISA {
 namespace {

@@ -1,12 +1,12 @@
 // The CPU kernel: images in parallel, by the best instruction set that the machine has.
-#include "cpu.h"
+#include "cpu_images.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <type_traits>
 
-#include "isa.h"
+#include "../isa.h"
 #include "kernels.h"
 
 namespace mim4dd {

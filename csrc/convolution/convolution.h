@@ -33,7 +33,7 @@ static constexpr int64_t forward_scratch(int64_t in) {
   return kPoints * (tile_stride(kTiles, in) + tile_stride(kTiles, 32));
 }
 
-// The same code compiled for three instruction sets; conv.cpp picks at run time. What is done for one range of rows,
+// The same code compiled for three instruction sets; ops.cpp picks at run time. What is done for one range of rows,
 // tiles or points does not depend on the others.
 #define MIM4DD_CONV_FUNCTIONS                                                             \
   void transform_weight(const ConvCall& call, int64_t begin, int64_t end);  /* rows in */ \

@@ -1,14 +1,14 @@
 // A block's passes over one image, compiled once per instruction set: MIM4DD_ISA names the namespace.
 //
-// With c = conv(x, w) and y = norm(c), norm's passes being those of norm_image.cpp:
+// With c = conv(x, w) and y = norm(c), norm's passes being those of normalisation/image.cpp:
 //   backward: d = norm'(grad_y);  by_x = conv'(d, w), the transpose by x;  by_w = corr(d, x), that by w.
 //   twice:    of <p, by_x> + <q, by_w> + ..., which is <d, u> with u = conv(p, w) + conv(x, q): the normalisation's
 //             second pass at u gives by_grad_y and, by c, e;  by_x = conv'(e, w) + conv'(d, q);
 //             by_w = corr(e, x) + corr(d, p).
 // No standard templates here: the linker would keep one copy for all instruction sets.
-#include "block.h"
-#include "lanes.h"
-#include "norm.h"
+#include "first_block.h"
+#include "../lanes.h"
+#include "../normalisation/normalisation.h"
 
 namespace mim4dd::MIM4DD_ISA {
 namespace {

@@ -1,5 +1,5 @@
 // The convolution's operators on torch's stable ABI: schema, checks, and tiles in parallel on the CPU.
-#include "conv.h"
+#include "convolution.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "isa.h"
+#include "../isa.h"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // The normalisation's operators on torch's stable ABI: schema, checks, and images in parallel on the CPU.
-#include "norm.h"
+#include "normalisation.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -10,7 +10,7 @@
 #include <string>
 #include <tuple>
 
-#include "isa.h"
+#include "../isa.h"
 
 namespace {
 

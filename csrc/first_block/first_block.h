@@ -44,7 +44,7 @@ static constexpr int64_t block_scratch(const BlockCall& call) {
          2 * kMostTaps * call.group;
 }
 
-// The same code compiled for three instruction sets; block.cpp picks at run time.
+// The same code compiled for three instruction sets; ops.cpp picks at run time.
 namespace baseline { void block_image(const BlockCall& call, int64_t image, float* scratch); }
 namespace avx2 { void block_image(const BlockCall& call, int64_t image, float* scratch); }
 namespace avx512 { void block_image(const BlockCall& call, int64_t image, float* scratch); }
