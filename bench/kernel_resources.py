@@ -28,7 +28,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from mim4dd import kernels
-from mim4dd.losses.reference import LossForm
+from mim4dd.losses.form import LossForm
 
 # Shared memory a program may have and the number of multiprocessors: A100 and H100.
 DEVICES = {80: (166_912, 108), 90: (232_448, 132)}
@@ -45,8 +45,8 @@ CALLS = {
     "DOTS": [(LossForm("nce"), True)],
     "PRODUCT": [(LossForm("nce"), True), *((LossForm(name, symmetric=True), True) for name in INFO_NCE)],
     "SUMS": [(form, False) for form, _ in LONG[1:]],
-    "BLOCKS": ALONE,
-    "LONG_BLOCKS": LONG,
+    "WIDE": ALONE,
+    "LONG_WIDE": LONG,
     "NARROW_64": LONG,
     "NARROW_128": ALONE,
     "LONG_NARROW_128": LONG,

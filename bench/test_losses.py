@@ -23,7 +23,7 @@ from torch import Tensor
 import mim4dd
 from bench import measure
 from mim4dd.losses import reference
-from mim4dd.losses.reference import LossForm
+from mim4dd.losses.form import LossForm
 
 SECONDS = 4.0  # for the rounds of a case, at least five of them
 

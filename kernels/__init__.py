@@ -1,6 +1,6 @@
 """Triton kernels of the contrastive losses.
 
-They take tensors and know nothing of distillation. `contrast` is the door; `skinny`, `narrow` and `blocks`
+They take tensors and know nothing of distillation. `contrast` is the door; `skinny`, `narrow` and `wide`
 are the ways through, chosen by the number of pairs and of features.
 """
 
@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mim4dd.losses.reference import LossForm, saved_dtype
+from mim4dd.losses.form import LossForm, saved_dtype
 
-from . import blocks, narrow, skinny
+from . import narrow, skinny, wide
 from .autotune import tuned
 from .launch import precision_of
 
@@ -100,7 +100,7 @@ def _way(features: Tensor) -> ModuleType:
     that must stay float32 leaves as few as possible to the kernels.
     """
     few = features.shape[1] <= narrow.WIDEST and precision_of(features.dtype) != "ieee"
-    return narrow if few else blocks
+    return narrow if few else wide
 
 
 def _tuned(

@@ -49,19 +49,19 @@ PRODUCT: Table = {
     "tf32": (Tile(64, 32, 64, 4, 3), Tile(16, 32, 64, 4, 3), Tile(16, 32, 32, 4, 2)),
     "ieee": (Tile(32, 32, 64, 4, 3), Tile(16, 32, 64, 4, 3), Tile(16, 32, 32, 4, 2)),
 }
-BLOCKS: Table = {
+WIDE: Table = {
     "half": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 64, 32, 4, 2)),
     "tf32": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 2)),
     "ieee": (Tile(64, 64, 32, 4, 3),),
 }
 # Where more is computed of each pair (symmetric, or gradients by the scales), 128 x 128 takes 255 registers
 # and spills 270 bytes.
-LONG_BLOCKS: Table = {
+LONG_WIDE: Table = {
     "half": (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 64, 32, 4, 2)),
     "tf32": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 2)),
-    "ieee": BLOCKS["ieee"],
+    "ieee": WIDE["ieee"],
 }
-SUMS: Table = BLOCKS
+SUMS: Table = WIDE
 # d is the largest width. A program also keeps its m x d gradient, so tiles are small: two or more programs
 # run on a multiprocessor, one computing exponentials while the other multiplies.
 NARROW_64: Table = {
@@ -81,8 +81,8 @@ TABLES = {
     "DOTS": DOTS,
     "PRODUCT": PRODUCT,
     "SUMS": SUMS,
-    "BLOCKS": BLOCKS,
-    "LONG_BLOCKS": LONG_BLOCKS,
+    "WIDE": WIDE,
+    "LONG_WIDE": LONG_WIDE,
     "NARROW_64": NARROW_64,
     "NARROW_128": NARROW_128,
     "LONG_NARROW_128": LONG_NARROW_128,

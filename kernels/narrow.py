@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mim4dd.losses.reference import LossForm
+from mim4dd.losses.form import LossForm
 
 from . import sides
 from .launch import choose, device_limits, dot_precision, precision_of

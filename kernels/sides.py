@@ -8,12 +8,12 @@ import torch
 import triton
 from torch import Tensor
 
-from mim4dd.losses.reference import LossForm, saved_dtype
+from mim4dd.losses.form import LossForm, saved_dtype
 
-from .block_kernels import sums_kernel
 from .launch import choose, dot_precision, precision_of
 from .pairs import LEFT_OUT, LOG_SUMS
 from .side_kernels import gradient_kernel, rows_kernel
+from .wide_kernels import sums_kernel
 
 # Rows and columns looked at by one launch where pairs are walked in blocks.
 BLOCK = 8192

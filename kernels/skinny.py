@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mim4dd.losses.reference import LossForm, saved_dtype
+from mim4dd.losses.form import LossForm, saved_dtype
 
 from . import launch
 from .finish_kernels import finish_kernel

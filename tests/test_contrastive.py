@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mim4dd
 from mim4dd.losses import reference
-from mim4dd.losses.reference import LossForm
+from mim4dd.losses.form import LossForm
 
 FORMS = [
     LossForm("nce"),

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mim4dd
 from mim4dd.losses import reference
-from mim4dd.losses.reference import LossForm
+from mim4dd.losses.form import LossForm
 
 pytest.importorskip("triton")
 
@@ -32,7 +32,7 @@ ONE_OF_EACH = FORMS[1], FORMS[2], FORMS[5]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 
-@pytest.fixture(params=["skinny", "narrow", "blocks"])
+@pytest.fixture(params=["skinny", "narrow", "wide"])
 def path(request, monkeypatch):
     """Send calls of any size through one path, in blocks of at most 64 x 64 pairs."""
     monkeypatch.setattr(kernels, "SKINNY_PAIRS", 1 << 62 if request.param == "skinny" else 0)

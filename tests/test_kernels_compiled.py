@@ -28,8 +28,8 @@ def test_no_spills_within_shared_memory_on_tensor_cores(capability):
         "skinny_kernels.sums_kernel",
         "skinny_kernels.pairs_kernel",
         "finish_kernels.finish_kernel",
-        "block_kernels.sums_kernel",
-        "block_kernels.pairs_kernel",
+        "wide_kernels.sums_kernel",
+        "wide_kernels.pairs_kernel",
         "side_kernels.rows_kernel",
         "side_kernels.gradient_kernel",
     }

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .checks import check_features, check_labels, check_positive, check_self, resolve_backend
 from .contrastive import contrastive_losses
-from .reference import CHUNK_PAIRS, LossForm, unit_rows
+from .form import LossForm
+from .reference import CHUNK_PAIRS, unit_rows
 from .scales import one_dtype, scales_of
 
 __all__ = ["calibrated_noise_ratio", "info_nce_loss", "info_nce_losses", "nce_loss", "nce_losses"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference import LossForm, saved_dtype
+from .form import LossForm, saved_dtype
 
 
 def contrastive_losses(

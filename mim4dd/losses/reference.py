@@ -8,34 +8,15 @@ holding an M x N matrix.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .form import LossForm, saved_dtype
+
 # Pairs looked at together: 4 MiB a float32 temporary, which stays in the cache of a CPU.
 CHUNK_PAIRS = 1 << 20
-
-
-@dataclass(frozen=True)
-class LossForm:
-    """Which loss: `name` is "nce", "info_nce" (over each positive) or "info_nce_any" (over any of them);
-    `negatives` per positive (None: all; NCE only), `symmetric` adds the exchanged roles, `exclude_self`
-    leaves out the pairs (i, i)."""
-
-    name: str
-    negatives: float | None = None
-    symmetric: bool = False
-    exclude_self: bool = False
-
-
-def saved_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a feature's gradient waits for the backward.
-
-    float32 for float16: a loss scale arrives with the backward, too late for what underflowed before.
-    """
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def inverse_norms(features: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The kernels over a block of pairs."""
+"""The kernels of `wide` over a block of pairs; `sides` takes log-sum-exps with the first, at any width."""
 
 import triton
 import triton.language as tl

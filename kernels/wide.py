@@ -13,12 +13,12 @@ import torch
 import triton
 from torch import Tensor
 
-from mim4dd.losses.reference import LossForm
+from mim4dd.losses.form import LossForm
 
 from . import sides
-from .block_kernels import pairs_kernel
 from .launch import Tile, choose, dot_precision, precision_of
 from .sides import walk
+from .wide_kernels import pairs_kernel
 
 
 def contrast(
@@ -88,7 +88,7 @@ def contrast(
 
 def table_name(form: LossForm, wanted: Sequence[bool], width: int) -> str:
     """The launch table of a call."""
-    return "LONG_BLOCKS" if form.symmetric or wanted[0] else "BLOCKS"
+    return "LONG_WIDE" if form.symmetric or wanted[0] else "WIDE"
 
 
 def _tiles(tile: Tile, m: int, n: int) -> int:
