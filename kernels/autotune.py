@@ -1,8 +1,8 @@
 """MIM4DD_AUTOTUNE=1: time the entries of the launch table for each new kind of call, keep the best on disk.
 
 Off by default, as the table is chosen for the sizes of use and a search delays the first call of every kind.
-The file is launch-<device>-triton-<version>.json in $MIM4DD_CACHE (default: ~/.cache/mim4dd); delete it to
-search anew.
+The file is launch-<device>-triton-<version>.json in $MIM4DD_CACHE (default: ~/.cache/mim4dd), shared by
+processes; delete it to search anew in the next one.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import triton
+from filelock import FileLock
 
 from mim4dd.files import atomic, cache_folder
 
@@ -21,6 +22,10 @@ from . import launch
 from .launch import Tile
 
 REPEATS = 5
+
+# By file, the tiles of each kind of call: every call looks here, only the first of a kind at the disk.
+Known = dict[str, dict[str, dict]]
+_known: dict[Path, Known] = {}
 
 
 def tuned(
@@ -42,20 +47,34 @@ def tuned(
         call: runs the call once.
     """
     path = _path(device)
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = _known.get(path, {})
     if kind not in known:
-        best: dict[str, Tile] = {}
-        for table in tables:
-            seconds = {}
-            for tile in launch.fitting(table, precision, itemsize, device):
-                with launch.forced({**best, table: tile}):
-                    seconds[tile] = _seconds(call, device)
-            best[table] = min(seconds, key=seconds.__getitem__)
-        known[kind] = {table: asdict(tile) for table, tile in best.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(path) as whole:  # other processes may read it
-            whole.write_text(json.dumps(known, indent=1) + "\n")
+        known = _read(path)
+        if kind not in known:
+            best: dict[str, Tile] = {}
+            for table in tables:
+                seconds = {}
+                for tile in launch.fitting(table, precision, itemsize, device):
+                    with launch.forced({**best, table: tile}):
+                        seconds[tile] = _seconds(call, device)
+                best[table] = min(seconds, key=seconds.__getitem__)
+            known = _add(path, {kind: {table: asdict(tile) for table, tile in best.items()}})
+        _known[path] = known
     return launch.forced({table: Tile(**tile) for table, tile in known[kind].items()})
+
+
+def _read(path: Path) -> Known:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _add(path: Path, new: Known) -> Known:
+    """Write the file with `new` and what other processes have added meanwhile; returns all of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        known = _read(path) | new
+        with atomic(path) as whole:  # readers take no lock
+            whole.write_text(json.dumps(known, indent=1) + "\n")
+    return known
 
 
 def _path(device: torch.device) -> Path:

@@ -1,6 +1,8 @@
 """The fused kernels against the plain formula in float64; without a GPU in Triton's interpreter."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -250,12 +252,32 @@ def test_autotune_keeps_its_choice_on_disk(path, monkeypatch, tmp_path):
     monkeypatch.setenv("MIM4DD_CACHE", str(tmp_path))
     monkeypatch.setattr(autotune, "REPEATS", 1)
     check(FORMS[4], *problem(4, 9, [16]))
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.json")
     choice = json.loads(file.read_text())
     assert len(choice) == 1
-    monkeypatch.setattr(autotune, "_seconds", None)  # a second call of the kind does not search
+    monkeypatch.setattr(autotune, "_seconds", None)  # from here on a search fails
+    monkeypatch.setattr(autotune, "_known", {})  # as in a new process
     check(FORMS[4], *problem(4, 9, [16]))
     assert json.loads(file.read_text()) == choice
+    monkeypatch.setattr(autotune, "_read", None)  # what has been read once is not read again
+    check(FORMS[4], *problem(4, 9, [16]))
+
+
+def test_autotune_keeps_what_others_write_meanwhile(monkeypatch, tmp_path):
+    monkeypatch.setenv("MIM4DD_CACHE", str(tmp_path))
+    read = autotune._read
+
+    def slow(path):
+        known = read(path)
+        time.sleep(0.01)  # so that writers without a lock would have read the same
+        return known
+
+    monkeypatch.setattr(autotune, "_read", slow)
+    kinds = [f"kind {index}" for index in range(16)]
+    with ThreadPoolExecutor(4) as writers:
+        [*writers.map(lambda kind: autotune.tuned(kind, [], "tf32", 4, torch.device("cpu"), None), kinds)]
+    (file,) = tmp_path.glob("*.json")
+    assert sorted(json.loads(file.read_text())) == sorted(kinds)
 
 
 def test_a_small_device_gets_a_small_tile():
