@@ -43,34 +43,35 @@ def wants_cuda() -> bool:
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        # Imported here, not above: reading the package's metadata must work without them.
-        import pybind11
-        import torch
-
         # Right for wheels, `build_ext --inplace` and editable installs alike.
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        configure = [
-            "cmake",
-            str(Path(__file__).resolve().parent),
-            "--fresh",  # what an earlier build noted may be gone, such as the ninja of an isolated one
-            "-GNinja",
-            "-DCMAKE_BUILD_TYPE=Release",
-            f"-DMIM4DD_OUTPUT_DIR={target.parent}",
-            f"-DMIM4DD_CUDA={'ON' if ext.name.endswith('_cuda') else 'OFF'}",
-            f"-DMIM4DD_TORCH={Path(torch.__file__).parent}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            *os.environ.get("CMAKE_ARGS", "").split(),
-        ]
-        target_of = ["cmake", "--build", ".", "--target", ext.name.split(".")[-1]]
         try:
+            # Imported here, not above: reading the package's metadata must work without them.
+            import pybind11
+            import torch
+
+            configure = [
+                "cmake",
+                str(Path(__file__).resolve().parent),
+                "--fresh",  # what an earlier build noted may be gone, such as the ninja of an isolated one
+                "-GNinja",
+                "-DCMAKE_BUILD_TYPE=Release",
+                f"-DMIM4DD_OUTPUT_DIR={target.parent}",
+                f"-DMIM4DD_CUDA={'ON' if ext.name.endswith('_cuda') else 'OFF'}",
+                f"-DMIM4DD_TORCH={Path(torch.__file__).parent}",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                *os.environ.get("CMAKE_ARGS", "").split(),
+            ]
+            target_of = ["cmake", "--build", ".", "--target", ext.name.split(".")[-1]]
             for command in (configure, target_of):
                 subprocess.run(command, cwd=build, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (ImportError, OSError, subprocess.CalledProcessError) as error:
             sys.exit(
-                f"{ext.name} cannot be built ({error}); it needs CMake, Ninja and a C++20 compiler. "
+                f"{ext.name} cannot be built ({error}); it needs torch, a C++20 compiler, and "
+                "pip install 'setuptools>=77' cmake ninja pybind11. "
                 "MIM4DD_NO_EXT=1 installs without it: the PyTorch reference runs, slower."
             )
 

@@ -12,8 +12,9 @@ import torch
 def _load(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(f"mim4dd.{name}")
-    except ImportError as error:
-        # Also what an older glibc, or a torch without the symbols it was built against, ends in.
+    except (ImportError, OSError, RuntimeError) as error:
+        # An older glibc, or a torch without the symbols it was built against, ends in an ImportError; a torch
+        # that refuses to register the operators may end in one of the others.
         warnings.warn(
             f"mim4dd: the compiled extension {name} cannot be loaded ({error}); the slower PyTorch reference "
             "runs instead. Build it with: pip install --no-build-isolation -e .",

@@ -20,21 +20,23 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    "cause",
+    "error",
     [
-        "No module named 'mim4dd._C'",
-        "/lib/x86_64-linux-gnu/libc.so.6: version `GLIBC_2.38' not found (required by _C.so)",
-        "_C.so: undefined symbol: torch_call_dispatcher",
+        ImportError("No module named 'mim4dd._C'"),
+        ImportError("/lib/x86_64-linux-gnu/libc.so.6: version `GLIBC_2.38' not found (required by _C.so)"),
+        ImportError("_C.so: undefined symbol: torch_call_dispatcher"),
+        OSError("libtorch_cpu.so: cannot open shared object file"),
+        RuntimeError("Tried to register an operator with the same name multiple times"),
     ],
-    ids=["missing", "old glibc", "other ABI"],
+    ids=["missing", "old glibc", "other ABI", "no torch library", "not registered"],
 )
-def test_import_falls_back_with_one_warning_naming_the_cause(cause):
+def test_import_falls_back_with_one_warning_naming_the_cause(error):
     program = f"""
 import importlib, warnings
 original = importlib.import_module
 def load(name, *rest):
     if name == "mim4dd._C":
-        raise ImportError({cause!r})
+        raise {error!r}
     return original(name, *rest)
 importlib.import_module = load
 with warnings.catch_warnings(record=True) as caught:
@@ -49,7 +51,7 @@ print(*(w.message for w in caught if "mim4dd" in str(w.message)), sep="\\n")
     assert done.returncode == 0, done.stderr
     warnings = done.stdout.strip().splitlines()
     assert len(warnings) == 1
-    assert cause in warnings[0]
+    assert str(error) in warnings[0]
     assert "reference runs instead" in warnings[0]
 
 
@@ -152,20 +154,16 @@ def test_cuda_kernels_are_built_by_the_nvcc_of_torch(monkeypatch, capsys, tmp_pa
     assert wants_cuda()
 
 
-def test_without_a_compiler_the_build_says_what_to_do(tmp_path):
-    command = [
-        sys.executable,
-        "setup.py",
-        "-q",
-        "build_ext",
-        "--build-temp",
-        tmp_path,
-        "--build-lib",
-        tmp_path,
-    ]
+@pytest.mark.parametrize(("missing", "named"), [("a compiler", "cmake"), ("pybind11", "pybind11")])
+def test_where_it_cannot_be_built_the_build_says_what_to_do(tmp_path, missing, named):
+    hidden = "" if missing == "a compiler" else f"sys.modules[{missing!r}] = None; "
+    program = f"import runpy, sys; {hidden}runpy.run_path('setup.py', run_name='__main__')"
+    options = ["-q", "build_ext", "--build-temp", tmp_path, "--build-lib", tmp_path]
     environment = {**os.environ, "PATH": str(tmp_path), "MIM4DD_CUDA": "0"}
+    command = [sys.executable, "-c", program, *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "mim4dd._C cannot be built" in done.stderr
+    assert re.search(f"mim4dd._C cannot be built .*{named}.*; it needs", done.stderr)
+    assert "pip install 'setuptools>=77' cmake ninja pybind11" in done.stderr
     assert "MIM4DD_NO_EXT=1 installs without it" in done.stderr
     assert "Traceback" not in done.stderr
