@@ -19,13 +19,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
+from bench import problems
 from bench.measure import extra_peak, seconds
 from mim4dd import distill
-from mim4dd.data import ImageSet
 from mim4dd.networks import precision
-from mim4dd.objectives import METHODS, Problem, TrajectoryConfig
-from mim4dd.seeding import generator
-from mim4dd.synthetic import SyntheticSet
+from mim4dd.objectives import METHODS
 
 BASE = {"ipc": 10, "classes": 10, "side": 32, "real_batch": 32}
 GROWTH = {
@@ -51,38 +49,19 @@ def measure(method: str, width: int, sizes: dict[str, int]) -> tuple[float, floa
 def _measure(method: str, width: int, sizes: dict[str, int], experts: Path) -> tuple[float, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ipc, classes, side, real_batch = (sizes[name] for name in ("ipc", "classes", "side", "real_batch"))
-    pixels = torch.randint(
-        256, (classes * 4, 3, side, side), dtype=torch.uint8, generator=generator(0, "bench/real")
-    )
-    labels = torch.arange(classes).repeat_interleave(4)  # a class is cycled through
-    real = ImageSet(pixels, labels, tuple(map(str, range(classes))), torch.full((3,), 0.5), torch.ones(3))
-    problem = Problem(
-        real=real.to(device),
-        labels=torch.arange(classes, device=device).repeat_interleave(ipc),
-        architecture="convnet",
+    real = problems.real_images(4, device, classes, (3, side, side))  # a class is cycled through
+    problem = problems.problem(
+        real,
+        ipc,
         width=width,
         real_batch=real_batch,
-        augmentation="color_crop_cutout_flip_scale_rotate" if METHODS[method].augmented else "none",
-        layers=(),
-        seed=0,
+        augmentation=problems.STRATEGY if METHODS[method].augmented else "none",
         precision=precision.resolve("auto", device),
-        # Of trajectory matching; the experts need not know anything.
-        trajectory=TrajectoryConfig(
-            experts=experts,
-            num_experts=1,
-            expert_snapshots=2,
-            expert_batches=1,
-            max_start=1,
-            student_steps=2,
-            student_batch=256,
-        ),
+        trajectory=problems.trajectory(experts, student_steps=2, student_batch=256),
     )
     objective = METHODS[method].objective(problem)
     objective.inner = 0  # of gradient matching
-    images = torch.randn(
-        classes * ipc, 3, side, side, generator=generator(0, "bench/images", device), device=device
-    )
-    start = SyntheticSet(images, problem.labels, real.class_names, real.mean, real.std)
+    start = problems.synthetic_set(problem, problems.synthetic_images(problem))
 
     def iterate() -> None:
         distill.distill(objective, start, iterations=1, lr=0.1, momentum=0.5)

@@ -2,7 +2,7 @@
 
     python -m bench.profile --method dm [--ipc 10] [--trace FILE]
 
-Prints the seconds of an iteration's parts, measured by torch's profiler over random images of Fashion-MNIST's
+Prints the seconds of an iteration's parts, measured by torch's profiler over random images of MNIST's
 shape, and what fraction of the matrix rate, measured in the same run, the networks' operations reach.
 `--trace` writes a Chrome trace.
 """
@@ -21,21 +21,18 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
+from bench import problems
 from bench.measure import matrix_rate, seconds
 from mim4dd import augment, distill, extension
-from mim4dd.data import ImageSet
 from mim4dd.devices import pick_device
 from mim4dd.errors import InputError
 from mim4dd.networks import precision
-from mim4dd.objectives import METHODS, Problem, TrajectoryConfig
+from mim4dd.objectives import METHODS, Problem
 from mim4dd.objectives import distribution as distribution
 from mim4dd.objectives import gradient as gradient
-from mim4dd.seeding import generator
-from mim4dd.synthetic import SyntheticSet
 
 PARTS = ("forward real", "forward synthetic", "gradients real", "gradients synthetic", "backward")
 PARTS += ("augmentation", "loss", "update", "initialise", "inner loop")
-CLASSES, SIDE = 10, 28
 
 
 def _count_compiled() -> None:
@@ -112,15 +109,6 @@ def annotated() -> Iterator[None]:
             setattr(owner, attribute, function)
 
 
-def random_images(per_class: int, device: torch.device) -> ImageSet:
-    """Images without meaning; what is timed does not depend on it."""
-    shape = (CLASSES * per_class, 1, SIDE, SIDE)
-    pixels = torch.randint(256, shape, dtype=torch.uint8, generator=generator(0, "bench/real"))
-    labels = torch.arange(CLASSES).repeat_interleave(per_class)
-    names = tuple(map(str, range(CLASSES)))
-    return ImageSet(pixels, labels, names, torch.tensor([0.5]), torch.tensor([0.25])).to(device)
-
-
 def positive(text: str) -> int:
     """What argparse makes of a count."""
     if int(text) < 1:
@@ -156,32 +144,19 @@ def main() -> None:
 def show(options: argparse.Namespace, device: torch.device, computing: str, experts: Path) -> None:
     """Print where the time goes; of trajectory matching, the experts go into the folder."""
     method = METHODS[options.method]
-    problem = Problem(
-        real=random_images(1000, device),
-        labels=torch.arange(CLASSES, device=device).repeat_interleave(options.ipc),
-        architecture="convnet",
+    problem = problems.problem(
+        problems.real_images(1000, device),
+        options.ipc,
         width=options.width,
         real_batch=options.real_batch,
-        augmentation="color_crop_cutout_scale_rotate" if method.augmented else "none",
-        layers=(),
-        seed=0,
+        augmentation=problems.STRATEGY if method.augmented else "none",
         precision=computing,
-        # Of trajectory matching: experts of a few seconds, but as many student steps as in a run.
-        trajectory=TrajectoryConfig(
-            num_experts=1,
-            expert_snapshots=2,
-            expert_batches=1,
-            max_start=1,
-            student_steps=20,
-            experts=experts,
-        ),
+        trajectory=problems.trajectory(experts, student_steps=20),  # about as many as in a run
     )
     objective = method.objective(problem)
     if isinstance(objective, gradient.GradientMatching):
         objective.inner = 1  # of its many epochs, one is enough to see
-    real, shape = problem.real, (CLASSES * options.ipc, 1, SIDE, SIDE)
-    images = torch.randn(shape, generator=generator(0, "profile/images", device), device=device)
-    start = SyntheticSet(images, problem.labels, real.class_names, real.mean, real.std)
+    start = problems.synthetic_set(problem, problems.synthetic_images(problem))
 
     def iterate() -> None:
         distill.distill(objective, start, iterations=options.iterations, lr=method.image_lr, momentum=0.5)

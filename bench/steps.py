@@ -1,6 +1,6 @@
 """The steps of the loop, ours and the textbook's (baselines.py), on one problem: what test_loop.py compares.
 
-IPC 10, 256 real images a class, images of Fashion-MNIST's shape with random pixels, width 128, 10 classes.
+IPC 10, 256 real images a class, images of MNIST's shape with random pixels, width 128, 10 classes.
 """
 
 from __future__ import annotations
@@ -11,48 +11,24 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from bench import baselines
+from bench import baselines, problems
 from mim4dd import augment, graph, networks
 from mim4dd.data import ImageSet
 from mim4dd.distill import updates
 from mim4dd.evaluation import Protocol, evaluate
 from mim4dd.objectives import METHODS, GradientMatching, Problem, trajectory_distance
 from mim4dd.seeding import generator
-from mim4dd.synthetic import SyntheticSet
 
-CLASSES, IPC, REAL_BATCH, WIDTH, SIDE = 10, 10, 256, 128, 28
-STRATEGY = "color_crop_cutout_scale_rotate"
+IPC, REAL_BATCH, WIDTH = 10, 256, 128
 NETWORKS, TEST = 5, 1000
 EPOCHS = {"cpu": 4, "cuda": 200}  # as in a whole evaluation, recording graphs is to take little
 STEPS, STEP_SIZE = 20, 0.01
 
 
-def real_set(per_class: int, device: str) -> ImageSet:
-    pixels = torch.randint(
-        256, (CLASSES * per_class, 1, SIDE, SIDE), dtype=torch.uint8, generator=generator(0, "bench/real")
-    )
-    labels = torch.arange(CLASSES).repeat_interleave(per_class)
-    names = tuple(map(str, range(CLASSES)))
-    return ImageSet(pixels, labels, names, torch.tensor([0.5]), torch.tensor([0.25])).to(device)
-
-
 def problem(real: ImageSet, strategy: str, name: str) -> Problem:
-    return Problem(
-        real=real,
-        labels=torch.arange(CLASSES, device=real.images.device).repeat_interleave(IPC),
-        architecture="convnet",
-        width=WIDTH,
-        real_batch=REAL_BATCH,
-        augmentation=strategy,
-        layers=(),
-        seed=0,
-        precision="fp32" if name == "textbook" else name.split()[0],
-    )
-
-
-def synthetic(device: str) -> Tensor:
-    shape = (CLASSES * IPC, 1, SIDE, SIDE)
-    return torch.randn(shape, generator=generator(0, "bench/synthetic"), device="cpu").to(device)
+    computing = "fp32" if name == "textbook" else name.split()[0]
+    settings = {"width": WIDTH, "real_batch": REAL_BATCH, "precision": computing}
+    return problems.problem(real, IPC, augmentation=strategy, **settings)
 
 
 def setting(of: Problem, images: Tensor, weights=None) -> baselines.Setting:
@@ -61,7 +37,7 @@ def setting(of: Problem, images: Tensor, weights=None) -> baselines.Setting:
     parts = [] if of.augmentation == "none" else of.augmentation.split("_")
     return baselines.Setting(
         real=real.batch(torch.arange(len(real), device=real.images.device)),
-        classes=[(real.labels == c).nonzero().flatten() for c in range(CLASSES)],
+        classes=[(real.labels == c).nonzero().flatten() for c in range(real.num_classes)],
         images=images.clone().requires_grad_(),
         labels=of.labels,
         real_batch=of.real_batch,
@@ -76,8 +52,7 @@ def matching_step(method: str, of: Problem, images: Tensor) -> Callable[[], obje
     objective = METHODS[method].objective(of)
     if isinstance(objective, GradientMatching):
         objective.inner = 0
-    real = of.real
-    start = SyntheticSet(images, of.labels, real.class_names, real.mean, real.std)
+    start = problems.synthetic_set(of, images)
     learned = images.clone().requires_grad_()
     update = updates(objective, start, learned, None, METHODS[method].image_lr, 0.5, None)
     return lambda: next(update)
@@ -135,7 +110,7 @@ def trajectory_step(of: Problem, images: Tensor) -> Callable[[], object]:
     random = generator(0, "bench/augmentation", images.device)
 
     def step() -> Tensor:
-        params = augment.sample(of.augmentation, len(images), SIDE, generator=random)
+        params = augment.sample(of.augmentation, len(images), of.real.image_size, generator=random)
         x = augment.apply(images, params)
         loss = trajectory_distance(network, start, target, x, of.labels, steps=STEPS, step_size=STEP_SIZE)
         return torch.autograd.grad(loss, images)[0]

@@ -10,16 +10,14 @@ forward reads and writes the images once, backward reads and writes the gradient
 
 import functools
 import importlib.util
-import math
 import statistics
 from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bench import measure
+from bench import baselines, measure
 from mim4dd import augment, extension
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -30,79 +28,11 @@ CALLS = 10
 SECONDS = 5.0  # for the rounds of a case, at least five of them
 
 
-def uniform(x: Tensor) -> Tensor:
-    return torch.rand(len(x), 1, 1, 1, device=x.device)
-
-
-def color(x: Tensor) -> Tensor:
-    x = x + (uniform(x) - 0.5)
-    grey = x.mean(1, keepdim=True)
-    x = (x - grey) * (uniform(x) * 2) + grey
-    mean = x.mean((1, 2, 3), keepdim=True)
-    return (x - mean) * (uniform(x) + 0.5) + mean
-
-
-def grid(x: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
-    ranges = [torch.arange(n, device=x.device) for n in (len(x), height, width)]
-    return torch.meshgrid(*ranges, indexing="ij")
-
-
-def crop(x: Tensor) -> Tensor:
-    height, width = x.shape[2:]
-    image, row, column = grid(x, height, width)
-    reach = int(height * augment.CROP + 0.5)
-    shift = torch.randint(-reach, reach + 1, (2, len(x), 1, 1), device=x.device)
-    row = (row + shift[0] + 1).clamp(0, height + 1)
-    column = (column + shift[1] + 1).clamp(0, width + 1)
-    padded = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1).contiguous()
-    return padded[image, row, column].permute(0, 3, 1, 2).contiguous()
-
-
-def cutout(x: Tensor) -> Tensor:
-    height, width = x.shape[2:]
-    box = int(height * augment.CUTOUT + 0.5)
-    image, row, column = grid(x, box, box)
-    corner = torch.randint(0, height + 1 - box % 2, (2, len(x), 1, 1), device=x.device) - box // 2
-    mask = torch.ones(len(x), height, width, device=x.device)
-    mask[image, (row + corner[0]).clamp(0, height - 1), (column + corner[1]).clamp(0, width - 1)] = 0
-    return x * mask[:, None]
-
-
-def flip(x: Tensor) -> Tensor:
-    return torch.where(uniform(x) < 0.5, x.flip(3), x)
-
-
-def warp(x: Tensor, matrix: Tensor) -> Tensor:
-    theta = F.pad(matrix, (0, 1))
-    return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=True), align_corners=True)
-
-
-def scale(x: Tensor) -> Tensor:
-    factors = torch.rand(len(x), 2, device=x.device) * (augment.SCALE - 1 / augment.SCALE) + 1 / augment.SCALE
-    return warp(x, torch.diag_embed(factors))
-
-
-def rotate(x: Tensor) -> Tensor:
-    angle = (torch.rand(len(x), device=x.device) * 2 - 1) * augment.ROTATE * math.pi / 180
-    rows = [torch.stack([angle.cos(), -angle.sin()], 1), torch.stack([angle.sin(), angle.cos()], 1)]
-    return warp(x, torch.stack(rows, 1))
-
-
-def every(x: Tensor) -> Tensor:
-    for op in (color, crop, flip, scale, rotate, cutout):
-        x = op(x)
+def textbook(op: str, x: Tensor) -> Tensor:
+    """The published version, with new numbers for every image; of all ops in the order of ours."""
+    for part in ("color", "crop", "flip", "scale", "rotate", "cutout") if op == "all" else [op]:
+        x = baselines.augmented(x, part)
     return x
-
-
-TEXTBOOK = {
-    "color": color,
-    "crop": crop,
-    "cutout": cutout,
-    "flip": flip,
-    "scale": scale,
-    "rotate": rotate,
-    "all": every,
-}
 
 
 def kornia_version(op: str, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor] | None:
@@ -131,7 +61,7 @@ def versions(op: str, shape: tuple[int, ...], device: str) -> dict[str, Callable
     calls: dict[str, Callable[[Tensor], Tensor]] = {
         name: functools.partial(ours, name) for name in ("fused", "reference")
     }
-    calls["textbook"] = TEXTBOOK[op]
+    calls["textbook"] = functools.partial(textbook, op)
     if importlib.util.find_spec("kornia") and (transform := kornia_version(op, shape)):
         calls["kornia"] = transform
     return calls

@@ -21,18 +21,8 @@ import torch
 from torch import Tensor
 
 from bench import baselines
-from bench.steps import (
-    NETWORKS,
-    OURS,
-    STEP_SIZE,
-    STRATEGY,
-    TEXTBOOK,
-    problem,
-    real_set,
-    setting,
-    synthetic,
-    trajectory,
-)
+from bench.problems import STRATEGY, real_images, synthetic_images
+from bench.steps import NETWORKS, OURS, STEP_SIZE, TEXTBOOK, problem, setting, trajectory
 from mim4dd import evaluation, graph, networks, stacked
 from mim4dd.networks import blocks, convolution, precision
 from mim4dd.objectives import METHODS, Problem, base, distribution, gradient, trajectory_distance
@@ -75,13 +65,10 @@ def small():
     """As many real images in a class as are drawn, so that both sides use them all."""
 
     def make(device: str) -> tuple[Problem, Tensor]:
-        return problem(real_set(16, device), "none", "fp32"), synthetic(device)
+        of = problem(real_images(16, device), "none", "fp32")
+        return dataclasses.replace(of, real_batch=16, width=32), synthetic_images(of)
 
-    def shrunk(device: str) -> tuple[Problem, Tensor]:
-        of, images = make(device)
-        return dataclasses.replace(of, real_batch=16, width=32), images
-
-    return shrunk
+    return make
 
 
 @pytest.fixture(autouse=True)
@@ -188,8 +175,8 @@ def test_loop(benchmark, device, step, name, monkeypatch):
         monkeypatch.setattr(base, "create", compiled)
     elif name.endswith(("stacked", "alone")):
         monkeypatch.setitem(stacked.AT_ONCE, device, NETWORKS if name.endswith("stacked") else 1)
-    of = problem(real_set(6000, device), "none" if step == "dc" else STRATEGY, name)
-    call = (TEXTBOOK if name == "textbook" else OURS)[step](of, synthetic(device))
+    of = problem(real_images(6000, device), "none" if step == "dc" else STRATEGY, name)
+    call = (TEXTBOOK if name == "textbook" else OURS)[step](of, synthetic_images(of))
     synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def timed() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import growth, measure, profile, report, steps, test_losses
+from bench import baselines, growth, measure, profile, report, steps, test_augment, test_losses
 from bench.test_loop import (
     comparable,
     float32_convolutions,
@@ -20,7 +20,7 @@ from bench.test_loop import (
     test_the_trained_network_is_that_of_the_textbook,
     test_trajectory_matching_is_that_of_the_textbook,
 )
-from mim4dd import extension, networks
+from mim4dd import augment, extension, networks
 from mim4dd.objectives import METHODS
 from mim4dd.seeding import generator
 
@@ -34,6 +34,51 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).parent.parent
+
+
+class Given:
+    """In the place of `baselines.Draw`: returns given numbers, if they could have been drawn."""
+
+    def __init__(self, *numbers):
+        self.numbers = iter(numbers)
+
+    def integers(self, low, high):
+        drawn = next(self.numbers)
+        assert low <= drawn.min()
+        assert drawn.max() < high
+        return drawn
+
+    def uniform(self):
+        drawn = next(self.numbers)
+        assert drawn.min() >= -1e-6
+        assert drawn.max() <= 1 + 1e-6
+        return drawn
+
+
+@pytest.mark.parametrize("op", baselines.OPS)
+def test_the_textbook_augments_as_ours_does(op, generator):
+    x = torch.randn(200, 3, 32, 32, generator=generator)
+    given = augment.sample(op, len(x), 32, generator=generator, mode="all")
+    numbers = {
+        "color": [given.brightness + 0.5, given.saturation / 2, given.contrast - 0.5],
+        "crop": [given.shift_y, given.shift_x],
+        "cutout": [given.cutout[:, 0] + 8, given.cutout[:, 2] + 8],
+        "flip": [1 - given.flip.float()],
+        "scale": [(factor - 1 / 1.2) / (1.2 - 1 / 1.2) for factor in (given.scale_x, given.scale_y)],
+        "rotate": [given.degrees / 30 + 0.5],
+    }
+    textbook = baselines.OPS[op](x, Given(*numbers[op]))
+    torch.testing.assert_close(textbook, augment.apply(x, given), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", test_augment.OPS)
+def test_what_the_textbook_draws_differs_between_images_unless_it_is_seeded(op):
+    x = torch.rand(1, 3, 16, 16).expand(20, -1, -1, -1)
+    assert (test_augment.textbook(op, x).std(0) > 0).any()
+    if op != "all":
+        alike = baselines.augmented(x, op, seed=0)
+        assert torch.equal(alike, alike[:1].expand_as(x))
+        assert torch.equal(alike, baselines.augmented(x, op, seed=0))
 
 
 @pytest.mark.parametrize("step", steps.OURS)
