@@ -27,12 +27,11 @@ from mim4dd import augment, distill, extension
 from mim4dd.devices import pick_device
 from mim4dd.errors import InputError
 from mim4dd.networks import precision
-from mim4dd.objectives import METHODS, Problem
-from mim4dd.objectives import distribution as distribution
-from mim4dd.objectives import gradient as gradient
+from mim4dd.objectives import METHODS, Problem, characteristic, distribution, gradient, student, trajectory
 
 PARTS = ("forward real", "forward synthetic", "gradients real", "gradients synthetic", "backward")
 PARTS += ("augmentation", "loss", "update", "initialise", "inner loop")
+PARTS += ("experts", "student steps", "student steps again")  # again: recomputed for the gradient
 
 
 def _count_compiled() -> None:
@@ -82,7 +81,7 @@ def annotated() -> Iterator[None]:
         original.append((owner, attribute, function))
 
         def named(*args: Any, **kwargs: Any) -> Any:
-            with record_function(part if isinstance(part, str) else part(*args)):
+            with record_function(part if isinstance(part, str) else part(*args, **kwargs)):
                 return function(*args, **kwargs)
 
         setattr(owner, attribute, named)
@@ -96,8 +95,13 @@ def annotated() -> Iterator[None]:
     name(gradient, "_one_by_one", lambda network, images, labels: f"gradients {side(images)}")
     name(gradient, "_batched", lambda network, images, *_: f"gradients {side(images)}")
     name(gradient.GradientMatching, "_train", "inner loop")
+    name(trajectory.Experts, "weights", "experts")
+    name(trajectory, "follow", "student steps")
+    name(student, "_gradient", lambda *_, create_graph=False: f"student steps{' again' * create_graph}")
+    name(trajectory, "squared_distance", "loss")
     name(gradient, "gradient_distance", "loss")
-    name(distribution, "distribution_distance", "loss")
+    name(distribution.DistributionMatching, "distance", "loss")
+    name(characteristic.CharacteristicMatching, "distance", "loss")  # its frequencies are drawn there
     for module in (gradient, distribution):
         name(module, "initialise", "initialise")
     name(torch.Tensor, "backward", "backward")
