@@ -171,8 +171,10 @@ def _train(recipe: Recipe, path: Path) -> Iterator[tuple[int, int]]:
 
 def _train_alone(recipe: Recipe, path: Path) -> Iterator[tuple[int, int]]:
     count, snapshots = recipe.config.num_experts, recipe.config.expert_snapshots
-    assert count is not None
-    assert snapshots is not None
+    if not count or not snapshots:
+        raise ValueError(
+            "mim4dd.experts: ExpertConfig(num_experts=..., expert_snapshots=...) is needed to train experts"
+        )
     partial = path.with_suffix(".partial")
     table = _table(partial, recipe, (count, snapshots + 1, sum(map(math.prod, recipe.shapes.values()))))
     finished = path.with_suffix(".finished")  # how many experts are all there

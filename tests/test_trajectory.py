@@ -278,3 +278,18 @@ def test_the_learned_step_size_is_kept_and_used(tmp_path, capsys):
     assert run.main(bad) == 2
     assert "--expert-snapshots is 6, but --max-start 9" in capsys.readouterr().err
     assert not (tmp_path / "c").exists(), "before any work"
+
+
+@pytest.mark.parametrize("missing", ["max_start", "student_steps"])
+def test_a_problem_without_settings_is_refused(problem, missing):
+    for other in (dataclasses.replace(problem, trajectory=None), with_options(problem, **{missing: None})):
+        with pytest.raises(ValueError, match=r"Problem\(trajectory=TrajectoryConfig\(max_start="):
+            TrajectoryMatching(other)
+
+
+@pytest.mark.parametrize("missing", ["num_experts", "expert_snapshots"])
+def test_experts_without_a_number_are_refused(problem, missing):
+    with pytest.raises(
+        ValueError, match=r"ExpertConfig\(num_experts=\.\.\., expert_snapshots=\.\.\.\) is needed"
+    ):
+        TrajectoryMatching(with_options(problem, **{missing: None}))

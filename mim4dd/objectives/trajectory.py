@@ -39,13 +39,15 @@ def settings(problem: Problem) -> TrajectoryConfig:
     """Return the problem's settings of trajectory matching.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has none, or one without a number of starts or steps.
     """
-    if problem.trajectory is None:
+    config = problem.trajectory
+    if config is None or not config.max_start or not config.student_steps:
         raise ValueError(
-            "mim4dd.objectives.TrajectoryMatching: Problem(trajectory=TrajectoryConfig(...)) is needed"
+            "mim4dd.objectives.TrajectoryMatching: Problem(trajectory=TrajectoryConfig(max_start=..., "
+            "student_steps=...)) is needed"
         )
-    return problem.trajectory
+    return config
 
 
 def recipe(problem: Problem) -> Recipe:
