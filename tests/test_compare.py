@@ -362,7 +362,7 @@ def test_default_weights_are_those_of_run(monkeypatch):
     )
     assert [str(arm) + f" {arm.ipc}" for arm, _ in plan] == [
         "dm, weight 0 10", "dm, weight 100 10", "dc, weight 0 10",
-        "dm, weight 0 1", "dm, weight 300 1", "dc, weight 0 1",
+        "dm, weight 0 1", "dm, weight 300 1", "dc, weight 0 1", "dc, weight 1000 1",
     ]  # fmt: skip
     cell = plan[Arm("dc", 0.0, 10), 3]
     assert (cell.config.distill.ipc, cell.config.seed, cell.config.distill.image_lr) == (10, 3, 0.1)

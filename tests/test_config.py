@@ -173,7 +173,7 @@ def test_the_defaults_are_what_the_help_says():
         return c.mim.mim_weight, c.distill.image_lr
 
     methods = "dm", "dc", "dsa", "mtt", "ncfm"
-    assert [term_and_lr(m, 1) for m in methods] == [(300, 1), (0, 0.1), (1000, 0.1), (1, 100), (1000, 0.1)]
+    assert [term_and_lr(m, 1) for m in methods] == [(300, 1), (1000, 0.1), (1000, 0.1), (1, 100), (1000, 0.1)]
     assert [term_and_lr(m, 10)[0] for m in methods] == [100, 0, 1000, 0, 1000]
 
 
