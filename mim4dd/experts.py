@@ -176,9 +176,11 @@ def _train_alone(recipe: Recipe, path: Path) -> Iterator[tuple[int, int]]:
             "mim4dd.experts: ExpertConfig(num_experts=..., expert_snapshots=...) is needed to train experts"
         )
     partial = path.with_suffix(".partial")
-    table = _table(partial, recipe, (count, snapshots + 1, sum(map(math.prod, recipe.shapes.values()))))
-    finished = path.with_suffix(".finished")  # how many experts are all there
+    finished = path.with_suffix(".finished")  # how many experts of the partial file are all there
+    if not partial.exists():
+        finished.unlink(missing_ok=True)  # of another, if a run was killed at its very end
     done = int(finished.read_text()) if finished.exists() else 0
+    table = _table(partial, recipe, (count, snapshots + 1, sum(map(math.prod, recipe.shapes.values()))))
     real = recipe.real
     together = at_once(recipe.network, (real.channels, *real.image_size), BATCH, real.images.device)
     while done < count:

@@ -106,6 +106,15 @@ def test_an_expert_whose_last_snapshot_is_half_written_is_trained_anew(problem):
     assert not partial.with_suffix(".finished").exists()
 
 
+def test_a_note_of_finished_experts_counts_for_its_own_file_only(problem):
+    finished = recipe(problem).path().with_suffix(".finished")
+    finished.parent.mkdir(parents=True)
+    finished.write_text("2")  # of a run that was killed as it ended, whose experts were removed since
+    assert next(iter(train_experts(problem)))[0] == 0
+    assert list(train_experts(problem))[-1] == (6, 6)
+    assert flat(weights(problem, 1, 3)).any()
+
+
 def test_a_full_disk_is_told(problem, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
