@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # On a CUDA machine with torch, Triton, pytest and pytest-benchmark: build from source, run the GPU tests, then
-# the benches of the losses, the augmentation and the loop; leave bench/results/<bench>-<device>.{json,md}.
+# the benches of the loop, the augmentation and the losses; leave bench/results/<bench>-<device>.{json,md}.
 # Downloads nothing and ends within 9 minutes: a part that is cut off leaves what it has measured, and its table
 # names the rest. A failure fails the script, after everything else has run.
 #
-#   PYTHON=python3 bench/gpu.sh
+#   PYTHON=python3 bench/gpu.sh [tests] [loop] [augment] [losses] [profile]     (default: all of them)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -13,7 +13,7 @@ export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PWD/build/inductor}
 unset TRITON_INTERPRET
 mkdir -p build
 
-"$PYTHON" - <<'END' || exit 2
+capability=$("$PYTHON" - <<'END'
 import sys
 try:
     import pytest, pytest_benchmark, torch, triton
@@ -21,7 +21,11 @@ except ImportError as error:
     sys.exit(f"bench/gpu.sh: {sys.executable}: {error}; set PYTHON to one with torch, triton, pytest, pytest-benchmark")
 if not torch.cuda.is_available():
     sys.exit("bench/gpu.sh: torch sees no CUDA device; run it on a machine with one, with a torch built for CUDA")
+print("%d%d" % torch.cuda.get_device_capability())
 END
+) || exit 2
+# Only for the device that is here.
+export CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES=$capability-real ${CMAKE_ARGS:-}"
 
 # Runs a command for at most so many seconds, and not beyond 520 from the start.
 within() {
@@ -36,12 +40,8 @@ within 100 "${install[@]}" || MIM4DD_CUDA=0 within 60 "${install[@]}" ||
     MIM4DD_NO_EXT=1 within 30 "${install[@]}" || exit 2
 
 failed=0
-# Runs GPU tests, without the fixtures of the whole suite, which need more packages.
-tests() {
-    local limit=$1
-    shift
-    within "$limit" "$PYTHON" -m pytest --noconftest "$@" || failed=1
-}
+parts=" ${*:-tests loop augment losses profile} "
+wanted() { [[ $parts == *" $1 "* ]]; }
 
 # Runs a measurement; that its time was up (124) is no failure, for it leaves what it has.
 measure() {
@@ -53,17 +53,21 @@ measure() {
 
 bench() {
     local json=build/bench-$1.json
+    wanted "$1" || return
     rm -f "$json"
     measure "$2" "$PYTHON" -m pytest "bench/test_$1.py" --benchmark-enable --benchmark-json="$json" -k cuda
     "$PYTHON" -m bench.report "$json" || failed=1
 }
 
-tests 90 tests/test_{graph,stacked,augment_cuda}.py
+if wanted tests; then
+    # Side by side where pytest-xdist is, for they compile some 300 kernels; without the fixtures of the whole
+    # suite, which need more packages.
+    "$PYTHON" -c 'import xdist' 2> /dev/null && workers=(-n 8) || workers=()
+    within 200 "$PYTHON" -m pytest --noconftest "${workers[@]}" \
+        tests/test_{graph,stacked,augment_cuda,kernels}.py || failed=1
+fi
 bench loop 130
 bench augment 60
 bench losses 90
-# Last, for they compile some 300 kernels; where pytest-xdist is, side by side.
-"$PYTHON" -c 'import xdist' 2> /dev/null && workers=(-n 8) || workers=()
-tests 150 "${workers[@]}" tests/test_kernels.py
-measure 30 "$PYTHON" -m bench.profile --method dm
+wanted profile && measure 30 "$PYTHON" -m bench.profile --method dm
 exit $failed

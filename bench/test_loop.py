@@ -183,7 +183,7 @@ def test_loop(benchmark, device, step, name, monkeypatch):
         call()
         synchronise()
 
-    rounds = min(ROUNDS[device], 3) if step == "evaluation" else ROUNDS[device]
+    rounds = 2 if step == "evaluation" else ROUNDS[device]
     benchmark.pedantic(timed, rounds=rounds, warmup_rounds=1)
     benchmark.extra_info |= {
         "torch": torch.__version__,

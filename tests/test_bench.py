@@ -305,8 +305,8 @@ def test_gpu_script_runs_every_part_whatever_fails(tmp_path, failing, status, ex
     parts = re.findall(r"pip install|(?:tests|bench)/test_\w+|bench\.(?:report|profile)", log.read_text())
     benches = ("loop", "augment", "losses")
     after = [part for name in benches for part in (f"bench/test_{name}", "bench.report")]
-    tests = [f"tests/test_{name}" for name in ("graph", "stacked", "augment_cuda")]
-    assert parts == ["pip install", *tests, *after, "tests/test_kernels", "bench.profile"]
+    tests = [f"tests/test_{name}" for name in ("graph", "stacked", "augment_cuda", "kernels")]
+    assert parts == ["pip install", *tests, *after, "bench.profile"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
