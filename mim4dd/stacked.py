@@ -88,9 +88,8 @@ class Stack:
         gradients = _gradients(self.network, len(self.random))
 
         def step(index: Tensor, *data: Tensor) -> None:
-            drawn = [augment.sample(augmentation, index.shape[1], size, generator=r) for r in self.random]
-            fields = {name: torch.cat([p.fields()[name] for p in drawn]) for name in drawn[0].fields()}
-            images, targets = batch(index, AugmentParams(**fields), *data)
+            params = augment.sample_each(augmentation, index.shape[1], size, generators=self.random)
+            images, targets = batch(index, params, *data)
             for name, by_weight in gradients(self.weights, images, targets).items():
                 self.weights[name].grad = by_weight
             optimizer.step()

@@ -7,7 +7,7 @@ import torch
 from conftest import random_params
 
 from mim4dd import augment
-from mim4dd.augment import AugmentParams
+from mim4dd.augment import AugmentParams, sampling
 
 PARTS = augment.DSA.split("_")
 
@@ -20,6 +20,17 @@ CHANGED_BY = {
     "scale": {"scale_x", "scale_y"},
     "rotate": {"degrees"},
 }
+
+
+@pytest.fixture(params=["on a CPU", "as on a GPU"], autouse=True)
+def drawer(request, monkeypatch):
+    """Draw what is wanted one after the other, or everything at once, as on a GPU."""
+
+    def at_once(parts, rows, size, generator, mode):
+        return sampling._at_once(tuple(parts), rows, size, [generator], mode)
+
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(sampling, "_one_by_one", at_once)
 
 
 def part_of(params: AugmentParams) -> str:
@@ -99,3 +110,22 @@ def test_no_strategy_is_the_identity(generator, strategy):
     params = augment.sample(strategy, 4, 8, generator=generator)
     identity = AugmentParams.identity(4)
     assert all(torch.equal(a, b) for a, b in zip(vars(params).values(), vars(identity).values(), strict=True))
+
+
+@pytest.mark.parametrize("mode", ["single", "each", "all"])
+def test_rows_from_several_generators_are_those_from_each(mode):
+    def generators():
+        return [torch.Generator().manual_seed(seed) for seed in range(3)]
+
+    together = (
+        augment.sample_each(augment.DSA, 5, (12, 9), generators=generators(), mode=mode),
+        sampling._at_once(tuple(PARTS), 5, (12, 9), generators(), mode),
+    )
+    alone = (
+        [augment.sample(augment.DSA, 5, (12, 9), generator=random, mode=mode) for random in generators()],
+        [sampling._at_once(tuple(PARTS), 5, (12, 9), [random], mode) for random in generators()],
+    )
+    for params, each in zip(together, alone, strict=True):
+        for name, field in params.fields().items():
+            assert torch.equal(field, torch.cat([drawn.fields()[name] for drawn in each]))
+            assert field.is_contiguous()

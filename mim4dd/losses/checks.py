@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-from importlib.util import find_spec
 from numbers import Real
 
 import torch
 from torch import Tensor
+
+from ..obstacles import kernel_obstacle
 
 
 def check_features(function: str, anchors: Tensor, keys: Tensor) -> None:
@@ -104,32 +104,6 @@ def _readable(value: Tensor) -> bool:
     return plain and value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def fused_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the fused kernels cannot run on features of this dtype and device, or None if they can."""
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the kernels have no {dtype}"
-    if device.type == "cuda":
-        return _gpu_obstacle(dtype, device)
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return f"the kernels need a CUDA device, or TRITON_INTERPRET=1 on a CPU, and the features are on {device}"
-
-
-def _gpu_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
-    if torch.version.hip is not None:
-        return "the kernels are written for NVIDIA GPUs"
-    if torch.compiler.is_compiling():
-        return None  # the question would become part of the graph
-    needed = (8, 0) if dtype == torch.bfloat16 else (7, 0)
-    found = torch.cuda.get_device_capability(device)
-    if found < needed:
-        wanted, has = (".".join(map(str, capability)) for capability in (needed, found))
-        return f"of {dtype} they need compute capability {wanted}, and {device} has {has}"
-    return None
-
-
 def resolve_backend(function: str, backend: str | None, dtype: torch.dtype, device: torch.device) -> str:
     """Return "reference" or "fused": what `backend` asks for, or for None the best that runs here.
 
@@ -141,7 +115,7 @@ def resolve_backend(function: str, backend: str | None, dtype: torch.dtype, devi
         raise ValueError(f"mim4dd.{function}: backend is {backend!r}, expected 'reference', 'fused' or None")
     if backend == "reference" or (backend is None and device.type == "cpu"):
         return "reference"
-    obstacle = fused_obstacle(dtype, device)
+    obstacle = kernel_obstacle(dtype, device)
     if backend == "fused" and obstacle:
         raise RuntimeError(f"mim4dd.{function}: backend='fused' cannot run, {obstacle}; use None")
     return "reference" if obstacle else "fused"

@@ -1,4 +1,4 @@
-"""The first block of a network on a CPU: its convolution of few channels and all that follows, in one pass.
+"""The first block of a network: its convolution of few channels and all that follows, compiled as one.
 
 The convolution's output is the largest map of a network, and cheap to work out: it stays in the cache, image
 by image, and is worked out anew for the gradients instead of being kept.
@@ -13,22 +13,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import extension
+from . import on_gpu
+from .batching import register_vmap
 
 MOST_CHANNELS = 4
 
 
 def is_compiled(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> bool:
     """Return whether `first_block` can run on images x [B, I, H, W] and a weight [O, I, h, w]."""
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        (on_cpu or on_gpu.runs(x.dtype, x.device))
+        and weight.dtype == torch.float32
         and x.shape[1] <= MOST_CHANNELS
         and weight.shape[0] % 32 == 0
         and weight.shape[2:] == (3, 3)
         and padding[0] == padding[1]
         and x.shape[2] + 2 * padding[0] > 2
         and x.shape[3] + 2 * padding[0] - 2 >= 8
-        and not torch.is_autocast_enabled("cpu")
         and extension.available()
     )
 
@@ -47,7 +49,7 @@ def first_block(
     """Convolve without a bias, normalise every channel of every image, ReLU, pool; differentiable twice.
 
     Args:
-        x: float32 [B, I, H, W], I from 1 to 4.
+        x: float [B, I, H, W], I from 1 to 4; float32 on a CPU.
         weight: float32 [O, I, 3, 3], O a multiple of 32.
         scale: float32 [O], the factor of the normalised channel.
         bias: float32 [O], added to it.
@@ -57,8 +59,10 @@ def first_block(
         pool: 1, or 2 for windows of 2x2; a last odd row or column is left out.
 
     Returns:
-        Tensor [B, O, (H + 2 padding - 2) // pool, (W + 2 padding - 2) // pool].
+        Tensor [B, O, (H + 2 padding - 2) // pool, (W + 2 padding - 2) // pool] of x's dtype, or autocast's.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     taps = weight.flatten(1).t().contiguous()
     return _FirstBlock.apply(x, taps, scale, bias, eps, padding, relu, pool)[0]
 
@@ -157,7 +161,7 @@ class _Backward(torch.autograd.Function):
 
 
 def _register() -> None:
-    """Give the compiled operators their shapes, for torch.compile."""
+    """Give the compiled operators their shapes, for torch.compile, and their rules for vmap."""
 
     def like_y(x: Tensor, taps: Tensor, padding: int, pool: int) -> Tensor:
         down, across = ((side + 2 * padding - 2) // pool for side in x.shape[2:])
@@ -167,10 +171,10 @@ def _register() -> None:
         return x.new_empty(x.shape)
 
     def per_image(x: Tensor, taps: Tensor) -> Tensor:
-        return x.new_empty(x.shape[0], taps.shape[1])
+        return taps.new_empty(x.shape[0], taps.shape[1])
 
     def by_taps(x: Tensor, taps: Tensor) -> Tensor:
-        return x.new_empty(x.shape[0], *taps.shape)
+        return taps.new_empty(x.shape[0], *taps.shape)
 
     @torch.library.register_fake("mim4dd::first_block")
     def _(x, taps, scale, bias, eps, padding, relu, pool):  # type: ignore[no-untyped-def]
@@ -180,7 +184,7 @@ def _register() -> None:
     def _(grad, x, taps, scale, bias, mean, rstd, padding, relu, pool, want_x, want_taps):  # type: ignore[no-untyped-def]
         return (
             like_x(x) if want_x else x.new_empty(0),
-            by_taps(x, taps) if want_taps else x.new_empty(0),
+            by_taps(x, taps) if want_taps else taps.new_empty(0),
             per_image(x, taps),
             per_image(x, taps),
         )
@@ -188,6 +192,15 @@ def _register() -> None:
     @torch.library.register_fake("mim4dd::first_block_backward_twice")
     def _(of_x, of_taps, of_scale, of_bias, grad, x, taps, scale, bias, mean, rstd, padding, relu, pool):  # type: ignore[no-untyped-def]
         return like_y(x, taps, padding, pool), like_x(x), by_taps(x, taps), per_image(x, taps)
+
+    block = ("map", "taps", "channel", "channel")
+    kept = ("value", "value")
+    gradients = ("map", "taps of images", "value", "value")
+    register_vmap("first_block", block, ("map", *kept), grouped=False)
+    register_vmap("first_block_backward", ("map", *block, *kept), gradients, grouped=False)
+    twice = ("map", "taps", "channel", "channel", "map", *block, *kept)
+    results = ("map", "map", "taps of images", "value")
+    register_vmap("first_block_backward_twice", twice, results, grouped=False)
 
 
 if extension.available():

@@ -1,4 +1,4 @@
-"""Instance normalisation, ReLU and average pooling: one compiled pass on a CPU, else torch's operators."""
+"""Instance normalisation, ReLU and average pooling: compiled as one, else torch's operators."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import extension
+from . import on_gpu
+from .batching import register_vmap
 
 
 def instance_norm(
@@ -28,10 +30,16 @@ def instance_norm(
     Returns:
         Tensor [B, C, H // pool, W // pool] of x's dtype. Sums are in float32 at least.
     """
-    if x.device.type == "cpu" and x.dtype in _COMPILED_DTYPES and extension.available():
+    if is_compiled(x):
         sums = torch.promote_types(x.dtype, torch.float32)
         return _InstanceNorm.apply(x, weight.to(sums), bias.to(sums), eps, relu, pool)[0]
     return reference(x, weight, bias, eps, relu, pool)
+
+
+def is_compiled(x: Tensor) -> bool:
+    """Return whether the compiled operator runs on x."""
+    on_cpu = x.device.type == "cpu" and x.dtype in _CPU_DTYPES
+    return extension.available() and (on_cpu or on_gpu.runs(x.dtype, x.device))
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool, pool: int) -> Tensor:
@@ -50,7 +58,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool, p
     return F.avg_pool2d(out, 2) if pool == 2 else out
 
 
-_COMPILED_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 class _InstanceNorm(torch.autograd.Function):
@@ -111,7 +119,7 @@ class _Backward(torch.autograd.Function):
 
 
 def _register() -> None:
-    """Give the compiled operators their shapes, for torch.compile."""
+    """Give the compiled operators their shapes, for torch.compile, and their rules for vmap."""
 
     def like_out(x: Tensor, pool: int) -> Tensor:
         out = x.new_empty(x.shape[0], x.shape[1], x.shape[2] // pool, x.shape[3] // pool)
@@ -134,6 +142,13 @@ def _register() -> None:
     @torch.library.register_fake("mim4dd::instance_norm_backward_twice")
     def _(of_x, of_weight, of_bias, grad, x, weight, bias, mean, rstd, relu, pool):  # type: ignore[no-untyped-def]
         return like_out(x, pool), like_x(x), per_image(x)
+
+    norm = ("map", "channel", "channel")
+    kept = ("value", "value")
+    register_vmap("instance_norm", norm, ("map", *kept))
+    register_vmap("instance_norm_backward", ("map", *norm, *kept), ("map", "value", "value"))
+    twice = ("map", "value", "value", "map", *norm, *kept)
+    register_vmap("instance_norm_backward_twice", twice, ("map", "map", "value"))
 
 
 if extension.available():

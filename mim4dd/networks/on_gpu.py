@@ -1,0 +1,137 @@
+"""The compiled layers on a GPU: the Triton kernels under the names of the operators.
+
+The first block has kernels of its own for its output and for the gradients by its weights, which real images
+and the training of networks need. Of synthetic images, which are few, the gradients by the images and the
+gradients of gradients are put together from torch's convolutions and the normalisation's kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input
+
+from .. import extension
+from ..obstacles import kernel_obstacle
+
+
+def runs(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether the kernels run on maps of this dtype there."""
+    return device.type == "cuda" and kernel_obstacle(dtype, device) is None
+
+
+def _kernels() -> tuple[ModuleType, ModuleType]:
+    from ..kernels import first_block, normalisation  # only where they run: Triton is imported with them
+
+    return first_block, normalisation
+
+
+def _normalisation(name: str) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda *arguments: getattr(_kernels()[1], name)(*arguments)
+
+
+def _first_block(*arguments: Any) -> tuple[Tensor, ...]:
+    return _kernels()[0].forward(*arguments)
+
+
+class _Convolution:
+    """The first block's, with groups, and its gradients; its weight is given as taps [9 I, O]."""
+
+    def __init__(self, x: Tensor, taps: Tensor, padding: int) -> None:
+        self.padding, self.groups = padding, 9 * x.shape[1] // len(taps)
+        self.shape = x.shape
+
+    def __call__(self, x: Tensor, taps: Tensor) -> Tensor:
+        return F.conv2d(x, self._weight(taps, x), padding=self.padding, groups=self.groups)
+
+    def by_x(self, by_y: Tensor, taps: Tensor) -> Tensor:
+        weight, padding, groups = self._weight(taps, by_y), self.padding, self.groups
+        return conv2d_input(self.shape, weight, by_y, padding=padding, groups=groups)
+
+    def by_taps(self, by_y: Tensor, x: Tensor) -> Tensor:
+        """Return float32 [B, 9 I, O], image by image."""
+        patches = F.unfold(x.float(), 3, padding=self.padding).unflatten(1, (self.groups, -1))
+        products = patches @ by_y.float().unflatten(1, (self.groups, -1)).flatten(3).mT
+        return products.transpose(1, 2).flatten(2)
+
+    @staticmethod
+    def _weight(taps: Tensor, like: Tensor) -> Tensor:
+        return taps.t().unflatten(1, (-1, 3, 3)).to(like.dtype)
+
+
+def _first_block_backward(
+    grad: Tensor,
+    x: Tensor,
+    taps: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    padding: int,
+    relu: bool,
+    pool: int,
+    want_x: bool,
+    want_taps: bool,
+) -> tuple[Tensor, ...]:
+    first_block, normalisation = _kernels()
+    others = first_block.backward(grad, x, taps, scale, bias, mean, rstd, padding, relu, pool)
+    by_x = x.new_empty(0)
+    if want_x:
+        convolution = _Convolution(x, taps, padding)
+        y = convolution(x, taps)
+        by_y, *_ = normalisation.backward(grad, y, scale, bias, mean, rstd, relu, pool)
+        by_x = convolution.by_x(by_y, taps)
+    return by_x, *others
+
+
+def _first_block_backward_twice(
+    of_x: Tensor,
+    of_taps: Tensor,
+    of_scale: Tensor,
+    of_bias: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    taps: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    padding: int,
+    relu: bool,
+    pool: int,
+) -> tuple[Tensor, ...]:
+    _, normalisation = _kernels()
+    convolution = _Convolution(x, taps, padding)
+    y, rest = convolution(x, taps), (scale, bias, mean, rstd, relu, pool)
+    by_y, *_ = normalisation.backward(grad, y, *rest)
+    of_y = convolution(of_x, taps) + convolution(x, of_taps)
+    of_channels = (of.expand_as(mean).contiguous() for of in (of_scale, of_bias))
+    by_grad, twice_by_y, by_scale = normalisation.backward_twice(of_y, *of_channels, grad, y, *rest)
+    by_x = convolution.by_x(twice_by_y, taps) + convolution.by_x(by_y, of_taps)
+    by_taps = convolution.by_taps(twice_by_y, x) + convolution.by_taps(by_y, of_x)
+    return by_grad, by_x, by_taps, by_scale
+
+
+_library = torch.library.Library("mim4dd", "IMPL")
+
+
+def _register() -> None:
+    """Register the kernels of the operators that the compiled extension has defined."""
+    for name, call in {
+        "instance_norm": _normalisation("forward"),
+        "instance_norm_backward": _normalisation("backward"),
+        "instance_norm_backward_twice": _normalisation("backward_twice"),
+        "first_block": _first_block,
+        "first_block_backward": _first_block_backward,
+        "first_block_backward_twice": _first_block_backward_twice,
+    }.items():
+        _library.impl(name, call, "CUDA")
+
+
+if extension.available():
+    _register()
