@@ -1,0 +1,115 @@
+"""Instance normalisation, then ReLU, then average pooling by two, with the gradient and the gradient of that.
+
+Maps are [B, C, H, W] of float32, bfloat16 or float16, copied unless channels come last in memory; they are
+returned like that, of x's dtype. Weight and bias are float32 [C]; mean, the inverse deviation `rstd` and the
+gradients by, or of those by, weight and bias are contiguous float32 [B, C], image by image. `pool` is 1, or 2
+for windows of 2x2: a last odd row or column is normalised but not pooled. Sums are in float32.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .normalisation_kernels import backward_kernel, backward_twice_kernel, forward_kernel
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool, pool: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The outcome [B, C, H // pool, W // pool], mean and rstd."""
+    x = _channels_last(x)
+    out, mean, rstd = _map_like(x, pool), _per_image(x), _per_image(x)
+    _launch(forward_kernel, x, relu, pool, x, weight, bias, out, mean, rstd, x.shape[1], eps)
+    return out, mean, rstd
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    relu: bool,
+    pool: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the gradient `grad` of the outcome those by x, weight and bias."""
+    grad, x = _channels_last(grad), _channels_last(x)
+    by_x, by_weight, by_bias = _map_like(x), _per_image(x), _per_image(x)
+    _launch(
+        backward_kernel, x, relu, pool,
+        grad, x, weight, bias, mean, rstd, by_x, by_weight, by_bias, x.shape[1],
+    )  # fmt: skip
+    return by_x, by_weight, by_bias
+
+
+def backward_twice(
+    of_x: Tensor,
+    of_weight: Tensor,
+    of_bias: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    relu: bool,
+    pool: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the gradients of what `backward` returned those by grad, x and weight."""
+    of_x, grad, x = _channels_last(of_x), _channels_last(grad), _channels_last(x)
+    by_grad, by_x, by_weight = _map_like(x, pool), _map_like(x), _per_image(x)
+    _launch(
+        backward_twice_kernel, x, relu, pool,
+        of_x, of_weight, of_bias, grad, x, weight, bias, mean, rstd, by_grad, by_x, by_weight, x.shape[1],
+    )  # fmt: skip
+    return by_grad, by_x, by_weight
+
+
+def _channels_last(value: Tensor) -> Tensor:
+    return value.contiguous(memory_format=torch.channels_last)
+
+
+def _map_like(x: Tensor, pool: int = 1) -> Tensor:
+    batch, channels, height, width = x.shape
+    return torch.empty(
+        (batch, channels, height // pool, width // pool),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def _per_image(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=torch.float32)
+
+
+def _launch(kernel: Any, x: Tensor, relu: bool, pool: int, *arguments: Any) -> None:
+    if not x.numel():
+        return
+    batch, channels, height, width = x.shape
+    windows = triton.cdiv(height, pool) * triton.cdiv(width, pool)
+    block, block_c, warps = _blocks(windows, pool, channels, kernel is forward_kernel)
+    exact = height % pool == 0 and width % pool == 0 and windows % block == 0
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        kernel[(batch * triton.cdiv(channels, block_c),)](
+            *arguments, H=height, W=width, RELU=relu, POOL=pool, EXACT=exact, BLOCK=block, BLOCK_C=block_c,
+            num_warps=warps,
+        )  # fmt: skip
+
+
+def _blocks(windows: int, pool: int, channels: int, forward: bool) -> tuple[int, int, int]:
+    """Windows and channels of a block, and the warps for it.
+
+    Few channels, as what is read again comes from a cache if the maps of all programs fit there, but whole
+    sectors of memory. The gradients have several values a pixel in registers, and so fewer pixels a thread.
+    """
+    pixels = triton.next_power_of_2(windows) * pool**2
+    size = 4096 if pixels > 256 else 8192 if forward else 2048
+    per_thread = 32 if size == 8192 else 16
+    block_c = min(triton.next_power_of_2(channels), 128, max(32, min(size, 4096) // pixels))
+    block = max(1, min(pixels, size // block_c) // pool**2)
+    return block, block_c, max(1, block * pool**2 * block_c // (32 * per_thread))

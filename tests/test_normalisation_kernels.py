@@ -1,0 +1,180 @@
+"""The kernels of normalisation against the formula in float64; without a GPU in Triton's interpreter."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from mim4dd.kernels import normalisation
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 1e-5
+# Relative errors of maps by dtype: half precision is that of the same rounded maps, rounded.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Uninitialised memory is NaN: a value that is read without having been written shows."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(float("nan")))
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def normalised(x, weight):
+    """[B, C, H, W]; weight: [..., C]."""
+    centred = x - x.mean((2, 3), keepdim=True)
+    return centred * (centred.square().mean((2, 3), keepdim=True) + EPS).rsqrt() * weight[..., None, None]
+
+
+def plain(x, weight, bias, relu, pool):
+    out = normalised(x, weight) + bias[..., None, None]
+    if relu:
+        out = out.relu()
+    height, width = (size // pool for size in x.shape[2:])
+    out = out[:, :, : height * pool, : width * pool]
+    return out.reshape(*x.shape[:2], height, pool, width, pool).mean((3, 5))
+
+
+def parameters(x):
+    """Weight and bias with which no value is so close to 0 that rounding decides about the ReLU."""
+    channels = x.shape[1]
+    weight, bias = random(channels, seed=1), random(channels, seed=2)
+    values = normalised(x.double(), weight.double()).transpose(0, 1).flatten(1).sort(1).values
+    quarter = values.shape[1] // 4
+    if quarter:  # the middle of the widest gap where about half of the values are positive
+        values = values[:, quarter : values.shape[1] - quarter]
+        gaps, places = values.diff(dim=1).max(1)
+        middle = -(values.gather(1, places[:, None])[:, 0] + gaps / 2).float()
+        bias = torch.where(gaps > 1e-3, middle, bias)
+    return weight, bias
+
+
+def agree(actual, expected, tolerance, floor=0.0):
+    """`floor` is as large as terms that may cancel."""
+    assert actual.shape == expected.shape
+    if expected.numel():
+        error = (actual.double() - expected).abs().max() / (expected.abs().max() + floor + 1e-9)
+        assert error <= tolerance, f"relative error {error:.2e}"
+
+
+def check(x, relu, pool, tolerance=1e-5):
+    """Compare all three functions; `tolerance` is that of float32."""
+    batch, channels, height, width = x.shape
+    weight, bias = parameters(x)
+    grad = random(batch, channels, height // pool, width // pool, dtype=x.dtype, seed=3)
+    of_x = random(*x.shape, dtype=x.dtype, seed=4)
+    of_weight, of_bias = random(batch, channels, seed=5), random(batch, channels, seed=6)
+    # Gradients image by image are those of a weight and a bias for each image.
+    x64, grad64 = x.double().requires_grad_(), grad.double().requires_grad_()
+    weight64, bias64 = (value.double().repeat(batch, 1).requires_grad_() for value in (weight, bias))
+    expected = plain(x64, weight64, bias64, relu, pool)
+    first = torch.autograd.grad(expected, [x64, weight64, bias64], grad64, create_graph=True)
+    product = sum((a * b).sum() for a, b in zip(first, (of_x, of_weight, of_bias), strict=True))
+    second = torch.autograd.grad(product, [grad64, x64, weight64])
+    rounded = max(tolerance, TOLERANCE[x.dtype])
+
+    out, mean, rstd = normalisation.forward(x, weight, bias, EPS, relu, pool)
+    agree(out, expected, rounded)
+    agree(mean, x64.mean((2, 3)), tolerance)
+    agree(rstd, (x64.var((2, 3), correction=0) + EPS).rsqrt(), tolerance)
+    largest = rstd.max()
+    saved = x, weight, bias, mean, rstd
+    by_x, by_weight, by_bias = normalisation.backward(grad, *saved, relu, pool)
+    agree(by_x, first[0], rounded, largest)
+    agree(by_weight, first[1], tolerance, 1.0)
+    agree(by_bias, first[2], tolerance)
+    by_grad, by_x, by_weight = normalisation.backward_twice(
+        of_x, of_weight, of_bias, grad, *saved, relu, pool
+    )
+    agree(by_grad, second[0], rounded, largest)
+    agree(by_x, second[1], rounded, largest)
+    agree(by_weight, second[2], tolerance, largest)
+    for value in (out, by_x, by_grad):
+        assert value.dtype == x.dtype
+        assert value.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("pool", [1, 2])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 2), (5, 7), (8, 8), (16, 16), (33, 20)], ids=str)
+def test_every_size_of_a_map(size, relu, pool):
+    check(random(2, 3, *size), relu, pool)
+
+
+@pytest.mark.parametrize("channels", [1, 40, 128, 130])
+@pytest.mark.parametrize("size", [(4, 4), (5, 7), (10, 18)], ids=str)
+def test_every_number_of_channels(channels, size):
+    check(random(2, channels, *size), True, 2)
+
+
+@pytest.mark.parametrize("pool", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype, pool):
+    check(random(2, 48, 16, 16, dtype=dtype), True, pool)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (17, 33)], ids=str)
+def test_channels_that_do_not_vary(size):
+    x = random(2, 5, *size)
+    x[0, 1], x[1, 2], x[:, 3] = 0, 2.5, -1e-3
+    check(x, True, 2)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (20, 34)], ids=str)
+def test_a_mean_far_larger_than_the_deviation(size):
+    # The mean itself is rounded to 3e-5.
+    check(1000 + random(2, 5, *size), True, 2, tolerance=1e-3)
+
+
+def test_blocks_that_differ_in_mean():
+    x = random(2, 3, 64, 20)
+    x[:, :, 32:] += 100
+    check(x, False, 2)
+
+
+def calls(x, grad, of_x, pool=2):
+    """What all three functions return."""
+    weight, bias = random(x.shape[1], seed=1), random(x.shape[1], seed=2)
+    of_weight, of_bias = random(*x.shape[:2], seed=5), random(*x.shape[:2], seed=6)
+    out, mean, rstd = normalisation.forward(x, weight, bias, EPS, True, pool)
+    saved = x, weight, bias, mean, rstd, True, pool
+    first = normalisation.backward(grad, *saved)
+    return [out, mean, rstd, *first, *normalisation.backward_twice(of_x, of_weight, of_bias, grad, *saved)]
+
+
+def test_bits_do_not_depend_on_the_layout_of_the_maps_or_on_the_run():
+    shape = 2, 20, 10, 12
+    x, of_x = random(*shape), random(*shape, seed=4)
+    grad = random(1, 20, 1, 6, seed=3).expand(2, 20, 5, 6)
+    wider = [
+        torch.stack([value, torch.full_like(value, torch.nan)], 4).flatten(3)[..., ::2] for value in (x, of_x)
+    ]
+    last = [value.contiguous(memory_format=torch.channels_last) for value in (x, grad, of_x)]
+    outcomes = [calls(x, grad, of_x), calls(wider[0], grad, wider[1]), calls(*last), calls(*last)]
+    for values in zip(*outcomes, strict=True):
+        assert values[0].isfinite().all()
+        assert all(torch.equal(values[0], value) for value in values[1:])
+
+
+def test_not_a_number_stays_in_its_channel():
+    shape = 2, 3, 8, 8
+    x, grad, of_x = random(*shape), random(2, 3, 4, 4, seed=3), random(*shape, seed=4)
+    x[1, 2, 5, 5] = torch.nan
+    for index, value in enumerate(calls(x, grad, of_x)):
+        broken = value.isnan().reshape(2, 3, -1)
+        # The gradient by the bias counts what passes the ReLU, as not-a-number does.
+        assert broken[1, 2].all() or index == 5
+        broken[1, 2] = False
+        assert not broken.any()
+
+
+@pytest.mark.parametrize("pool", [1, 2])
+def test_no_images(pool):
+    x, grad = random(0, 6, 9, 8), random(0, 6, 9 // pool, 8 // pool)
+    shapes = [value.shape for value in calls(x, grad, x, pool)]
+    assert shapes == [grad.shape, (0, 6), (0, 6), x.shape, (0, 6), (0, 6), grad.shape, x.shape, (0, 6)]
