@@ -4,7 +4,8 @@
     python -m bench.kernel_resources --json     the same as JSON lines
 
 Each entry of the launch table is put first and the product's own host code is run up to its launches, so what
-is compiled is what a call would launch, specialised as at run time.
+is compiled is what a call would launch, specialised as at run time. The kernels of normalisation have no
+table: they are compiled for maps of several sizes.
 """
 
 import argparse
@@ -16,12 +17,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from unittest import mock
 
 import torch
 import triton
-from mim4dd.kernels import contrast, launch
+from mim4dd.kernels import contrast, launch, normalisation
 from mim4dd.kernels.pairs import LOG_SUMS
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -51,6 +53,8 @@ CALLS = {
     "NARROW_128": ALONE,
     "LONG_NARROW_128": LONG,
 }
+# Maps of 128 channels: what fits a block, what does not, and what blocks do not just cover.
+MAPS = [(size, pool) for size in (8, 16, 32, 33) for pool in (1, 2)]
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -153,6 +157,32 @@ def rows(capability: int, precision: str) -> Iterator[dict]:
                 }
 
 
+def normalisation_rows(capability: int, precision: str) -> Iterator[dict]:
+    """Compile the three kernels of normalisation for every size of `MAPS`."""
+    for size, pool in MAPS:
+        x, out = (torch.zeros(1, 128, side, side, dtype=DTYPES[precision]) for side in (size, size // pool))
+        per_image = torch.zeros(1, 128)
+        affine = per_image[0], per_image[0]
+        saved = x, *affine, per_image, per_image, True, pool
+        with compiled(capability) as collected:
+            normalisation.forward(x, *affine, 1e-5, True, pool)
+            normalisation.backward(out, *saved)
+            normalisation.backward_twice(x, per_image, per_image, out, *saved)
+        for name, options, kernel in collected.values():
+            yield {
+                "kernel": f"normalisation_kernels.{name}",
+                "sm": capability,
+                "precision": precision,
+                "tile": [options["BLOCK"], options["BLOCK_C"], None],
+                "loss": None,
+                "symmetric": False,
+                "warps": kernel.metadata.num_warps,
+                "stages": kernel.metadata.num_stages,
+                "shared_estimate": 8192,
+                **resources(kernel),
+            }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -164,7 +194,7 @@ def main() -> None:
     header = True
     for capability in arguments.sm:
         for precision in arguments.precision:
-            for row in rows(capability, precision):
+            for row in chain(rows(capability, precision), normalisation_rows(capability, precision)):
                 if arguments.json:
                     print(json.dumps(row), flush=True)
                     continue
