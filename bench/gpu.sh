@@ -64,7 +64,7 @@ if wanted tests; then
     # suite, which need more packages.
     "$PYTHON" -c 'import xdist' 2> /dev/null && workers=(-n 8) || workers=()
     within 200 "$PYTHON" -m pytest --noconftest "${workers[@]}" \
-        tests/test_{graph,stacked,augment_cuda,kernels}.py || failed=1
+        tests/test_{graph,stacked,on_gpu,augment_cuda,kernels,normalisation_kernels,first_block_kernels}.py || failed=1
 fi
 bench loop 130
 bench augment 60

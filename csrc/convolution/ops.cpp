@@ -51,7 +51,8 @@ ConvCall call_for(const Tensor& x, int64_t in, int64_t out) {
 
 // The convolution of x [batch, in, height, width], or with `turned` its gradient by x, which x then is that of the
 // outputs [batch, out, height, width].
-Tensor convolve(const Tensor& x, const Tensor& weight, bool turned) {
+Tensor convolve(const Tensor& x, const Tensor& weight, bool turned, int64_t groups) {
+  require(groups == 1, "groups must be 1 on a CPU");
   require(x.dim() == 4 && x.scalar_type() == ScalarType::Float && weight.dim() == 4 &&
               weight.scalar_type() == ScalarType::Float && weight.size(2) == 3 && weight.size(3) == 3 &&
               x.size(1) == weight.size(turned ? 0 : 1),
@@ -77,7 +78,8 @@ Tensor convolve(const Tensor& x, const Tensor& weight, bool turned) {
 }
 
 // The gradient by the weight. Tiles add up in their order, whatever the number of threads.
-Tensor by_weight(const Tensor& grad_y, const Tensor& x) {
+Tensor by_weight(const Tensor& grad_y, const Tensor& x, int64_t groups) {
+  require(groups == 1, "groups must be 1 on a CPU");
   require(x.dim() == 4 && x.scalar_type() == ScalarType::Float && grad_y.dim() == 4 &&
               grad_y.scalar_type() == ScalarType::Float && x.size(0) == grad_y.size(0) &&
               x.size(2) == grad_y.size(2) && x.size(3) == grad_y.size(3),
@@ -109,8 +111,8 @@ Tensor by_weight(const Tensor& grad_y, const Tensor& x) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mim4dd, m) {
-  m.def("convolve(Tensor x, Tensor weight, bool turned) -> Tensor");
-  m.def("convolve_by_weight(Tensor grad, Tensor x) -> Tensor");
+  m.def("convolve(Tensor x, Tensor weight, bool turned, int groups=1) -> Tensor");
+  m.def("convolve_by_weight(Tensor grad, Tensor x, int groups=1) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mim4dd, CPU, m) {

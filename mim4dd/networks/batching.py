@@ -1,8 +1,12 @@
-"""How the compiled layers run under `torch.vmap`: as one call, on more images or on more channels."""
+"""How the compiled layers run under `torch.vmap`: as one call, on more images or on more channels.
+
+What is batched joins the images; but where each of the batch has weights of its own, it joins the channels:
+so does a convolution before or after it, and no map is copied in between.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,51 +21,42 @@ KINDS: dict[str, tuple[int | None, int]] = {
     "taps of images": (0, 2),  # [B, 9 I, C]
 }
 
+Dims = Sequence[int | None]
 
-def register_vmap(op: str, arguments: Sequence[str], results: Sequence[str], *, grouped: bool = True) -> None:
-    """Teach `torch.vmap` an operator whose images and channels do not mix.
 
-    What is batched joins the images; but where each of the batch has weights of its own, it joins the
-    channels: so does the convolution that comes before or after, and no map is copied in between.
+def register(op: str, arguments: Sequence[str], results: Sequence[str], *, grouped: bool = True) -> None:
+    """Teach `torch.vmap` an operator of this package whose images and channels do not mix.
 
     Args:
-        op: name of an operator of this package.
+        op: its name.
         arguments: kinds of its first arguments, of `KINDS`; the others are not tensors.
         results: kinds of what it returns.
         grouped: whether on a CPU too it takes several groups of channels, each with its own images.
     """
     call = getattr(torch.ops.mim4dd, op)
 
-    def rule(info: Any, in_dims: Sequence[int | None], *given: Any) -> tuple[Any, Any]:
+    def rule(info: Any, in_dims: Dims, *given: Any) -> tuple[Any, Any]:
         size, tensors, options = info.batch_size, given[: len(arguments)], given[len(arguments) :]
+        dims = in_dims[: len(arguments)]
         own_weights = any(
-            dim is not None and KINDS[kind][0] is None for kind, dim in zip(arguments, in_dims, strict=False)
+            dim is not None and KINDS[kind][0] is None for kind, dim in zip(arguments, dims, strict=True)
         )
         if own_weights and not grouped and tensors[0].device.type == "cpu":
-            each = [
-                call(
-                    *(t if d is None else t.select(d, k) for t, d in zip(tensors, in_dims, strict=False)),
-                    *options,
-                )
-                for k in range(size)
-            ]
-            return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0,) * len(results)
+            each = one_by_one(lambda *own: call(*own, *options), tensors, dims, size)
+            return each, (0,) * len(results)
         axes = [KINDS[kind][own_weights] for kind in arguments]
-        axes_of_results = [KINDS[kind][own_weights] for kind in results]
         folded = [
-            _fold(tensor, dim, axis, size) for tensor, dim, axis in zip(tensors, in_dims, axes, strict=False)
+            fold(tensor, dim, axis, size) for tensor, dim, axis in zip(tensors, dims, axes, strict=True)
         ]
-        unfolded = [
-            _unfold(tensor, axis, size)
-            for tensor, axis in zip(call(*folded, *options), axes_of_results, strict=True)
-        ]
-        return tuple(t for t, _ in unfolded), tuple(d for _, d in unfolded)
+        axes = [KINDS[kind][own_weights] for kind in results]
+        unfolded = [unfold(out, axis, size) for out, axis in zip(call(*folded, *options), axes, strict=True)]
+        return tuple(out for out, _ in unfolded), tuple(dim for _, dim in unfolded)
 
     torch.library.register_vmap(f"mim4dd::{op}", rule)
 
 
-def _fold(tensor: Tensor, dim: int | None, axis: int | None, size: int) -> Tensor:
-    """Merge the batch into an axis."""
+def fold(tensor: Tensor, dim: int | None, axis: int | None, size: int) -> Tensor:
+    """Merge the batch at `dim`, or `size` times the same if that is None, into an axis."""
     if axis is None:
         return tensor
     if dim is None:
@@ -71,12 +66,17 @@ def _fold(tensor: Tensor, dim: int | None, axis: int | None, size: int) -> Tenso
     return tensor.flatten(axis, axis + 1)
 
 
-def _slices(tensor: Tensor, dim: int | None, size: int) -> Sequence[Tensor]:
-    return [tensor] * size if dim is None else tensor.unbind(dim)
-
-
-def _unfold(tensor: Tensor, axis: int | None, size: int) -> tuple[Tensor, int | None]:
-    """Take the batch out of an axis again; what was not wanted is empty."""
+def unfold(tensor: Tensor, axis: int | None, size: int) -> tuple[Tensor, int | None]:
+    """Take the batch out of an axis again, and say where it is; what was not wanted is empty."""
     if axis is None or tensor.ndim == 1:
         return tensor, None
     return tensor.unflatten(axis, (size, tensor.shape[axis] // size)), axis
+
+
+def one_by_one(
+    call: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], dims: Dims, size: int
+) -> tuple[Tensor, ...]:
+    """Stack the results of a call for each of the batch."""
+    slices = [[t] * size if dim is None else t.unbind(dim) for t, dim in zip(tensors, dims, strict=True)]
+    results = [call(*own) for own in zip(*slices, strict=True)]
+    return tuple(torch.stack(of_each) for of_each in zip(*results, strict=True))

@@ -1,4 +1,8 @@
-"""Convolutions 3x3: on a CPU in float32 Winograd's, compiled, else torch's operator."""
+"""Convolutions 3x3: on a CPU in float32 Winograd's, compiled, else torch's operator.
+
+On a GPU too, the gradients of gradients are made of the three operations that the gradients are: torch's own
+are convolutions with images for channels, for which its library has slow kernels.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import extension
+from . import batching
 
 
 def conv2d(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> Tensor:
@@ -26,19 +31,23 @@ def conv2d(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> Tensor:
         Tensor [B, O, H', W'] of x's dtype, or autocast's.
     """
     if _is_compiled(x, weight, padding):
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
         return _Convolve.apply(x, weight, False)
     return F.conv2d(x, weight, padding=padding)
 
 
 def _is_compiled(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> bool:
-    return (
+    by_winograd = (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and weight.shape[2:] == (3, 3)
-        and padding == (1, 1)
         and weight.shape[0] % 32 == weight.shape[1] % 32 == 0
         and not torch.is_autocast_enabled("cpu")
-        and extension.available()
+    )
+    on_gpu = x.device.type == "cuda"
+    return (
+        weight.shape[2:] == (3, 3) and padding == (1, 1) and (by_winograd or on_gpu) and extension.available()
     )
 
 
@@ -94,19 +103,47 @@ class _ByWeight(torch.autograd.Function):
         )
 
 
+def _batched(
+    info: Any, in_dims: batching.Dims, x: Tensor, weight: Tensor, turned: bool, groups: int = 1
+) -> Any:
+    """How `convolve` runs under `torch.vmap`."""
+    (of_x, of_weight, *_), size, op = in_dims, info.batch_size, torch.ops.mim4dd.convolve
+    if of_weight is None:
+        return batching.unfold(op(batching.fold(x, of_x, 0, size), weight, turned, groups), 0, size)
+    if x.device.type == "cpu":
+        return batching.one_by_one(lambda *own: [op(*own, turned)], (x, weight), (of_x, of_weight), size)[
+            0
+        ], 0
+    folded = batching.fold(x, of_x, 1, size), batching.fold(weight, of_weight, 0, size)
+    return batching.unfold(op(*folded, turned, groups * size), 1, size)
+
+
+def _batched_by_weight(info: Any, in_dims: batching.Dims, grad: Tensor, x: Tensor, groups: int = 1) -> Any:
+    """How `convolve_by_weight` runs under `torch.vmap`."""
+    dims, size, op = in_dims[:2], info.batch_size, torch.ops.mim4dd.convolve_by_weight
+    if grad.device.type == "cpu" or set(dims) == {0}:  # on more channels, maps that lie apart would be copied
+        return batching.one_by_one(lambda *own: [op(*own, groups)], (grad, x), dims, size)[0], 0
+    folded = (batching.fold(tensor, dim, 1, size) for tensor, dim in zip((grad, x), dims, strict=True))
+    return batching.unfold(op(*folded, groups * size), 0, size)
+
+
 def _register() -> None:
-    """Give the compiled operators their shapes, for torch.compile."""
+    """Give the compiled operators their shapes, for torch.compile, and their rules for vmap."""
 
     def empty(like: Tensor, *shape: int) -> Tensor:
         return like.new_empty(shape).to(memory_format=torch.channels_last)
 
     @torch.library.register_fake("mim4dd::convolve")
-    def _(x, weight, turned):  # type: ignore[no-untyped-def]
-        return empty(x, x.shape[0], weight.shape[1 if turned else 0], *x.shape[2:])
+    def _(x, weight, turned, groups=1):  # type: ignore[no-untyped-def]
+        channels = groups * weight.shape[1] if turned else weight.shape[0]
+        return empty(x, x.shape[0], channels, *x.shape[2:])
 
     @torch.library.register_fake("mim4dd::convolve_by_weight")
-    def _(grad, x):  # type: ignore[no-untyped-def]
-        return empty(x, grad.shape[1], x.shape[1], 3, 3)
+    def _(grad, x, groups=1):  # type: ignore[no-untyped-def]
+        return empty(x, grad.shape[1], x.shape[1] // groups, 3, 3)
+
+    torch.library.register_vmap("mim4dd::convolve", _batched)
+    torch.library.register_vmap("mim4dd::convolve_by_weight", _batched_by_weight)
 
 
 if extension.available():

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import extension
-from . import on_gpu
-from .batching import register_vmap
+from . import batching, on_gpu
 
 MOST_CHANNELS = 4
 
@@ -196,11 +195,11 @@ def _register() -> None:
     block = ("map", "taps", "channel", "channel")
     kept = ("value", "value")
     gradients = ("map", "taps of images", "value", "value")
-    register_vmap("first_block", block, ("map", *kept), grouped=False)
-    register_vmap("first_block_backward", ("map", *block, *kept), gradients, grouped=False)
+    batching.register("first_block", block, ("map", *kept), grouped=False)
+    batching.register("first_block_backward", ("map", *block, *kept), gradients, grouped=False)
     twice = ("map", "taps", "channel", "channel", "map", *block, *kept)
     results = ("map", "map", "taps of images", "value")
-    register_vmap("first_block_backward_twice", twice, results, grouped=False)
+    batching.register("first_block_backward_twice", twice, results, grouped=False)
 
 
 if extension.available():

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import extension
-from . import on_gpu
-from .batching import register_vmap
+from . import batching, on_gpu
 
 
 def instance_norm(
@@ -145,10 +144,10 @@ def _register() -> None:
 
     norm = ("map", "channel", "channel")
     kept = ("value", "value")
-    register_vmap("instance_norm", norm, ("map", *kept))
-    register_vmap("instance_norm_backward", ("map", *norm, *kept), ("map", "value", "value"))
+    batching.register("instance_norm", norm, ("map", *kept))
+    batching.register("instance_norm_backward", ("map", *norm, *kept), ("map", "value", "value"))
     twice = ("map", "value", "value", "map", *norm, *kept)
-    register_vmap("instance_norm_backward_twice", twice, ("map", "map", "value"))
+    batching.register("instance_norm_backward_twice", twice, ("map", "map", "value"))
 
 
 if extension.available():

@@ -39,6 +39,24 @@ def _first_block(*arguments: Any) -> tuple[Tensor, ...]:
     return _kernels()[0].forward(*arguments)
 
 
+def _convolve(x: Tensor, weight: Tensor, turned: bool, groups: int = 1) -> Tensor:
+    """The convolution, or turned, its gradient by x: a convolution with the weight turned."""
+    if turned:
+        weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    return F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, padding=1, groups=groups)
+
+
+def _convolve_by_weight(grad: Tensor, x: Tensor, groups: int = 1) -> Tensor:
+    shape = grad.shape[1], x.shape[1] // groups, 3, 3
+    weight = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
+    one, wanted = [1, 1], (False, True, False)
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, one, one, one, False, [0, 0], groups, wanted
+    )[1]
+
+
 class _Convolution:
     """The first block's, with groups, and its gradients; its weight is given as taps [9 I, O]."""
 
@@ -123,6 +141,8 @@ _library = torch.library.Library("mim4dd", "IMPL")
 def _register() -> None:
     """Register the kernels of the operators that the compiled extension has defined."""
     for name, call in {
+        "convolve": _convolve,
+        "convolve_by_weight": _convolve_by_weight,
         "instance_norm": _normalisation("forward"),
         "instance_norm_backward": _normalisation("backward"),
         "instance_norm_backward_twice": _normalisation("backward_twice"),

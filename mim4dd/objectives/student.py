@@ -64,7 +64,10 @@ def trajectory_distance(
         raise ValueError(
             f"mim4dd.trajectory_distance: memory is {memory!r}, expected 'constant' or 'unrolled'"
         )
-    step = torch.as_tensor(step_size, dtype=images.dtype, device=images.device)
+    if isinstance(step_size, Tensor):
+        step = step_size.to(images.device, images.dtype)
+    else:  # filled in there, not copied from the host, so that a CUDA graph can hold it
+        step = torch.full((), step_size, dtype=images.dtype, device=images.device)
     start = {name: value.detach() for name, value in start.items()}
     batches: list[Batch] = [lambda images, targets: (images, targets)] * steps
     if memory == "constant":

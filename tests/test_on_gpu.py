@@ -1,0 +1,178 @@
+"""The layers as a GPU has them: put together from kernels and convolutions, alone and under vmap.
+
+Without a GPU what is put together runs on the CPU, its kernels in Triton's interpreter.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call, grad, vmap
+
+from mim4dd import extension, networks
+from mim4dd.networks.convolution import conv2d
+from mim4dd.networks.first_block import first_block
+from mim4dd.networks.normalisation import instance_norm, reference
+
+pytest.importorskip("triton")
+
+from mim4dd.networks import on_gpu
+
+pytestmark = pytest.mark.skipif(not extension.available(), reason="the extension is not built")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 1e-5
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+def random(*sizes, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, generator=g).to(DEVICE) for size in sizes]
+
+
+def agree(actual, expected, tolerance=1e-4):
+    assert actual.shape == expected.shape
+    error = (actual.double() - expected.double()).abs().max()
+    assert error <= tolerance * expected.abs().max() + 1e-6, f"relative error {error / expected.abs().max():.1e}"
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_convolutions_by_groups(groups):
+    x, grad_y, weight = random((2, 4 * groups, 5, 7), (2, 8 * groups, 5, 7), (8 * groups, 4, 3, 3))
+    x.requires_grad_()
+    weight.requires_grad_()
+    y = F.conv2d(x, weight, padding=1, groups=groups)
+    by_x, by_weight = torch.autograd.grad(y, (x, weight), grad_y)
+    agree(on_gpu._convolve(x, weight, False, groups), y)
+    agree(on_gpu._convolve(grad_y, weight, True, groups), by_x)
+    agree(on_gpu._convolve_by_weight(grad_y, x, groups), by_weight)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradients_of_the_first_block(groups):
+    """Against those of the plain formula; every ReLU is open, for roundings may open one on one side only."""
+    batch, channels, out, padding = 2, 2, 32 * groups, 1
+    x, weight, scale, bias, grad_y, of_x, of_weight, of_scale, of_bias = random(
+        (batch, channels * groups, 6, 9),
+        (out, channels, 3, 3),
+        (out,),
+        (out,),
+        (batch, out, 3, 4),
+        (batch, channels * groups, 6, 9),
+        (out, channels, 3, 3),
+        (out,),
+        (out,),
+    )
+    bias += 30
+
+    def taps(weight):
+        return weight.flatten(1).t()
+
+    leaves = [t.double().requires_grad_() for t in (grad_y, x, weight, scale, bias)]
+
+    def plain(x, weight, scale, bias):
+        convolved = F.conv2d(x, weight, padding=padding, groups=groups)
+        return reference(convolved, scale, bias, EPS, True, 2)
+
+    first = torch.autograd.grad(plain(*leaves[1:]), leaves[1:], leaves[0], create_graph=True)
+    upstream = of_x, of_weight, of_scale, of_bias
+    mixture = sum((one * of.double()).sum() for one, of in zip(first, upstream, strict=True))
+    twice = torch.autograd.grad(mixture, leaves[:4])
+
+    kernels, _ = on_gpu._kernels()
+    _, mean, rstd = kernels.forward(x, taps(weight), scale, bias, EPS, padding, True, 2)
+    given = (grad_y, x, taps(weight), scale, bias, mean, rstd, padding, True, 2)
+    by_x, by_taps, by_scale, by_bias = on_gpu._first_block_backward(*given, True, True)
+    agree(by_x, first[0])
+    agree(by_taps.sum(0), taps(first[1].flatten(1).unflatten(1, weight.shape[1:])))
+    agree(by_scale.sum(0), first[2])
+    agree(by_bias.sum(0), first[3])
+
+    by_grad, by_x, by_taps, by_scale = on_gpu._first_block_backward_twice(
+        of_x, taps(of_weight), of_scale, of_bias, *given
+    )
+    agree(by_grad, twice[0])
+    agree(by_x, twice[1])
+    agree(by_taps.sum(0), taps(twice[2]))
+    agree(by_scale.sum(0), twice[3])
+
+
+@pytest.mark.parametrize("own_weights", [False, True])
+def test_layers_batched_by_vmap(own_weights):
+    """A gradient by the weights for each of three batches, of one set of weights or of three."""
+    sizes = (3, 2, 2, 12, 12), (3, 32, 2, 3, 3), (3, 32, 32, 3, 3), (3, 32), (3, 32)
+    x, *weights = random(*sizes)
+    weights[3] += 30  # every ReLU is open
+    if not own_weights:
+        weights = [w[0] for w in weights]
+
+    def ours(x, taps, weight, scale, bias):
+        y = first_block(x, taps, scale, bias, EPS, padding=1, relu=True, pool=2)
+        y = conv2d(y, weight, (1, 1))
+        return instance_norm(y, scale, bias, EPS, relu=True, pool=2).square().sum()
+
+    def plain(x, taps, weight, scale, bias):
+        y = reference(F.conv2d(x, taps, padding=1), scale, bias, EPS, True, 2)
+        return reference(F.conv2d(y, weight, padding=1), scale, bias, EPS, True, 2).square().sum()
+
+    of = (1, 2, 3, 4)
+    dims = (0, *[0 if own_weights else None] * 4)
+    found = vmap(grad(ours, of), dims)(x, *weights)
+    for k in range(3):
+        own = [w[k] if own_weights else w for w in weights]
+        leaves = [t.double().requires_grad_() for t in own]
+        expected = torch.autograd.grad(plain(x[k].double(), *leaves), leaves)
+        for one, wanted in zip(found, expected, strict=True):
+            agree(one[k], wanted, 1e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(1, 28), (3, 32)], ids=str)
+def test_a_network_and_its_gradients_are_those_on_the_cpu(shape, precision):
+    """Logits, gradients by weights and images, and the gradient of a gradient, as trajectories need it."""
+    channels, side = shape
+    network = networks.create("convnet", channels, 10, (side, side), width=64)
+    networks.initialise(network, torch.Generator().manual_seed(0))
+    for module in network.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            torch.nn.init.constant_(module.bias, 6.0)  # every ReLU is open
+    images = torch.randn(6, channels, side, side, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(6)
+
+    def derivatives(device, dtype, precision):
+        moved = networks.create("convnet", channels, 10, (side, side), width=64, device=device, precision=precision)
+        moved.load_state_dict(network.state_dict())
+        moved = moved.to(dtype)
+        x = images.to(device, dtype).requires_grad_()
+        loss = F.cross_entropy(moved(x), labels.to(device))
+        by_weights = torch.autograd.grad(loss, [*moved.parameters()], create_graph=True)
+        (by_images,) = torch.autograd.grad(loss, x, retain_graph=True)
+        product = sum((g * g.detach()).sum() for g in by_weights)
+        return [loss, by_images, *by_weights, *torch.autograd.grad(product, [x, *moved.parameters()][:-1])]
+
+    found = derivatives(DEVICE, torch.float32, precision)
+    expected = derivatives("cpu", torch.float64, "fp32")
+    tolerance = 1e-3 if precision == "fp32" else 0.1
+    for one, wanted in zip(found, expected, strict=True):
+        if wanted.abs().max() > 1e-9:  # the convolutions' biases have none
+            agree(one.cpu(), wanted, tolerance)
+
+
+@needs_gpu
+def test_a_stack_has_the_gradients_of_its_networks_in_float32():
+    network = networks.create("convnet", 1, 10, (28, 28), width=64, device=DEVICE)
+    stacked = {name: torch.randn(3, *p.shape, device=DEVICE) / 10 for name, p in network.named_parameters()}
+    for name, value in stacked.items():
+        if name.endswith("1.bias"):
+            value += 6
+    (images,) = random((3, 5, 1, 28, 28))
+    labels = torch.arange(5, device=DEVICE)
+
+    def loss(weights, images):
+        return F.cross_entropy(functional_call(network, weights, (images,)), labels)
+
+    together = vmap(grad(loss))(stacked, images)
+    for k in range(3):
+        alone = grad(loss)({name: value[k] for name, value in stacked.items()}, images[k])
+        for name, expected in alone.items():
+            agree(together[name][k], expected, 1e-3)
