@@ -1,0 +1,168 @@
+"""The first block of a ConvNet in one pass: a 3x3 convolution of few channels and all that follows.
+
+The convolution's output, four times as large as the block's, is worked out anew for every pass over an image
+and never written. See csrc/first_block/image.cpp for the formulas.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .first_block_kernels import backward_kernel, forward_kernel
+
+
+class Tile(NamedTuple):
+    """Channels, at most, and pixels of a program's products, and how it is run."""
+
+    channels: int
+    pixels: int
+    warps: int
+    stages: int
+
+
+# Keyed by how products are formed: "half" (bfloat16, float16), "tf32", "ieee" (float32 without tensor cores).
+FORWARD = {"half": Tile(128, 32, 4, 1), "tf32": Tile(128, 32, 4, 1), "ieee": Tile(64, 32, 4, 1)}
+BACKWARD = {"half": Tile(128, 32, 4, 1), "tf32": Tile(128, 32, 4, 1), "ieee": Tile(64, 32, 4, 1)}
+
+
+def forward(
+    x: Tensor,
+    taps: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    eps: float,
+    padding: int,
+    relu: bool,
+    pool: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Convolve without a bias, normalise every channel of every image, ReLU, pool.
+
+    Args:
+        x: float32, bfloat16 or float16 [B, G * I, H, W] of any strides, I from 1 to 4; each of the G groups of
+            the output's channels sees I channels, as in torch's convolutions.
+        taps: float32 [9 * I, O], which is weight.flatten(1).t() of a weight [O, I, 3, 3]; O / G is a multiple
+            of 16.
+        scale: float32 [O], the factor of the normalised channel.
+        bias: float32 [O], added to it.
+        eps: added to the variance.
+        padding: rows and columns of zeros added on each side.
+        relu: whether negative values become 0.
+        pool: 1, or 2 for windows of 2x2; a last odd row or column counts in the statistics only.
+
+    Returns:
+        The block's output [B, O, (H + 2 padding - 2) // pool, (W + 2 padding - 2) // pool], of the type of x
+        and channels last, and each channel's mean and inverse deviation, float32 [B, O].
+    """
+    batch, channels = x.shape[0], taps.shape[1]
+    down, across = _map_size(x, padding)
+    out = torch.empty(
+        batch,
+        channels,
+        down // pool,
+        across // pool,
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+    mean, rstd = (torch.empty(batch, channels, device=x.device) for _ in range(2))
+    if batch:
+        x, grid, given, options = _call(FORWARD, x, taps, padding, relu, pool)
+        with _guard(x):
+            forward_kernel[grid](
+                x, taps, scale.contiguous(), bias.contiguous(), out, mean, rstd, eps, *given, **options
+            )
+    return out, mean, rstd
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    taps: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    padding: int,
+    relu: bool,
+    pool: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of each image by taps [B, 9 * I, O], scale [B, O] and bias [B, O], float32.
+
+    Args:
+        grad: that by the block's output, of its shape and type.
+        x: as in `forward`, like all that is not named here.
+        taps: of which the gradient is taken.
+        scale: of which the gradient is taken.
+        bias: of which the gradient is taken.
+        mean: what `forward` returned.
+        rstd: what `forward` returned.
+        padding: as in `forward`.
+        relu: as in `forward`.
+        pool: as in `forward`.
+    """
+    batch, channels = x.shape[0], taps.shape[1]
+    by_taps = torch.empty(batch, *taps.shape, device=x.device)
+    by_scale, by_bias = (torch.empty(batch, channels, device=x.device) for _ in range(2))
+    if batch:
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        x, grid, given, options = _call(BACKWARD, x, taps, padding, relu, pool)
+        with _guard(x):
+            backward_kernel[grid](
+                grad, x, taps, scale.contiguous(), bias.contiguous(), mean, rstd,
+                by_taps, by_scale, by_bias, *given,
+                EXACT="ieee" if x.dtype == torch.float32 and options["PRECISION"] == "ieee" else "tf32x3", **options,
+            )  # fmt: skip
+    return by_taps, by_scale, by_bias
+
+
+def _call(
+    tiles: dict[str, Tile], x: Tensor, taps: Tensor, padding: int, relu: bool, pool: int
+) -> tuple[Tensor, tuple[int, int], tuple[int, ...], dict[str, Any]]:
+    """What both kernels are launched with: x, the grid, numbers and constants."""
+    if sum((size - 1) * stride for size, stride in zip(x.shape[2:], x.stride()[2:], strict=True)) >= 1 << 31:
+        x = x.contiguous()  # offsets within a channel are of 32 bits
+    rows, channels = taps.shape
+    per_group = channels // (x.shape[1] // (rows // 9))
+    precision = _precision(x.dtype)
+    tile = tiles[precision]
+    block = min(tile.channels, per_group & -per_group)
+    down, across = _map_size(x, padding)
+    options = {
+        "IN": rows // 9,
+        "HEIGHT": x.shape[2],
+        "WIDTH": x.shape[3],
+        "DOWN": down,
+        "ACROSS": across,
+        "PADDING": padding,
+        "RELU": relu,
+        "POOL": pool,
+        "PRECISION": "tf32" if precision == "tf32" else "ieee",
+        "BLOCK_K": max(16, triton.next_power_of_2(rows)),
+        "BLOCK_C": block,
+        "BLOCK_P": tile.pixels,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+    grid = x.shape[0], channels // block
+    return x, grid, (channels, per_group, *x.stride(), *taps.stride()), options
+
+
+def _map_size(x: Tensor, padding: int) -> tuple[int, int]:
+    """Rows and columns of the convolution's output."""
+    return x.shape[2] + 2 * padding - 2, x.shape[3] + 2 * padding - 2
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How products are formed: float32 as in torch's convolutions."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def _guard(x: Tensor) -> AbstractContextManager[None]:
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -1,0 +1,192 @@
+"""The kernels of `first_block`: one program works on BLOCK_C channels of one image.
+
+Tiles have channels as rows and pixels as columns: what belongs to a channel is then the same along a row, and
+the gradient by the convolution's output is the left operand of the next product, without leaving registers.
+"""
+
+import triton
+import triton.language as tl
+
+# Added to a row of the image, it lies outside.
+FAR = tl.constexpr(1 << 16)
+
+
+@triton.jit
+def _operands(
+    X, TAPS, per_group, x_image, x_channel, x_row, x_column, tap_row, tap_column,
+    IN: tl.constexpr, PADDING: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The program's channels, its weights [BLOCK_C, BLOCK_K], and of each tap [BLOCK_K, 1] the address, row and
+    column in x that pixel (0, 0) of the convolution's map sees, and what is seen outside of x.
+
+    Past the taps is one that always sees 1, with weight 0: its products are sums.
+    """
+    first = tl.program_id(1) * BLOCK_C
+    channels = first + tl.arange(0, BLOCK_C)
+    taps = tl.arange(0, BLOCK_K)
+    real = taps < 9 * IN
+    weights = tl.load(
+        TAPS + channels[:, None] * tap_column + taps[None, :] * tap_row, mask=real[None, :], other=0.0
+    ).to(X.dtype.element_ty)
+    row = taps // 3 % 3 - PADDING
+    column = taps % 3 - PADDING
+    channel = tl.where(real, taps // 9, 0) + first // per_group * IN
+    image = X + tl.cast(tl.program_id(0), tl.int64) * x_image
+    address = image + channel.to(tl.int64) * x_channel + row * x_row + column * x_column
+    row = tl.where(real, row, FAR)
+    outside = tl.where(taps == 9 * IN, 1.0, 0.0).to(X.dtype.element_ty)
+    return channels, weights, address[:, None], row[:, None], column[:, None], outside[:, None]
+
+
+@triton.jit
+def _convolved(
+    weights, address, tap_row, tap_column, outside, row, column, x_row, x_column,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the pixels of a row and column each see, [BLOCK_K, BLOCK_P], and the convolution's output there,
+    [BLOCK_C, BLOCK_P]; outside the convolution's map taps see nothing.
+    """
+    offsets = row * x_row + column * x_column
+    in_row = tl.where((row < DOWN) & (column < ACROSS), row, FAR)[None, :] + tap_row
+    in_column = column[None, :] + tap_column
+    inside = (in_row >= 0) & (in_row < HEIGHT) & (in_column >= 0) & (in_column < WIDTH)
+    patches = tl.load(address + offsets[None, :], mask=inside, other=outside)
+    return patches, tl.dot(weights, patches, input_precision=PRECISION)
+
+
+@triton.jit
+def _line(SCALE, BIAS, channels, mean, rstd):
+    """The factor and summand, [BLOCK_C, 1] each, that make of the convolution's output the ReLU's input."""
+    factor = tl.load(SCALE + channels) * rstd
+    return factor[:, None], (tl.load(BIAS + channels) - mean * factor)[:, None]
+
+
+@triton.jit
+def _gradients(GRAD, row, column, channels, num_channels, DOWN: tl.constexpr, ACROSS: tl.constexpr):
+    """Gradients by the cells of a row and column each, [BLOCK_C, BLOCK_P], 0 outside."""
+    inside = (row < DOWN) & (column < ACROSS)
+    cells = tl.where(inside, row * ACROSS + column, 0)
+    image = GRAD + tl.cast(tl.program_id(0), tl.int64) * (DOWN * ACROSS) * num_channels
+    return tl.load(
+        image + channels[:, None] + (cells * num_channels)[None, :], mask=inside[None, :], other=0.0
+    )
+
+
+@triton.jit(do_not_specialize=["per_group", "x_image", "x_channel", "x_row", "tap_row", "tap_column"])
+def forward_kernel(
+    X, TAPS, SCALE, BIAS, OUT, MEAN, RSTD, eps, num_channels, per_group,
+    x_image, x_channel, x_row, x_column, tap_row, tap_column,
+    IN: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
+    PADDING: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """OUT [batch, cells, num_channels]; MEAN and RSTD [batch, num_channels]."""
+    channels, weights, address, row_of_tap, column_of_tap, outside = _operands(
+        X, TAPS, per_group, x_image, x_channel, x_row, x_column, tap_row, tap_column,
+        IN, PADDING, BLOCK_K, BLOCK_C,
+    )  # fmt: skip
+    NUM_PIXELS: tl.constexpr = DOWN * ACROSS
+    slots = tl.arange(0, BLOCK_P)
+    # Of every slot of the tile its own mean and sum of squares, for what crosses lanes is slow.
+    means = tl.zeros((BLOCK_C, BLOCK_P), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_C, BLOCK_P), dtype=tl.float32)
+    for start in range(0, NUM_PIXELS, BLOCK_P):
+        pixels = start + slots
+        _, y = _convolved(
+            weights, address, row_of_tap, column_of_tap, outside, pixels // ACROSS, pixels % ACROSS,
+            x_row, x_column, HEIGHT, WIDTH, DOWN, ACROSS, PRECISION,
+        )  # fmt: skip
+        away = y - means
+        if NUM_PIXELS % BLOCK_P:
+            away = tl.where((pixels < NUM_PIXELS)[None, :], away, 0.0)
+        means += away * (1.0 / (start // BLOCK_P + 1))
+        squares += away * (y - means)
+    counts = ((NUM_PIXELS - slots + (BLOCK_P - 1)) // BLOCK_P).to(tl.float32)[None, :]
+    mean = tl.sum(means * counts, 1) / NUM_PIXELS
+    means -= mean[:, None]
+    rstd = 1.0 / tl.sqrt(tl.sum(squares + means * means * counts, 1) / NUM_PIXELS + eps)
+    first = tl.cast(tl.program_id(0), tl.int64) * num_channels
+    tl.store(MEAN + first + channels, mean)
+    tl.store(RSTD + first + channels, rstd)
+
+    factor, summand = _line(SCALE, BIAS, channels, mean, rstd)
+    # The mean over a window is a sum of parts that are all as much smaller.
+    factor *= 1.0 / (POOL * POOL)
+    summand *= 1.0 / (POOL * POOL)
+    CELLS_ACROSS: tl.constexpr = ACROSS // POOL
+    NUM_CELLS: tl.constexpr = DOWN // POOL * CELLS_ACROSS
+    image = OUT + first * NUM_CELLS
+    for start in range(0, NUM_CELLS, BLOCK_P):
+        cells = start + slots
+        row = cells // CELLS_ACROSS * POOL
+        column = cells % CELLS_ACROSS * POOL
+        out = tl.zeros((BLOCK_C, BLOCK_P), dtype=tl.float32)
+        for place in range(0, POOL * POOL):
+            _, y = _convolved(
+                weights, address, row_of_tap, column_of_tap, outside,
+                row + place // POOL, column + place % POOL, x_row, x_column, HEIGHT, WIDTH, DOWN, ACROSS, PRECISION,
+            )  # fmt: skip
+            y = y * factor + summand
+            out += tl.maximum(y, 0.0) if RELU else y
+        tl.store(
+            image + channels[:, None] + (cells * num_channels)[None, :], out.to(OUT.dtype.element_ty),
+            mask=(cells < NUM_CELLS)[None, :],
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["per_group", "x_image", "x_channel", "x_row", "tap_row", "tap_column"])
+def backward_kernel(
+    GRAD, X, TAPS, SCALE, BIAS, MEAN, RSTD, BY_TAPS, BY_SCALE, BY_BIAS, num_channels, per_group,
+    x_image, x_channel, x_row, x_column, tap_row, tap_column,
+    IN: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
+    PADDING: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """BY_TAPS [batch, taps, num_channels]; BY_SCALE and BY_BIAS [batch, num_channels]."""
+    channels, weights, address, row_of_tap, column_of_tap, outside = _operands(
+        X, TAPS, per_group, x_image, x_channel, x_row, x_column, tap_row, tap_column,
+        IN, PADDING, BLOCK_K, BLOCK_C,
+    )  # fmt: skip
+    first = tl.cast(tl.program_id(0), tl.int64) * num_channels
+    mean = tl.load(MEAN + first + channels)
+    rstd = tl.load(RSTD + first + channels)
+    factor, summand = _line(SCALE, BIAS, channels, mean, rstd)
+    # A last odd row or column makes windows that stick out: their gradient is 0.
+    WINDOWS_ACROSS: tl.constexpr = (ACROSS + POOL - 1) // POOL
+    NUM_WINDOWS: tl.constexpr = (DOWN + POOL - 1) // POOL * WINDOWS_ACROSS
+    slots = tl.arange(0, BLOCK_P)
+    # The sums of the gradient d behind the ReLU with what each tap sees, and of what each two taps see. As the
+    # convolution's output is linear in what its taps see, all sums with it follow, in this one pass.
+    seen = tl.zeros((BLOCK_C, BLOCK_K), dtype=tl.float32)
+    seen_twice = tl.zeros((BLOCK_K, BLOCK_K), dtype=tl.float32)
+    for start in range(0, NUM_WINDOWS, BLOCK_P):
+        row = (start + slots) // WINDOWS_ACROSS
+        column = (start + slots) % WINDOWS_ACROSS
+        grad = _gradients(GRAD, row, column, channels, num_channels, DOWN // POOL, ACROSS // POOL)
+        for place in range(0, POOL * POOL):
+            patches, y = _convolved(
+                weights, address, row_of_tap, column_of_tap, outside,
+                row * POOL + place // POOL, column * POOL + place % POOL, x_row, x_column,
+                HEIGHT, WIDTH, DOWN, ACROSS, PRECISION,
+            )  # fmt: skip
+            d = tl.where(y * factor + summand > 0, grad, 0.0) if RELU else grad
+            seen = tl.dot(d, tl.trans(patches), seen, input_precision=PRECISION)
+            seen_twice = tl.dot(patches, tl.trans(patches), seen_twice, input_precision=PRECISION)
+    seen *= 1.0 / (POOL * POOL)
+    taps = tl.arange(0, BLOCK_K)
+    by_bias = tl.sum(tl.where((taps == 9 * IN)[None, :], seen, 0.0), 1)
+    weights = weights.to(tl.float32)
+    by_scale = rstd * (tl.sum(weights * seen, 1) - mean * by_bias)
+    tl.store(BY_BIAS + first + channels, by_bias)
+    tl.store(BY_SCALE + first + channels, by_scale)
+
+    # With scale r (d - mean(d) - n mean(d n)) in place of d.
+    sums = tl.sum(tl.where((taps == 9 * IN)[:, None], seen_twice, 0.0), 0)[None, :]
+    seen_y = tl.dot(weights, seen_twice, input_precision=EXACT)
+    seen_n = (seen_y - mean[:, None] * sums) * (by_scale * rstd / (DOWN * ACROSS))[:, None]
+    by_taps = factor * (seen - sums * (by_bias / (DOWN * ACROSS))[:, None] - seen_n)
+    tl.store(
+        BY_TAPS + first * (9 * IN) + channels[:, None] + (taps * num_channels)[None, :], by_taps,
+        mask=(taps < 9 * IN)[None, :],
+    )  # fmt: skip
