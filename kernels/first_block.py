@@ -114,8 +114,7 @@ def backward(
         with _guard(x):
             backward_kernel[grid](
                 grad, x, taps, scale.contiguous(), bias.contiguous(), mean, rstd,
-                by_taps, by_scale, by_bias, *given,
-                EXACT="ieee" if x.dtype == torch.float32 and options["PRECISION"] == "ieee" else "tf32x3", **options,
+                by_taps, by_scale, by_bias, *given, **options,
             )  # fmt: skip
     return by_taps, by_scale, by_bias
 

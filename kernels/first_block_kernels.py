@@ -9,6 +9,18 @@ import triton.language as tl
 
 # Added to a row of the image, it lies outside.
 FAR = tl.constexpr(1 << 16)
+STEEP = tl.constexpr(2.0**60)
+
+
+@triton.jit
+def _weights(
+    TAPS, channels, tap_row, tap_column, DTYPE: tl.constexpr, IN: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    taps = tl.arange(0, BLOCK_K)
+    return tl.load(
+        TAPS + channels[:, None] * tap_column + taps[None, :] * tap_row,
+        mask=(taps < 9 * IN)[None, :], other=0.0,
+    ).to(DTYPE)  # fmt: skip
 
 
 @triton.jit
@@ -23,11 +35,9 @@ def _operands(
     """
     first = tl.program_id(1) * BLOCK_C
     channels = first + tl.arange(0, BLOCK_C)
+    weights = _weights(TAPS, channels, tap_row, tap_column, X.dtype.element_ty, IN, BLOCK_K)
     taps = tl.arange(0, BLOCK_K)
     real = taps < 9 * IN
-    weights = tl.load(
-        TAPS + channels[:, None] * tap_column + taps[None, :] * tap_row, mask=real[None, :], other=0.0
-    ).to(X.dtype.element_ty)
     row = taps // 3 % 3 - PADDING
     column = taps % 3 - PADDING
     channel = tl.where(real, taps // 9, 0) + first // per_group * IN
@@ -141,7 +151,7 @@ def backward_kernel(
     x_image, x_channel, x_row, x_column, tap_row, tap_column,
     IN: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
     PADDING: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """BY_TAPS [batch, taps, num_channels]; BY_SCALE and BY_BIAS [batch, num_channels]."""
     channels, weights, address, row_of_tap, column_of_tap, outside = _operands(
@@ -156,10 +166,15 @@ def backward_kernel(
     WINDOWS_ACROSS: tl.constexpr = (ACROSS + POOL - 1) // POOL
     NUM_WINDOWS: tl.constexpr = (DOWN + POOL - 1) // POOL * WINDOWS_ACROSS
     slots = tl.arange(0, BLOCK_P)
-    # The sums of the gradient d behind the ReLU with what each tap sees, and of what each two taps see. As the
-    # convolution's output is linear in what its taps see, all sums with it follow, in this one pass.
-    seen = tl.zeros((BLOCK_C, BLOCK_K), dtype=tl.float32)
-    seen_twice = tl.zeros((BLOCK_K, BLOCK_K), dtype=tl.float32)
+    if RELU:
+        # Cut off at 0 and 1 these are a step: one instruction on pairs, no predicates.
+        step_factor = factor * STEEP
+        step_summand = summand * STEEP
+    # What each tap sees, summed as it is, with the gradient d behind the ReLU and with the convolution's output.
+    # As that is linear in what its taps see, its sum with d follows: one pass is enough.
+    seen = tl.zeros((BLOCK_K, BLOCK_P), dtype=tl.float32)
+    seen_d = tl.zeros((BLOCK_C, BLOCK_K), dtype=tl.float32)
+    seen_y = tl.zeros((BLOCK_C, BLOCK_K), dtype=tl.float32)
     for start in range(0, NUM_WINDOWS, BLOCK_P):
         row = (start + slots) // WINDOWS_ACROSS
         column = (start + slots) % WINDOWS_ACROSS
@@ -170,22 +185,24 @@ def backward_kernel(
                 row * POOL + place // POOL, column * POOL + place % POOL, x_row, x_column,
                 HEIGHT, WIDTH, DOWN, ACROSS, PRECISION,
             )  # fmt: skip
-            d = tl.where(y * factor + summand > 0, grad, 0.0) if RELU else grad
-            seen = tl.dot(d, tl.trans(patches), seen, input_precision=PRECISION)
-            seen_twice = tl.dot(patches, tl.trans(patches), seen_twice, input_precision=PRECISION)
-    seen *= 1.0 / (POOL * POOL)
+            seen += patches.to(tl.float32)
+            d = grad * tl.clamp(y * step_factor + step_summand, 0.0, 1.0) if RELU else grad
+            patches = tl.trans(patches)
+            seen_d = tl.dot(d.to(patches.dtype), patches, seen_d, input_precision=PRECISION)
+            seen_y = tl.dot(y.to(patches.dtype), patches, seen_y, input_precision=PRECISION)
+    seen_d *= 1.0 / (POOL * POOL)
     taps = tl.arange(0, BLOCK_K)
-    by_bias = tl.sum(tl.where((taps == 9 * IN)[None, :], seen, 0.0), 1)
-    weights = weights.to(tl.float32)
-    by_scale = rstd * (tl.sum(weights * seen, 1) - mean * by_bias)
+    by_bias = tl.sum(tl.where((taps == 9 * IN)[None, :], seen_d, 0.0), 1)
     tl.store(BY_BIAS + first + channels, by_bias)
+    # Loaded again: kept, they would take registers from the loop.
+    weights = _weights(TAPS, channels, tap_row, tap_column, X.dtype.element_ty, IN, BLOCK_K).to(tl.float32)
+    by_scale = rstd * (tl.sum(weights * seen_d, 1) - mean * by_bias)
     tl.store(BY_SCALE + first + channels, by_scale)
 
     # With scale r (d - mean(d) - n mean(d n)) in place of d.
-    sums = tl.sum(tl.where((taps == 9 * IN)[:, None], seen_twice, 0.0), 0)[None, :]
-    seen_y = tl.dot(weights, seen_twice, input_precision=EXACT)
-    seen_n = (seen_y - mean[:, None] * sums) * (by_scale * rstd / (DOWN * ACROSS))[:, None]
-    by_taps = factor * (seen - sums * (by_bias / (DOWN * ACROSS))[:, None] - seen_n)
+    on_y = -by_scale * rstd / (DOWN * ACROSS)
+    on_one = -by_bias / (DOWN * ACROSS) - on_y * mean
+    by_taps = factor * (seen_d + seen_y * on_y[:, None] + on_one[:, None] * tl.sum(seen, 1)[None, :])
     tl.store(
         BY_TAPS + first * (9 * IN) + channels[:, None] + (taps * num_channels)[None, :], by_taps,
         mask=(taps < 9 * IN)[None, :],
