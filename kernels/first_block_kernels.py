@@ -98,24 +98,33 @@ def forward_kernel(
     )  # fmt: skip
     NUM_PIXELS: tl.constexpr = DOWN * ACROSS
     slots = tl.arange(0, BLOCK_P)
-    # Of every slot of the tile its own mean and sum of squares, for what crosses lanes is slow.
-    means = tl.zeros((BLOCK_C, BLOCK_P), dtype=tl.float32)
+    # The variance is taken around a mean of some pixels, so that it is no small difference of large numbers. As
+    # the weight of the tap that always sees 1, rounded to bfloat16, it is taken off by the product, exactly.
+    pixels = slots * (NUM_PIXELS // BLOCK_P | 1) % NUM_PIXELS
+    _, y = _convolved(
+        weights, address, row_of_tap, column_of_tap, outside, pixels // ACROSS, pixels % ACROSS,
+        x_row, x_column, HEIGHT, WIDTH, DOWN, ACROSS, PRECISION,
+    )  # fmt: skip
+    middle = (tl.sum(y, 1) / BLOCK_P).to(tl.bfloat16).to(tl.float32)
+    is_one = (tl.arange(0, BLOCK_K) == 9 * IN)[None, :]
+    off_middle = tl.where(is_one, -middle[:, None], weights.to(tl.float32)).to(weights.dtype)
+    # Of every slot of the tile its own sums, for what crosses lanes is slow.
+    seen = tl.zeros((BLOCK_K, BLOCK_P), dtype=tl.float32)
     squares = tl.zeros((BLOCK_C, BLOCK_P), dtype=tl.float32)
     for start in range(0, NUM_PIXELS, BLOCK_P):
         pixels = start + slots
-        _, y = _convolved(
-            weights, address, row_of_tap, column_of_tap, outside, pixels // ACROSS, pixels % ACROSS,
+        patches, y = _convolved(
+            off_middle, address, row_of_tap, column_of_tap, outside, pixels // ACROSS, pixels % ACROSS,
             x_row, x_column, HEIGHT, WIDTH, DOWN, ACROSS, PRECISION,
         )  # fmt: skip
-        away = y - means
         if NUM_PIXELS % BLOCK_P:
-            away = tl.where((pixels < NUM_PIXELS)[None, :], away, 0.0)
-        means += away * (1.0 / (start // BLOCK_P + 1))
-        squares += away * (y - means)
-    counts = ((NUM_PIXELS - slots + (BLOCK_P - 1)) // BLOCK_P).to(tl.float32)[None, :]
-    mean = tl.sum(means * counts, 1) / NUM_PIXELS
-    means -= mean[:, None]
-    rstd = 1.0 / tl.sqrt(tl.sum(squares + means * means * counts, 1) / NUM_PIXELS + eps)
+            y = tl.where((pixels < NUM_PIXELS)[None, :], y, 0.0)
+        seen += patches.to(tl.float32)
+        squares += y * y
+    mean = tl.sum(weights.to(tl.float32) * tl.sum(seen, 1)[None, :], 1) / NUM_PIXELS
+    away = mean - middle
+    variance = tl.maximum(tl.sum(squares, 1) / NUM_PIXELS - away * away, 0.0)
+    rstd = 1.0 / tl.sqrt(variance + eps)
     first = tl.cast(tl.program_id(0), tl.int64) * num_channels
     tl.store(MEAN + first + channels, mean)
     tl.store(RSTD + first + channels, rstd)
@@ -194,9 +203,7 @@ def backward_kernel(
     taps = tl.arange(0, BLOCK_K)
     by_bias = tl.sum(tl.where((taps == 9 * IN)[None, :], seen_d, 0.0), 1)
     tl.store(BY_BIAS + first + channels, by_bias)
-    # Loaded again: kept, they would take registers from the loop.
-    weights = _weights(TAPS, channels, tap_row, tap_column, X.dtype.element_ty, IN, BLOCK_K).to(tl.float32)
-    by_scale = rstd * (tl.sum(weights * seen_d, 1) - mean * by_bias)
+    by_scale = rstd * (tl.sum(weights.to(tl.float32) * seen_d, 1) - mean * by_bias)
     tl.store(BY_SCALE + first + channels, by_scale)
 
     # With scale r (d - mean(d) - n mean(d n)) in place of d.
