@@ -26,8 +26,7 @@ class Tile(NamedTuple):
 
 
 # Keyed by how products are formed: "half" (bfloat16, float16), "tf32", "ieee" (float32 without tensor cores).
-FORWARD = {"half": Tile(128, 32, 4, 1), "tf32": Tile(128, 32, 4, 1), "ieee": Tile(64, 32, 4, 1)}
-BACKWARD = {"half": Tile(128, 32, 4, 1), "tf32": Tile(128, 32, 4, 1), "ieee": Tile(64, 32, 4, 1)}
+TILES = {"half": Tile(128, 32, 8, 1), "tf32": Tile(128, 32, 8, 1), "ieee": Tile(32, 32, 8, 1)}
 
 
 def forward(
@@ -43,8 +42,8 @@ def forward(
     """Convolve without a bias, normalise every channel of every image, ReLU, pool.
 
     Args:
-        x: float32, bfloat16 or float16 [B, G * I, H, W] of any strides, I from 1 to 4; each of the G groups of
-            the output's channels sees I channels, as in torch's convolutions.
+        x: float32, bfloat16 or float16 [B, G * I, H, W] of any strides, I from 1 to 4; each of the G groups
+            of the output's channels sees I channels, as in torch's convolutions.
         taps: float32 [9 * I, O], which is weight.flatten(1).t() of a weight [O, I, 3, 3]; O / G is a multiple
             of 16.
         scale: float32 [O], the factor of the normalised channel.
@@ -71,7 +70,7 @@ def forward(
     )
     mean, rstd = (torch.empty(batch, channels, device=x.device) for _ in range(2))
     if batch:
-        x, grid, given, options = _call(FORWARD, x, taps, padding, relu, pool)
+        x, grid, given, options = _call(x, taps, padding, relu, pool)
         with _guard(x):
             forward_kernel[grid](
                 x, taps, scale.contiguous(), bias.contiguous(), out, mean, rstd, eps, *given, **options
@@ -110,17 +109,17 @@ def backward(
     by_scale, by_bias = (torch.empty(batch, channels, device=x.device) for _ in range(2))
     if batch:
         grad = grad.contiguous(memory_format=torch.channels_last)
-        x, grid, given, options = _call(BACKWARD, x, taps, padding, relu, pool)
+        x, grid, given, options = _call(x, taps, padding, relu, pool)
         with _guard(x):
             backward_kernel[grid](
-                grad, x, taps, scale.contiguous(), bias.contiguous(), mean, rstd,
-                by_taps, by_scale, by_bias, *given, **options,
+                grad, x, taps, scale.contiguous(), bias.contiguous(),
+                mean.contiguous(), rstd.contiguous(), by_taps, by_scale, by_bias, *given, **options,
             )  # fmt: skip
     return by_taps, by_scale, by_bias
 
 
 def _call(
-    tiles: dict[str, Tile], x: Tensor, taps: Tensor, padding: int, relu: bool, pool: int
+    x: Tensor, taps: Tensor, padding: int, relu: bool, pool: int
 ) -> tuple[Tensor, tuple[int, int], tuple[int, ...], dict[str, Any]]:
     """What both kernels are launched with: x, the grid, numbers and constants."""
     if sum((size - 1) * stride for size, stride in zip(x.shape[2:], x.stride()[2:], strict=True)) >= 1 << 31:
@@ -128,7 +127,7 @@ def _call(
     rows, channels = taps.shape
     per_group = channels // (x.shape[1] // (rows // 9))
     precision = _precision(x.dtype)
-    tile = tiles[precision]
+    tile = TILES[precision]
     block = min(tile.channels, per_group & -per_group)
     down, across = _map_size(x, padding)
     options = {

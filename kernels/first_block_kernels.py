@@ -7,6 +7,8 @@ the gradient by the convolution's output is the left operand of the next product
 import triton
 import triton.language as tl
 
+from .pairs import dot
+
 # Added to a row of the image, it lies outside.
 FAR = tl.constexpr(1 << 16)
 STEEP = tl.constexpr(2.0**60)
@@ -28,8 +30,8 @@ def _operands(
     X, TAPS, per_group, x_image, x_channel, x_row, x_column, tap_row, tap_column,
     IN: tl.constexpr, PADDING: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The program's channels, its weights [BLOCK_C, BLOCK_K], and of each tap [BLOCK_K, 1] the address, row and
-    column in x that pixel (0, 0) of the convolution's map sees, and what is seen outside of x.
+    """The program's channels, its weights [BLOCK_C, BLOCK_K], and of each tap [BLOCK_K, 1] the address, row
+    and column in x that pixel (0, 0) of the convolution's map sees, and what is seen outside of x.
 
     Past the taps is one that always sees 1, with weight 0: its products are sums.
     """
@@ -62,7 +64,8 @@ def _convolved(
     in_column = column[None, :] + tap_column
     inside = (in_row >= 0) & (in_row < HEIGHT) & (in_column >= 0) & (in_column < WIDTH)
     patches = tl.load(address + offsets[None, :], mask=inside, other=outside)
-    return patches, tl.dot(weights, patches, input_precision=PRECISION)
+    nothing = tl.zeros((weights.shape[0], row.shape[0]), dtype=tl.float32)
+    return patches, dot(weights, patches, nothing, PRECISION)
 
 
 @triton.jit
@@ -98,8 +101,8 @@ def forward_kernel(
     )  # fmt: skip
     NUM_PIXELS: tl.constexpr = DOWN * ACROSS
     slots = tl.arange(0, BLOCK_P)
-    # The variance is taken around a mean of some pixels, so that it is no small difference of large numbers. As
-    # the weight of the tap that always sees 1, rounded to bfloat16, it is taken off by the product, exactly.
+    # The variance is taken around a mean of some pixels, so that it is no small difference of large numbers.
+    # As the weight of the tap that always sees 1 it is taken off by the product; any type holds a bfloat16.
     pixels = slots * (NUM_PIXELS // BLOCK_P | 1) % NUM_PIXELS
     _, y = _convolved(
         weights, address, row_of_tap, column_of_tap, outside, pixels // ACROSS, pixels % ACROSS,
@@ -144,7 +147,8 @@ def forward_kernel(
         for place in range(0, POOL * POOL):
             _, y = _convolved(
                 weights, address, row_of_tap, column_of_tap, outside,
-                row + place // POOL, column + place % POOL, x_row, x_column, HEIGHT, WIDTH, DOWN, ACROSS, PRECISION,
+                row + place // POOL, column + place % POOL, x_row, x_column,
+                HEIGHT, WIDTH, DOWN, ACROSS, PRECISION,
             )  # fmt: skip
             y = y * factor + summand
             out += tl.maximum(y, 0.0) if RELU else y
@@ -176,11 +180,11 @@ def backward_kernel(
     NUM_WINDOWS: tl.constexpr = (DOWN + POOL - 1) // POOL * WINDOWS_ACROSS
     slots = tl.arange(0, BLOCK_P)
     if RELU:
-        # Cut off at 0 and 1 these are a step: one instruction on pairs, no predicates.
+        # Cut off at 0 and 1, a step: one instruction, and no predicates to run out of.
         step_factor = factor * STEEP
         step_summand = summand * STEEP
-    # What each tap sees, summed as it is, with the gradient d behind the ReLU and with the convolution's output.
-    # As that is linear in what its taps see, its sum with d follows: one pass is enough.
+    # What each tap sees, summed: as it is, times the gradient d behind the ReLU, and times the convolution's
+    # output y. As y is linear in what its taps see, the sum of d y follows from these: one pass is enough.
     seen = tl.zeros((BLOCK_K, BLOCK_P), dtype=tl.float32)
     seen_d = tl.zeros((BLOCK_C, BLOCK_K), dtype=tl.float32)
     seen_y = tl.zeros((BLOCK_C, BLOCK_K), dtype=tl.float32)
@@ -197,8 +201,8 @@ def backward_kernel(
             seen += patches.to(tl.float32)
             d = grad * tl.clamp(y * step_factor + step_summand, 0.0, 1.0) if RELU else grad
             patches = tl.trans(patches)
-            seen_d = tl.dot(d.to(patches.dtype), patches, seen_d, input_precision=PRECISION)
-            seen_y = tl.dot(y.to(patches.dtype), patches, seen_y, input_precision=PRECISION)
+            seen_d = dot(d.to(patches.dtype), patches, seen_d, PRECISION)
+            seen_y = dot(y.to(patches.dtype), patches, seen_y, PRECISION)
     seen_d *= 1.0 / (POOL * POOL)
     taps = tl.arange(0, BLOCK_K)
     by_bias = tl.sum(tl.where((taps == 9 * IN)[None, :], seen_d, 0.0), 1)
