@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-pytest.importorskip("triton")
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+pytest.importorskip("triton")
 
 from mim4dd.kernels import first_block  # noqa: E402
 
