@@ -32,7 +32,9 @@ def random(*sizes, seed=0):
 def agree(actual, expected, tolerance=1e-4):
     assert actual.shape == expected.shape
     error = (actual.double() - expected.double()).abs().max()
-    assert error <= tolerance * expected.abs().max() + 1e-6, f"relative error {error / expected.abs().max():.1e}"
+    assert error <= tolerance * expected.abs().max() + 1e-6, (
+        f"relative error {error / expected.abs().max():.1e}"
+    )
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -140,7 +142,8 @@ def test_a_network_and_its_gradients_are_those_on_the_cpu(shape, precision):
     labels = torch.arange(6)
 
     def derivatives(device, dtype, precision):
-        moved = networks.create("convnet", channels, 10, (side, side), width=64, device=device, precision=precision)
+        options = {"width": 64, "device": device, "precision": precision}
+        moved = networks.create("convnet", channels, 10, (side, side), **options)
         moved.load_state_dict(network.state_dict())
         moved = moved.to(dtype)
         x = images.to(device, dtype).requires_grad_()
