@@ -24,6 +24,11 @@ EPS = 1e-5
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def random(*sizes, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(size, generator=g).to(DEVICE) for size in sizes]

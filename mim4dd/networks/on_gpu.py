@@ -2,7 +2,7 @@
 
 The first block has kernels of its own for its output and for the gradients by its weights, which real images
 and the training of networks need. Of synthetic images, which are few, the gradients by the images and the
-gradients of gradients are put together from torch's convolutions and the normalisation's kernels.
+gradients of gradients are put together from products and the normalisation's kernels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_input
 
 from .. import extension
 from ..obstacles import kernel_obstacle
@@ -57,29 +56,42 @@ def _convolve_by_weight(grad: Tensor, x: Tensor, groups: int = 1) -> Tensor:
     )[1]
 
 
-class _Convolution:
-    """The first block's, with groups, and its gradients; its weight is given as taps [9 I, O]."""
+class _FirstConvolution:
+    """The first block's, by products with the patches of images x [B, G * I, H, W], G being its groups.
+
+    Maps are [B, O, h, w] with channels last, weights taps [9 * I, O].
+    """
 
     def __init__(self, x: Tensor, taps: Tensor, padding: int) -> None:
-        self.padding, self.groups = padding, 9 * x.shape[1] // len(taps)
-        self.shape = x.shape
+        self.padding, self.size = padding, x.shape[2:]
+        self.map_size = tuple(side + 2 * padding - 2 for side in self.size)
+        self.groups = 9 * x.shape[1] // len(taps)
 
     def __call__(self, x: Tensor, taps: Tensor) -> Tensor:
-        return F.conv2d(x, self._weight(taps, x), padding=self.padding, groups=self.groups)
+        rows = self._patches(x).mT @ self._grouped(taps, x)
+        return rows.transpose(1, 2).flatten(2).unflatten(1, self.map_size).movedim(3, 1)
 
     def by_x(self, by_y: Tensor, taps: Tensor) -> Tensor:
-        weight, padding, groups = self._weight(taps, by_y), self.padding, self.groups
-        return conv2d_input(self.shape, weight, by_y, padding=padding, groups=groups)
+        patches = (self._rows(by_y) @ self._grouped(taps, by_y).mT).mT
+        return F.fold(patches.flatten(1, 2), self.size, 3, padding=self.padding)
 
     def by_taps(self, by_y: Tensor, x: Tensor) -> Tensor:
-        """Return float32 [B, 9 I, O], image by image."""
-        patches = F.unfold(x.float(), 3, padding=self.padding).unflatten(1, (self.groups, -1))
-        products = patches @ by_y.float().unflatten(1, (self.groups, -1)).flatten(3).mT
-        return products.transpose(1, 2).flatten(2)
+        """Return float32 [B, 9 * I, O], image by image."""
+        products = self._patches(x) @ self._rows(by_y)
+        return products.transpose(1, 2).flatten(2).float()
 
-    @staticmethod
-    def _weight(taps: Tensor, like: Tensor) -> Tensor:
-        return taps.t().unflatten(1, (-1, 3, 3)).to(like.dtype)
+    def _patches(self, x: Tensor) -> Tensor:
+        """Return [B, G, 9 * I, h * w]; not by `F.unfold`, which launches a kernel for every image."""
+        windows = F.pad(x, [self.padding] * 4).unfold(2, 3, 1).unfold(3, 3, 1)
+        return windows.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3).unflatten(1, (self.groups, -1))
+
+    def _rows(self, y: Tensor) -> Tensor:
+        """Return a map as [B, G, h * w, O / G]."""
+        return y.movedim(1, 3).flatten(1, 2).unflatten(2, (self.groups, -1)).transpose(1, 2)
+
+    def _grouped(self, taps: Tensor, like: Tensor) -> Tensor:
+        """Return taps as [G, 9 * I, O / G]."""
+        return taps.to(like.dtype).unflatten(1, (self.groups, -1)).transpose(0, 1)
 
 
 def _first_block_backward(
@@ -97,14 +109,17 @@ def _first_block_backward(
     want_taps: bool,
 ) -> tuple[Tensor, ...]:
     first_block, normalisation = _kernels()
-    others = first_block.backward(grad, x, taps, scale, bias, mean, rstd, padding, relu, pool)
-    by_x = x.new_empty(0)
+    by_x, by_taps = x.new_empty(0), taps.new_empty(0)
     if want_x:
-        convolution = _Convolution(x, taps, padding)
+        convolution = _FirstConvolution(x, taps, padding)
         y = convolution(x, taps)
-        by_y, *_ = normalisation.backward(grad, y, scale, bias, mean, rstd, relu, pool)
+        by_y, *by_channels = normalisation.backward(grad, y, scale, bias, mean, rstd, relu, pool)
         by_x = convolution.by_x(by_y, taps)
-    return by_x, *others
+    if want_taps or not want_x:
+        by_taps, *by_channels = first_block.backward(
+            grad, x, taps, scale, bias, mean, rstd, padding, relu, pool
+        )
+    return by_x, by_taps, *by_channels
 
 
 def _first_block_backward_twice(
@@ -124,7 +139,7 @@ def _first_block_backward_twice(
     pool: int,
 ) -> tuple[Tensor, ...]:
     _, normalisation = _kernels()
-    convolution = _Convolution(x, taps, padding)
+    convolution = _FirstConvolution(x, taps, padding)
     y, rest = convolution(x, taps), (scale, bias, mean, rstd, relu, pool)
     by_y, *_ = normalisation.backward(grad, y, *rest)
     of_y = convolution(of_x, taps) + convolution(x, of_taps)
