@@ -16,6 +16,7 @@ from mim4dd import augment, graph, networks
 from mim4dd.data import ImageSet
 from mim4dd.distill import updates
 from mim4dd.evaluation import Protocol, evaluate
+from mim4dd.networks import memory
 from mim4dd.objectives import METHODS, GradientMatching, Problem, trajectory_distance
 from mim4dd.seeding import generator
 
@@ -28,6 +29,7 @@ STEPS, STEP_SIZE = 20, 0.01
 def problem(real: ImageSet, strategy: str, name: str) -> Problem:
     computing = "fp32" if name == "textbook" else name.split()[0]
     settings = {"width": WIDTH, "real_batch": REAL_BATCH, "precision": computing}
+    settings["memory"] = memory.budget(None, real.images.device)
     return problems.problem(real, IPC, augmentation=strategy, **settings)
 
 

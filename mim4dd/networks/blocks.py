@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .convolution import conv2d
@@ -37,7 +38,7 @@ class OnePassBlock(nn.Sequential):
         assert convolution.bias is not None
         assert not isinstance(convolution.padding, str)
         weight, padding = convolution.weight, convolution.padding
-        bias = norm.bias + 0 * convolution.bias
+        bias = torch.add(norm.bias, convolution.bias, alpha=0)
         if is_compiled(x, weight, padding):
             return first_block(
                 x, weight, norm.weight, bias, norm.eps, padding=padding[0], relu=norm.relu, pool=norm.pool
