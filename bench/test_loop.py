@@ -30,7 +30,7 @@ from mim4dd.seeding import generator
 from mim4dd.stacked import Stack
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-ROUNDS = {"cpu": 2, "cuda": 20}
+ROUNDS = {"cpu": 2, "cuda": 10}
 
 
 def versions(device: str) -> list[str]:

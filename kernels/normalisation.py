@@ -92,7 +92,7 @@ def _launch(kernel: Any, x: Tensor, relu: bool, pool: int, *arguments: Any) -> N
         return
     batch, channels, height, width = x.shape
     windows = triton.cdiv(height, pool) * triton.cdiv(width, pool)
-    block, block_c, warps = _blocks(windows, pool, channels, kernel is forward_kernel)
+    block, block_c, warps = _blocks(windows, pool, channels, kernel is backward_twice_kernel)
     exact = height % pool == 0 and width % pool == 0 and windows % block == 0
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         kernel[(batch * triton.cdiv(channels, block_c),)](
@@ -101,15 +101,19 @@ def _launch(kernel: Any, x: Tensor, relu: bool, pool: int, *arguments: Any) -> N
         )  # fmt: skip
 
 
-def _blocks(windows: int, pool: int, channels: int, forward: bool) -> tuple[int, int, int]:
-    """Windows and channels of a block, and the warps for it.
+def _blocks(windows: int, pool: int, channels: int, twice: bool) -> tuple[int, int, int]:
+    """Windows and channels of a block, and the warps for it, as measured on an H100.
 
     Few channels, as what is read again comes from a cache if the maps of all programs fit there, but whole
-    sectors of memory. The gradients have several values a pixel in registers, and so fewer pixels a thread.
+    sectors of memory. The gradients of gradients have more values of a pixel in registers, and fewer pixels.
     """
     pixels = triton.next_power_of_2(windows) * pool**2
-    size = 4096 if pixels > 256 else 8192 if forward else 2048
-    per_thread = 32 if size == 8192 else 16
+    if pixels > 256:
+        size, per_thread = 8192, 32
+    elif twice:
+        size, per_thread = 2048, 16
+    else:
+        size, per_thread = 8192, 64 if pixels > 64 else 32
     block_c = min(triton.next_power_of_2(channels), 128, max(32, min(size, 4096) // pixels))
     block = max(1, min(pixels, size // block_c) // pool**2)
     return block, block_c, max(1, block * pool**2 * block_c // (32 * per_thread))

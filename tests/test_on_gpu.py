@@ -42,9 +42,10 @@ def agree(actual, expected, tolerance=1e-4):
     )
 
 
+@pytest.mark.parametrize("size", [(5, 7), (9, 8)], ids=str)  # products, and the library
 @pytest.mark.parametrize("groups", [1, 3])
-def test_convolutions_by_groups(groups):
-    x, grad_y, weight = random((2, 4 * groups, 5, 7), (2, 8 * groups, 5, 7), (8 * groups, 4, 3, 3))
+def test_convolutions_by_groups(groups, size):
+    x, grad_y, weight = random((2, 4 * groups, *size), (2, 8 * groups, *size), (8 * groups, 4, 3, 3))
     x.requires_grad_()
     weight.requires_grad_()
     y = F.conv2d(x, weight, padding=1, groups=groups)

@@ -18,6 +18,8 @@ from torch import Tensor
 from .. import extension
 from ..obstacles import kernel_obstacle
 
+SMALL_MAP = 64  # pixels
+
 
 def runs(dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether the kernels run on maps of this dtype there."""
@@ -47,6 +49,8 @@ def _convolve(x: Tensor, weight: Tensor, turned: bool, groups: int = 1) -> Tenso
 
 
 def _convolve_by_weight(grad: Tensor, x: Tensor, groups: int = 1) -> Tensor:
+    if groups > 1 and x.shape[2] * x.shape[3] <= SMALL_MAP:
+        return _by_products(grad, x, groups)
     shape = grad.shape[1], x.shape[1] // groups, 3, 3
     weight = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
@@ -54,6 +58,18 @@ def _convolve_by_weight(grad: Tensor, x: Tensor, groups: int = 1) -> Tensor:
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, one, one, one, False, [0, 0], groups, wanted
     )[1]
+
+
+def _by_products(grad: Tensor, x: Tensor, groups: int) -> Tensor:
+    """The gradient by the weight, of groups side by side: the library takes small maps apart group by group."""
+    rows = grad.movedim(1, 3).unflatten(3, (groups, -1)).flatten(0, 2).permute(1, 2, 0)
+    patches = _windows(x, 1).unflatten(1, (groups, -1)).permute(1, 0, 3, 4, 5, 6, 2).flatten(4).flatten(1, 3)
+    return (rows @ patches).unflatten(2, (3, 3, -1)).flatten(0, 1).movedim(3, 1)
+
+
+def _windows(x: Tensor, padding: int) -> Tensor:
+    """Return what each pixel of the convolution's output sees: a view [B, C, h, w, 3, 3] of the padded x."""
+    return F.pad(x, [padding] * 4).unfold(2, 3, 1).unfold(3, 3, 1)
 
 
 class _FirstConvolution:
@@ -82,7 +98,7 @@ class _FirstConvolution:
 
     def _patches(self, x: Tensor) -> Tensor:
         """Return [B, G, 9 * I, h * w]; not by `F.unfold`, which launches a kernel for every image."""
-        windows = F.pad(x, [self.padding] * 4).unfold(2, 3, 1).unfold(3, 3, 1)
+        windows = _windows(x, self.padding)
         return windows.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3).unflatten(1, (self.groups, -1))
 
     def _rows(self, y: Tensor) -> Tensor:
