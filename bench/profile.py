@@ -43,12 +43,12 @@ def _count_compiled() -> None:
     ops = torch.ops.mim4dd
 
     @register_flop_formula(ops.convolve)
-    def _(x, weight, turned, *, out_shape, **_):  # type: ignore[no-untyped-def]
-        return plain_sum(out_shape, x[1])
+    def _(x, weight, turned, groups=1, *, out_shape, **_):  # type: ignore[no-untyped-def]
+        return plain_sum(out_shape, x[1] // groups)
 
     @register_flop_formula(ops.convolve_by_weight)
-    def _(grad, x, *, out_shape, **_):  # type: ignore[no-untyped-def]
-        return plain_sum(grad, x[1])
+    def _(grad, x, groups=1, *, out_shape, **_):  # type: ignore[no-untyped-def]
+        return plain_sum(grad, x[1] // groups)
 
     def convolved(x: Sequence[int], taps: Sequence[int], padding: int) -> int:
         return plain_sum((x[0], taps[1], *(side + 2 * padding - 2 for side in x[2:])), x[1])

@@ -61,7 +61,7 @@ def _convolve_by_weight(grad: Tensor, x: Tensor, groups: int = 1) -> Tensor:
 
 
 def _by_products(grad: Tensor, x: Tensor, groups: int) -> Tensor:
-    """The gradient by the weight, of groups side by side: the library takes small maps apart group by group."""
+    """The gradient by the weight; of small maps the library works on one group after the other."""
     rows = grad.movedim(1, 3).unflatten(3, (groups, -1)).flatten(0, 2).permute(1, 2, 0)
     patches = _windows(x, 1).unflatten(1, (groups, -1)).permute(1, 0, 3, 4, 5, 6, 2).flatten(4).flatten(1, 3)
     return (rows @ patches).unflatten(2, (3, 3, -1)).flatten(0, 1).movedim(3, 1)
