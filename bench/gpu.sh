@@ -27,11 +27,12 @@ END
 # Only for the device that is here.
 export CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES=$capability-real ${CMAKE_ARGS:-}"
 
-# Runs a command for at most so many seconds, and not beyond 520 from the start.
+# Runs a command for at most so many seconds, and not beyond 520 from the start. It is interrupted as by Ctrl-C,
+# so that it says what it has found by then.
 within() {
     local limit=$1 left=$((520 - SECONDS))
     shift
-    timeout -k 10 $((left < 1 ? 1 : left < limit ? left : limit)) "$@"
+    timeout -s INT -k 10 $((left < 1 ? 1 : left < limit ? left : limit)) "$@"
 }
 
 # Without an nvcc of torch's version there is no CUDA half, without cmake, ninja or pybind11 no extension at all.
@@ -63,8 +64,8 @@ if wanted tests; then
     # Side by side where pytest-xdist is, for they compile some 300 kernels; without the fixtures of the whole
     # suite, which need more packages.
     "$PYTHON" -c 'import xdist' 2> /dev/null && workers=(-n 8) || workers=()
-    within 200 "$PYTHON" -m pytest --noconftest "${workers[@]}" \
-        tests/test_{graph,stacked,on_gpu,augment_cuda,kernels,normalisation_kernels,first_block_kernels}.py || failed=1
+    within 230 "$PYTHON" -m pytest --noconftest "${workers[@]}" \
+        tests/test_{graph,stacked,on_gpu,augment_cuda,normalisation_kernels,first_block_kernels,kernels}.py || failed=1
 fi
 bench loop 130
 bench augment 60

@@ -169,13 +169,14 @@ def test_loop(benchmark, device, step, name, monkeypatch):
     if benchmark.disabled:
         pytest.skip("only the equality is tested where nothing is timed")
     benchmark.group = f"{device} {step}"
+    of = problem(real_images(6000, device), "none" if step == "dc" else STRATEGY, name)
     if name.endswith("launched"):
         monkeypatch.setattr(graph, "WARM_UP", math.inf)
     elif name.endswith("compiled"):
+        assert of.chunk  # worked out with a copy of the network, which would have the features of this one
         monkeypatch.setattr(base, "create", compiled)
     elif name.endswith(("stacked", "alone")):
         monkeypatch.setitem(stacked.AT_ONCE, device, NETWORKS if name.endswith("stacked") else 1)
-    of = problem(real_images(6000, device), "none" if step == "dc" else STRATEGY, name)
     call = (TEXTBOOK if name == "textbook" else OURS)[step](of, synthetic_images(of))
     synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
 

@@ -134,13 +134,21 @@ def train(stack: Stack, sets: Sequence[tuple[Tensor, Tensor]], protocol: Protoco
 def _train(stack: Stack, batch: Batch, count: int, size: tuple[int, int], protocol: Protocol) -> None:
     """Train a stack on batches of `count` images, every epoch in a new order."""
     stack.network.train()
-    optimizer = stack.sgd(protocol.lr, momentum=protocol.momentum, weight_decay=protocol.weight_decay)
-    step = stack.step(optimizer, batch, protocol.augmentation, size)
-    for epoch in range(protocol.epochs):
-        if epoch == protocol.epochs // 2 + 1:
-            optimizer.param_groups[0]["lr"] *= 0.1
+    optimizer = torch.optim.SGD(
+        stack.weights.values(),
+        lr=protocol.lr,
+        momentum=protocol.momentum,
+        weight_decay=protocol.weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [protocol.epochs // 2 + 1])
+    lr = None
+    for _ in range(protocol.epochs):
+        if schedule.get_last_lr() != lr:  # a new step, for a recorded one keeps its learning rate
+            lr = schedule.get_last_lr()
+            step = stack.step(optimizer, batch, protocol.augmentation, size)
         for index in stack.epoch(count, protocol.batch):
             step(index)
+        schedule.step()
 
 
 @torch.no_grad()

@@ -205,7 +205,7 @@ def _paths(recipe: Recipe, group: Sequence[int]) -> Iterator[Weights]:
     network, real = recipe.network, recipe.real
     random = [generator(recipe.config.expert_seed, f"expert/{k}", real.images.device) for k in group]
     stack = Stack.initialised(network, random)
-    optimizer = stack.sgd(LR)
+    optimizer = torch.optim.SGD(stack.weights.values(), lr=LR)
     step = stack.step(optimizer, real.labelled, recipe.augmentation, real.image_size)
     batches = chain.from_iterable(stack.epoch(len(real), BATCH) for _ in repeat(None))
     for snapshot in range((recipe.config.expert_snapshots or 0) + 1):

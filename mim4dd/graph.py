@@ -34,12 +34,7 @@ def replayed(
     Warns:
         UserWarning: it cannot be recorded, and why; it goes on as it is.
     """
-    return Replayed(step, generators, device) if are_recorded(device) else step
-
-
-def are_recorded(device: torch.device) -> bool:
-    """Return whether steps are recorded on a device."""
-    return device.type == "cuda"
+    return Replayed(step, generators, device) if device.type == "cuda" else step
 
 
 class Replayed(Generic[Result]):

@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, vmap
 
 from . import augment
 from .augment import AugmentParams
-from .graph import are_recorded, replayed
+from .graph import replayed
 from .networks import Network, initialise
 from .networks.memory import budget, per_image
 
@@ -74,30 +74,13 @@ class Stack:
         orders = [torch.randperm(count, generator=r, device=r.device) for r in self.random]
         yield from torch.stack(orders).split(batch, 1)
 
-    def sgd(self, lr: float, *, momentum: float = 0.0, weight_decay: float = 0.0) -> torch.optim.SGD:
-        """Return the optimizer of the weights; its learning rate may be changed in place, recorded or not.
-
-        Args:
-            lr: learning rate.
-            momentum: as in `torch.optim.SGD`.
-            weight_decay: likewise.
-        """
-        device = self.random[0].device
-        recorded = are_recorded(device)
-        optimizer = torch.optim.SGD(
-            self.weights.values(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=recorded
-        )
-        if recorded:
-            optimizer.param_groups[0]["lr"] = torch.full((), lr, device=device)
-        return optimizer
-
     def step(
         self, optimizer: torch.optim.Optimizer, batch: Batch, augmentation: str, size: tuple[int, int]
     ) -> Callable[..., None]:
         """Return what takes a batch int64 [K, b], and more for `batch`, and trains a step on it.
 
         Args:
-            optimizer: of the weights, see `sgd`.
+            optimizer: of the weights; what it holds as plain numbers must stay as it is.
             batch: fetches the images and targets.
             augmentation: strategy string, see `augment.sample`; drawn for each network by itself.
             size: (height, width) of the images.

@@ -280,6 +280,8 @@ def test_the_reporter_says_what_it_expects(monkeypatch, tmp_path, capsys):
     assert f"{path}: expected what --benchmark-json of a bench here writes" in capsys.readouterr().err
 
 
+GPU_TESTS = ("graph", "stacked", "on_gpu", "augment_cuda")
+GPU_TESTS += ("normalisation_kernels", "first_block_kernels", "kernels")
 STUB = """#!/usr/bin/env bash
 echo "$*" >> "$LOG"
 case "$*" in *"$FAILING"*) exit "$STATUS" ;; esac
@@ -305,7 +307,7 @@ def test_gpu_script_runs_every_part_whatever_fails(tmp_path, failing, status, ex
     parts = re.findall(r"pip install|(?:tests|bench)/test_\w+|bench\.(?:report|profile)", log.read_text())
     benches = ("loop", "augment", "losses")
     after = [part for name in benches for part in (f"bench/test_{name}", "bench.report")]
-    tests = [f"tests/test_{name}" for name in ("graph", "stacked", "augment_cuda", "kernels")]
+    tests = [f"tests/test_{name}" for name in GPU_TESTS]
     assert parts == ["pip install", *tests, *after, "bench.profile"]
 
 

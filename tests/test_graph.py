@@ -84,8 +84,8 @@ def stand_in(monkeypatch):
 
     monkeypatch.setattr(graph, "_record", counted)
     monkeypatch.setattr(graph, "_aside", lambda step, inputs, device: step(*inputs))
-    for module in (graph, stacked):
-        monkeypatch.setattr(module, "are_recorded", lambda device: True)
+    for module in (distill, stacked):
+        monkeypatch.setattr(module, "replayed", graph.Replayed)
     # What a GPU's Adam does is not for CPUs, though it runs there.
     adams = importlib.import_module("torch.optim.adam")
     monkeypatch.setattr(adams, "_get_capturable_supported_devices", lambda **_: ["cpu"])
@@ -173,8 +173,8 @@ def trained(device="cpu", architecture="convnet", augmentation="crop"):
 @pytest.mark.parametrize("architecture", ["convnet", "convnet-bn"])
 def test_replayed_training_is_the_same(architecture, stand_in, monkeypatch):
     replayed = trained(architecture=architecture)
-    # Batches of 16, then those of 2; the learning rate falls in the recordings.
-    assert [index.shape[1] for _, (index,), *_ in stand_in] == [16, 2]
+    # Batches of 16, 12 by 6 with each learning rate; those of 2 are 4 at the first: one more than warm-up.
+    assert [index.shape[1] for _, (index,), *_ in stand_in] == [16, 2, 16]
     monkeypatch.setattr(graph, "WARM_UP", 10**9)
     assert torch.equal(replayed, trained(architecture=architecture))
 

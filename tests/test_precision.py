@@ -114,7 +114,7 @@ def test_evaluation_in_bf16_repeats():
     assert first == second
 
 
-def test_memory_is_predicted_from_shapes():
+def test_memory_is_predicted_from_shapes(monkeypatch):
     """Of the ConvNet for 28x28: the first map, 128 x 32 x 32, is read and written at the normalisation."""
     network = networks.create("convnet", 1, 10, (28, 28))
     first = 128 * 32 * 32 * 4
@@ -130,6 +130,10 @@ def test_memory_is_predicted_from_shapes():
     )
     assert once == memory.per_image(network, (1, 28, 28), gradients=True)
     assert twice == 2 * once
+    monkeypatch.setattr(memory, "kernels_run", lambda dtype, device: True)
+    maps = 128 * 16 * 16, 128 * 16 * 16, 128 * 8 * 8, 128 * 8 * 8, 128 * 4 * 4
+    assert memory.per_image(on_gpu, (1, 28, 28), gradients=False) == 2 * (maps[0] + maps[1])
+    assert memory.per_image(on_gpu, (1, 28, 28), gradients=True) == 2 * sum(maps)
     assert memory.budget(None, CPU) is None
     assert memory.budget(2, torch.device("cuda")) == 2 << 30
 

@@ -47,6 +47,11 @@ class OnePassBlock(nn.Sequential):
         return instance_norm(x, norm.weight, bias, norm.eps, relu=norm.relu, pool=norm.pool)
 
 
+def one_pass(network: nn.Module) -> bool:
+    """Return whether all of a network's blocks are such."""
+    return all(isinstance(block, OnePassBlock) for block in network.get_submodule("blocks").children())
+
+
 class Residual(nn.Module):
     """Two convolutions 3x3 and a way around them, as in ResNet-18, with instance normalisation."""
 

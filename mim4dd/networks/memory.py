@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import Network
+from .blocks import one_pass
+from .on_gpu import runs as kernels_run
 
 GIB = 2**30
 SHARE = 0.5  # of a GPU's free memory, where no budget is given
@@ -19,7 +21,8 @@ def per_image(network: Network, image: tuple[int, ...], *, gradients: bool, tran
     """Return the bytes that an image [C, H, W] takes on its way through, worked out from shapes alone.
 
     Without gradients that is the largest input and output of an operator together, with them what all
-    operators give. Weights, the workspace of a library and fragmentation come on top.
+    operators give. Weights, the workspace of a library (of cuDNN in float32 larger than the maps) and
+    fragmentation come on top.
 
     Args:
         network: with its precision, on the device it is to run on.
@@ -27,32 +30,56 @@ def per_image(network: Network, image: tuple[int, ...], *, gradients: bool, tran
         gradients: whether maps are kept for gradients by the weights.
         transformed: whether these are made by `torch.func`, which keeps the maps of the way back as well.
     """
+    device = next(network.parameters()).device
+    dtype = torch.bfloat16 if network.precision == "bf16" else torch.float32
+    fused = one_pass(network) and kernels_run(dtype, device)
     shapes = copy.deepcopy(network).to("meta")
     shapes.precision = "fp32"
-    with _Operators() as operators, torch.no_grad():
-        shapes.features(torch.empty(1, *image, device="meta"))
-    on_cpu = next(network.parameters()).device.type == "cpu"
-    numbers = sum(operators.outputs) if gradients else max(operators.both)
-    if not on_cpu and not gradients:
+    steps = (_blocks if fused else _operators)(shapes, torch.empty(1, *image, device="meta"))
+    numbers = sum(out for _, out in steps) if gradients else max(given + out for given, out in steps)
+    if not gradients and not fused and device.type != "cpu":
         numbers = numbers * 3 // 2  # the operators around a normalisation are not fused there
-    # On a GPU autocast normalises in float32, whatever the precision.
-    return numbers * (2 if on_cpu and network.precision == "bf16" else 4) * (2 if transformed else 1)
+    # On a GPU autocast normalises in float32, whatever the precision, but for the kernels.
+    half = dtype == torch.bfloat16 and (fused or device.type == "cpu")
+    return numbers * (2 if half else 4) * (2 if transformed else 1)
+
+
+Steps = list[tuple[int, int]]  # of one image, the numbers that each step is given and gives
+
+
+@torch.no_grad()
+def _operators(network: Network, x: Tensor) -> Steps:
+    """Operator by operator."""
+    with _Operators() as operators:
+        network.features(x)
+    return operators.steps
+
+
+@torch.no_grad()
+def _blocks(network: Network, x: Tensor) -> Steps:
+    """The convolution and what follows it, of every block; the first never writes its convolution's map."""
+    steps: Steps = []
+    for block in network.blocks:
+        out = block(x)
+        convolved = out.shape[1] * x.shape[2] * x.shape[3]
+        steps += [(x.numel(), convolved), (convolved, out.numel())] if steps else [(x.numel(), out.numel())]
+        x = out
+    return steps
 
 
 class _Operators(TorchDispatchMode):
-    """Notes the numbers in the maps [1, ...] that every operator gives, and reads and gives."""
+    """Notes the numbers in the maps [1, ...] that every operator is given and gives."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.outputs: list[int] = []
-        self.both: list[int] = []
+        self.steps: Steps = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         out = result[0] if isinstance(result, tuple) else result
         if isinstance(out, Tensor) and out.ndim and len(out) == 1:
-            self.outputs.append(out.numel())
-            self.both.append(out.numel() + (args[0].numel() if args and isinstance(args[0], Tensor) else 0))
+            given = args[0].numel() if args and isinstance(args[0], Tensor) else 0
+            self.steps.append((given, out.numel()))
         return result
 
 

@@ -38,7 +38,7 @@ def instance_norm(
 def is_compiled(x: Tensor) -> bool:
     """Return whether the compiled operator runs on x."""
     on_cpu = x.device.type == "cpu" and x.dtype in _CPU_DTYPES
-    return extension.available() and (on_cpu or on_gpu.runs(x.dtype, x.device))
+    return (on_cpu and extension.available()) or on_gpu.runs(x.dtype, x.device)
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool, pool: int) -> Tensor:

@@ -23,7 +23,7 @@ SMALL_MAP = 64  # pixels
 
 def runs(dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether the kernels run on maps of this dtype there."""
-    return device.type == "cuda" and kernel_obstacle(dtype, device) is None
+    return extension.available() and device.type == "cuda" and kernel_obstacle(dtype, device) is None
 
 
 def _kernels() -> tuple[ModuleType, ModuleType]:

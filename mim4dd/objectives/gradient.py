@@ -99,7 +99,7 @@ class GradientMatching(Objective):
         self.outer, self.inner = loops(len(problem.labels) // problem.real.num_classes)
         self.calls = 0
         self.stack = Stack.of(self.network.network, self.training)
-        optimizer = self.stack.sgd(NETWORK_LR)
+        optimizer = torch.optim.SGD(self.stack.weights.values(), lr=NETWORK_LR)
         self.step = self.stack.step(optimizer, augmented_batch, problem.augmentation, problem.real.image_size)
 
     def prepare(self, images: Tensor, targets: Tensor) -> None:

@@ -119,7 +119,7 @@ class _Training:
         self.network = network.train()
         self.random = random
         stack = Stack.of(network, random)
-        self.optimizer = stack.sgd(LR, momentum=MOMENTUM)
+        self.optimizer = torch.optim.SGD(stack.weights.values(), lr=LR, momentum=MOMENTUM)
         self.step = stack.step(self.optimizer, batch, problem.augmentation, problem.real.image_size)
 
     def restart(self) -> None:
