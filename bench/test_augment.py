@@ -5,7 +5,9 @@
 
 A case is one op at one size, forward or forward and backward, its versions measured in turn on the same
 images, ten calls at a time, drawing of the parameters included. `copy` is the time to copy as many bytes:
-forward reads and writes the images once, backward reads and writes the gradient once.
+forward reads and writes the images once, backward reads and writes the gradient once. On a GPU, where these
+calls are shorter than Python takes to launch them, `recorded` is the op replayed as a CUDA graph, as the loop
+has it.
 """
 
 import functools
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench import baselines, measure
-from mim4dd import augment, extension
+from mim4dd import augment, extension, graph
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SHAPES = [(256, 3, 32, 32), (64, 3, 128, 128)]
@@ -49,10 +51,11 @@ def kornia_version(op: str, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor
     return makers[op]() if op in makers else None
 
 
-def versions(op: str, shape: tuple[int, ...], device: str) -> dict[str, Callable[[Tensor], Tensor]]:
+def versions(
+    op: str, shape: tuple[int, ...], generator: torch.Generator
+) -> dict[str, Callable[[Tensor], Tensor]]:
     """What is timed, by name: images to augmented images."""
     strategy = augment.DSA if op == "all" else op
-    generator = torch.Generator(device).manual_seed(0)
 
     def ours(backend: str, x: Tensor) -> Tensor:
         params = augment.sample(strategy, len(x), x.shape[2:], generator=generator, mode="all")
@@ -93,9 +96,12 @@ def test_augment(benchmark, device, passes, shape, op):
         if passes == "both":
             copied.copy_(upstream)
 
+    generator = torch.Generator(device).manual_seed(0)
     calls: dict[str, Callable[[], None]] = {
-        name: functools.partial(step, function) for name, function in versions(op, shape, device).items()
+        name: functools.partial(step, function) for name, function in versions(op, shape, generator).items()
     }
+    if device == "cuda":
+        calls["recorded"] = graph.replayed(calls["fused"], [generator], torch.device(device))
     calls["copy"] = copy
     ours, *others = calls
     times: dict[str, list[float]] = {name: [] for name in calls}

@@ -1,7 +1,8 @@
-"""Triton kernels of the contrastive losses.
+"""Triton kernels of the contrastive losses, and of the ConvNet's blocks.
 
-They take tensors and know nothing of distillation. `contrast` is the door; `skinny`, `narrow` and `wide`
-are the ways through, chosen by the number of pairs and of features.
+They take tensors and know nothing of distillation. `contrast` is the door to the losses; `skinny`, `narrow`
+and `wide` are the ways through, chosen by the number of pairs and of features. `first_block` and
+`normalisation` are what `mim4dd.networks` runs on a GPU.
 """
 
 import os
