@@ -4,8 +4,8 @@
     python -m bench.kernel_resources --json     the same as JSON lines
 
 Each entry of the launch table is put first and the product's own host code is run up to its launches, so what
-is compiled is what a call would launch, specialised as at run time. The kernels of normalisation have no
-table: they are compiled for maps of several sizes.
+is compiled is what a call would launch, specialised as at run time. The kernels of layers have no table:
+they are compiled for maps and images of several sizes.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 import triton
-from mim4dd.kernels import contrast, launch, normalisation
+from mim4dd.kernels import contrast, first_block, launch, normalisation
 from mim4dd.kernels.pairs import LOG_SUMS
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -54,6 +54,9 @@ CALLS = {
     "LONG_NARROW_128": LONG,
 }
 # Maps of 128 channels: what fits a block, what does not, and what blocks do not just cover.
+LAYER_SHARED = 65_536  # bytes of shared memory that a kernel of a layer may take
+# Channels, side and padding of images with 128 channels out, 32 x 32.
+IMAGES = [(1, 28, 3), (3, 32, 1)]
 MAPS = [(size, pool) for size in (8, 16, 32, 33) for pool in (1, 2)]
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -157,8 +160,8 @@ def rows(capability: int, precision: str) -> Iterator[dict]:
                 }
 
 
-def normalisation_rows(capability: int, precision: str) -> Iterator[dict]:
-    """Compile the three kernels of normalisation for every size of `MAPS`."""
+def layer_rows(capability: int, precision: str) -> Iterator[dict]:
+    """Compile the kernels of normalisation for every size of `MAPS`, of the first block for `IMAGES`."""
     for size, pool in MAPS:
         x, out = (torch.zeros(1, 128, side, side, dtype=DTYPES[precision]) for side in (size, size // pool))
         per_image = torch.zeros(1, 128)
@@ -168,19 +171,33 @@ def normalisation_rows(capability: int, precision: str) -> Iterator[dict]:
             normalisation.forward(x, *affine, 1e-5, True, pool)
             normalisation.backward(out, *saved)
             normalisation.backward_twice(x, per_image, per_image, out, *saved)
-        for name, options, kernel in collected.values():
-            yield {
-                "kernel": f"normalisation_kernels.{name}",
-                "sm": capability,
-                "precision": precision,
-                "tile": [options["BLOCK"], options["BLOCK_C"], None],
-                "loss": None,
-                "symmetric": False,
-                "warps": kernel.metadata.num_warps,
-                "stages": kernel.metadata.num_stages,
-                "shared_estimate": 8192,
-                **resources(kernel),
-            }
+        yield from _layer_rows("normalisation", capability, precision, collected)
+    for channels, size, padding in IMAGES:
+        x = torch.zeros(1, channels, size, size, dtype=DTYPES[precision])
+        out = torch.zeros(1, 128, 16, 16, dtype=x.dtype)
+        per_image = torch.zeros(1, 128)
+        block = x, torch.zeros(9 * channels, 128), per_image[0], per_image[0]
+        rounded = torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "tf32")
+        with rounded, compiled(capability) as collected:
+            first_block.forward(*block, 1e-5, padding, True, 2)
+            first_block.backward(out, *block, per_image, per_image, padding, True, 2)
+        yield from _layer_rows("first_block", capability, precision, collected)
+
+
+def _layer_rows(module: str, capability: int, precision: str, collected: dict) -> Iterator[dict]:
+    for name, options, kernel in collected.values():
+        yield {
+            "kernel": f"{module}_kernels.{name}",
+            "sm": capability,
+            "precision": precision,
+            "tile": [options.get("BLOCK", options.get("BLOCK_P")), options["BLOCK_C"], None],
+            "loss": None,
+            "symmetric": False,
+            "warps": kernel.metadata.num_warps,
+            "stages": kernel.metadata.num_stages,
+            "shared_estimate": LAYER_SHARED,
+            **resources(kernel),
+        }
 
 
 def main() -> None:
@@ -194,7 +211,7 @@ def main() -> None:
     header = True
     for capability in arguments.sm:
         for precision in arguments.precision:
-            for row in chain(rows(capability, precision), normalisation_rows(capability, precision)):
+            for row in chain(rows(capability, precision), layer_rows(capability, precision)):
                 if arguments.json:
                     print(json.dumps(row), flush=True)
                     continue
