@@ -25,7 +25,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Keyed by how products are formed: "half" (bfloat16, float16; the fastest on an H100), "tf32", "ieee" (float32
+# By how products are formed: "half" (bfloat16, float16; the fastest on an H100), "tf32", "ieee" (float32
 # without tensor cores).
 TILES = {"half": Tile(128, 64, 4, 1), "tf32": Tile(128, 32, 8, 1), "ieee": Tile(32, 32, 8, 1)}
 

@@ -44,7 +44,7 @@ def test_no_spills_within_shared_memory_on_tensor_cores(capability):
         for kernel in kernels | only:
             losses = {r["loss"] for r in rows if r["precision"] == precision and r["kernel"] == kernel}
             assert losses in ({None}, {"info_nce", "info_nce_any"}, {"nce", "info_nce", "info_nce_any"})
-    # The first block's tiles are those that an H100 was fastest with, although images of colour spill a little.
+    # The first block's tiles are those an H100 was fastest with, although images of colour spill a little.
     spilled = {row["kernel"]: row["spilled"] for row in rows if row["spilled"]}
     assert all(kernel.startswith("first_block") and size < 400 for kernel, size in spilled.items()), spilled
     for row in rows:
