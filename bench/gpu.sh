@@ -13,6 +13,16 @@ export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PWD/build/inductor}
 unset TRITON_INTERPRET
 mkdir -p build
 
+parts=" ${*:-tests loop augment losses profile} "
+for part in $parts; do
+    case $part in tests | loop | augment | losses | profile) ;; *)
+        echo "bench/gpu.sh: there is no part $part; see the head of the script" >&2
+        exit 2
+        ;;
+    esac
+done
+wanted() { [[ $parts == *" $1 "* ]]; }
+
 capability=$("$PYTHON" - <<'END'
 import sys
 try:
@@ -27,12 +37,11 @@ END
 # Only for the device that is here.
 export CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES=$capability-real ${CMAKE_ARGS:-}"
 
-# Runs a command for at most so many seconds, and not beyond 520 from the start. It is interrupted as by Ctrl-C,
-# so that it says what it has found by then.
+# Runs a command for at most so many seconds, and not beyond 520 from the start; then it gets the SIGNAL.
 within() {
     local limit=$1 left=$((520 - SECONDS))
     shift
-    timeout -s INT -k 10 $((left < 1 ? 1 : left < limit ? left : limit)) "$@"
+    timeout -s "${SIGNAL:-TERM}" -k 10 $((left < 1 ? 1 : left < limit ? left : limit)) "$@"
 }
 
 # Without an nvcc of torch's version there is no CUDA half, without cmake, ninja or pybind11 no extension at all.
@@ -41,9 +50,6 @@ within 100 "${install[@]}" || MIM4DD_CUDA=0 within 60 "${install[@]}" ||
     MIM4DD_NO_EXT=1 within 30 "${install[@]}" || exit 2
 
 failed=0
-parts=" ${*:-tests loop augment losses profile} "
-wanted() { [[ $parts == *" $1 "* ]]; }
-
 # Runs a measurement; that its time was up (124) is no failure, for it leaves what it has.
 measure() {
     local status
@@ -62,9 +68,9 @@ bench() {
 
 if wanted tests; then
     # Side by side where pytest-xdist is, for they compile some 300 kernels; without the fixtures of the whole
-    # suite, which need more packages.
+    # suite, which need more packages. Interrupted, pytest says what has failed by then.
     "$PYTHON" -c 'import xdist' 2> /dev/null && workers=(-n 8) || workers=()
-    within 230 "$PYTHON" -m pytest --noconftest "${workers[@]}" \
+    SIGNAL=INT within 230 "$PYTHON" -m pytest --noconftest "${workers[@]}" \
         tests/test_{graph,stacked,on_gpu,augment_cuda,normalisation_kernels,first_block_kernels,kernels}.py || failed=1
 fi
 bench loop 130

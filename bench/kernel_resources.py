@@ -54,10 +54,10 @@ CALLS = {
     "LONG_NARROW_128": LONG,
 }
 # Maps of 128 channels: what fits a block, what does not, and what blocks do not just cover.
-LAYER_SHARED = 65_536  # bytes of shared memory that a kernel of a layer may take
+MAPS = [(size, pool) for size in (8, 16, 32, 33) for pool in (1, 2)]
 # Channels, side and padding of images with 128 channels out, 32 x 32.
 IMAGES = [(1, 28, 3), (3, 32, 1)]
-MAPS = [(size, pool) for size in (8, 16, 32, 33) for pool in (1, 2)]
+LAYER_SHARED = 65_536  # bytes of shared memory that a kernel of a layer may take
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -113,6 +113,7 @@ def resources(kernel) -> dict:
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "mma": len(re.findall(r"mma\.sync", ptx)),
         "cp_async": len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        "drops_nan": len(re.findall(r"max\.f32", ptx)),  # of a number and not-a-number it gives the number
     }
 
 

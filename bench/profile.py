@@ -51,7 +51,7 @@ def _count_compiled() -> None:
         return plain_sum(grad, x[1] // groups)
 
     def convolved(x: Sequence[int], taps: Sequence[int], padding: int) -> int:
-        return plain_sum((x[0], taps[1], *(side + 2 * padding - 2 for side in x[2:])), x[1])
+        return plain_sum((x[0], taps[1], *(side + 2 * padding - 2 for side in x[2:])), taps[0] // 9)
 
     @register_flop_formula(ops.first_block)
     def _(x, taps, scale, bias, eps, padding, *_, **__):  # type: ignore[no-untyped-def]
@@ -91,6 +91,7 @@ def annotated() -> Iterator[None]:
 
     name(augment, "apply", "augmentation")
     name(augment, "sample", "augmentation")
+    name(augment, "sample_each", "augmentation")
     name(Problem, "features", lambda self, network, images: f"forward {side(images)}")
     name(gradient, "_one_by_one", lambda network, images, labels: f"gradients {side(images)}")
     name(gradient, "_batched", lambda network, images, *_: f"gradients {side(images)}")

@@ -69,7 +69,7 @@ def forward(
         device=x.device,
         memory_format=torch.channels_last,
     )
-    mean, rstd = (torch.empty(batch, channels, device=x.device) for _ in range(2))
+    mean, rstd = (torch.empty(batch, channels, dtype=torch.float32, device=x.device) for _ in range(2))
     if batch:
         x, grid, given, options = _call(x, taps, padding, relu, pool)
         with _guard(x):
@@ -106,8 +106,8 @@ def backward(
         pool: as in `forward`.
     """
     batch, channels = x.shape[0], taps.shape[1]
-    by_taps = torch.empty(batch, *taps.shape, device=x.device)
-    by_scale, by_bias = (torch.empty(batch, channels, device=x.device) for _ in range(2))
+    by_taps = torch.empty(batch, *taps.shape, dtype=torch.float32, device=x.device)
+    by_scale, by_bias = (torch.empty(batch, channels, dtype=torch.float32, device=x.device) for _ in range(2))
     if batch:
         grad = grad.contiguous(memory_format=torch.channels_last)
         x, grid, given, options = _call(x, taps, padding, relu, pool)
@@ -160,7 +160,8 @@ def _precision(dtype: torch.dtype) -> str:
     """How products are formed: float32 as in torch's convolutions."""
     if dtype != torch.float32:
         return "half"
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    # Not `allow_tf32`, which raises where a program has set the precision of convolutions alone.
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
 def _guard(x: Tensor) -> AbstractContextManager[None]:

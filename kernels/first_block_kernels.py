@@ -57,7 +57,7 @@ def _convolved(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the pixels of a row and column each see, [BLOCK_K, BLOCK_P], and the convolution's output there,
-    [BLOCK_C, BLOCK_P]; outside the convolution's map taps see nothing.
+    [BLOCK_C, BLOCK_P]; outside the convolution's map taps see nothing but the one that always sees 1.
     """
     offsets = row * x_row + column * x_column
     in_row = tl.where((row < DOWN) & (column < ACROSS), row, FAR)[None, :] + tap_row
@@ -66,6 +66,12 @@ def _convolved(
     patches = tl.load(address + offsets[None, :], mask=inside, other=outside)
     nothing = tl.zeros((weights.shape[0], row.shape[0]), dtype=tl.float32)
     return patches, dot(weights, patches, nothing, PRECISION)
+
+
+@triton.jit
+def _positive_part(value):
+    """Not-a-number stays what it is, as in torch's ReLU."""
+    return tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -102,7 +108,8 @@ def forward_kernel(
     NUM_PIXELS: tl.constexpr = DOWN * ACROSS
     slots = tl.arange(0, BLOCK_P)
     # The variance is taken around a mean of some pixels, so that it is no small difference of large numbers.
-    # As the weight of the tap that always sees 1 it is taken off by the product; any type holds a bfloat16.
+    # As the weight of the tap that always sees 1 it is taken off by the product; rounded, it is the same in
+    # TF32 and bfloat16.
     pixels = slots * (NUM_PIXELS // BLOCK_P | 1) % NUM_PIXELS
     _, y = _convolved(
         weights, address, row_of_tap, column_of_tap, outside, pixels // ACROSS, pixels % ACROSS,
@@ -126,7 +133,7 @@ def forward_kernel(
         squares += y * y
     mean = tl.sum(weights.to(tl.float32) * tl.sum(seen, 1)[None, :], 1) / NUM_PIXELS
     away = mean - middle
-    variance = tl.maximum(tl.sum(squares, 1) / NUM_PIXELS - away * away, 0.0)
+    variance = _positive_part(tl.sum(squares, 1) / NUM_PIXELS - away * away)
     rstd = 1.0 / tl.sqrt(variance + eps)
     first = tl.cast(tl.program_id(0), tl.int64) * num_channels
     tl.store(MEAN + first + channels, mean)
@@ -151,7 +158,7 @@ def forward_kernel(
                 HEIGHT, WIDTH, DOWN, ACROSS, PRECISION,
             )  # fmt: skip
             y = y * factor + summand
-            out += tl.maximum(y, 0.0) if RELU else y
+            out += _positive_part(y) if RELU else y
         tl.store(
             image + channels[:, None] + (cells * num_channels)[None, :], out.to(OUT.dtype.element_ty),
             mask=(cells < NUM_CELLS)[None, :],

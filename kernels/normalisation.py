@@ -2,7 +2,7 @@
 
 Maps are [B, C, H, W] of float32, bfloat16 or float16, copied unless channels come last in memory; they are
 returned like that, of x's dtype. Weight and bias are float32 [C]; mean, the inverse deviation `rstd` and the
-gradients by, or of those by, weight and bias are contiguous float32 [B, C], image by image. `pool` is 1, or 2
+gradients by, or of those by, weight and bias are float32 [B, C], image by image. `pool` is 1, or 2
 for windows of 2x2: a last odd row or column is normalised but not pooled. Sums are in float32.
 """
 
@@ -22,7 +22,8 @@ def forward(
     """The outcome [B, C, H // pool, W // pool], mean and rstd."""
     x = _channels_last(x)
     out, mean, rstd = _map_like(x, pool), _per_image(x), _per_image(x)
-    _launch(forward_kernel, x, relu, pool, x, weight, bias, out, mean, rstd, x.shape[1], eps)
+    affine = _contiguous(weight, bias)
+    _launch(forward_kernel, x, relu, pool, x, *affine, out, mean, rstd, x.shape[1], eps)
     return out, mean, rstd
 
 
@@ -41,7 +42,7 @@ def backward(
     by_x, by_weight, by_bias = _map_like(x), _per_image(x), _per_image(x)
     _launch(
         backward_kernel, x, relu, pool,
-        grad, x, weight, bias, mean, rstd, by_x, by_weight, by_bias, x.shape[1],
+        grad, x, *_contiguous(weight, bias, mean, rstd), by_x, by_weight, by_bias, x.shape[1],
     )  # fmt: skip
     return by_x, by_weight, by_bias
 
@@ -64,13 +65,18 @@ def backward_twice(
     by_grad, by_x, by_weight = _map_like(x, pool), _map_like(x), _per_image(x)
     _launch(
         backward_twice_kernel, x, relu, pool,
-        of_x, of_weight, of_bias, grad, x, weight, bias, mean, rstd, by_grad, by_x, by_weight, x.shape[1],
+        of_x, *_contiguous(of_weight, of_bias), grad, x, *_contiguous(weight, bias, mean, rstd),
+        by_grad, by_x, by_weight, x.shape[1],
     )  # fmt: skip
     return by_grad, by_x, by_weight
 
 
 def _channels_last(value: Tensor) -> Tensor:
     return value.contiguous(memory_format=torch.channels_last)
+
+
+def _contiguous(*values: Tensor) -> tuple[Tensor, ...]:
+    return tuple(value.contiguous() for value in values)
 
 
 def _map_like(x: Tensor, pool: int = 1) -> Tensor:

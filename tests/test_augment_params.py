@@ -125,6 +125,7 @@ def test_rows_from_several_generators_are_those_from_each(mode):
         [augment.sample(augment.DSA, 5, (12, 9), generator=random, mode=mode) for random in generators()],
         [sampling._at_once(tuple(PARTS), 5, (12, 9), [random], mode) for random in generators()],
     )
+    assert len(sampling._at_once(tuple(PARTS), 0, (12, 9), generators(), mode)) == 0
     for params, each in zip(together, alone, strict=True):
         for name, field in params.fields().items():
             assert torch.equal(field, torch.cat([drawn.fields()[name] for drawn in each]))

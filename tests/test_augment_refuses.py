@@ -16,6 +16,8 @@ def test_bad_input_is_named(generator):
     x, params = torch.zeros(2, 1, 8, 8), AugmentParams.identity(2)
     with pytest.raises(ValueError, match="unknown part 'shear'"):
         augment.sample("color_shear", 2, 8, generator=generator)
+    with pytest.raises(ValueError, match="strategy 'flip_crop_flip' has a part twice"):
+        augment.sample("flip_crop_flip", 2, 8, generator=generator)
     with pytest.raises(ValueError, match="mode is 'both'"):
         augment.sample("color", 2, 8, generator=generator, mode="both")
     for match, images, bad_params, options in (

@@ -311,6 +311,22 @@ def test_gpu_script_runs_every_part_whatever_fails(tmp_path, failing, status, ex
     assert parts == ["pip install", *tests, *after, "bench.profile"]
 
 
+def test_gpu_script_runs_the_parts_it_is_told(tmp_path):
+    stub, log = tmp_path / "python", tmp_path / "log"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(stub), "LOG": str(log), "FAILING": "nothing", "STATUS": "0"}
+    script = ROOT / "bench/gpu.sh"
+    assert subprocess.run([script, "augment", "profile"], env=environment).returncode == 0
+    assert re.findall(r"(?:tests|bench)/test_\w+|bench\.profile", log.read_text()) == [
+        "bench/test_augment",
+        "bench.profile",
+    ]
+    unknown = subprocess.run([script, "loops"], env=environment, capture_output=True, text=True)
+    assert unknown.returncode == 2
+    assert "there is no part loops" in unknown.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_gpu_script_needs_a_gpu():
     environment = {**os.environ, "PYTHON": sys.executable}

@@ -1,19 +1,14 @@
 """The kernels of the first block against torch's layers in float64; without a GPU in Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
-
 pytest.importorskip("triton")
 
-from mim4dd.kernels import first_block  # noqa: E402
+from mim4dd.kernels import first_block
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
 # Relative errors by dtype; half precision against the formula on the same rounded operands.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -200,6 +195,22 @@ def test_gradients_of_any_strides():
         actual = first_block.backward(grad, x, taps, scale, bias, *saved, padding, True, 2)
         expected = first_block.backward(torch.ones_like(out), x, taps, scale, bias, *saved, padding, True, 2)
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_not_a_number_stays_in_its_image_and_channel():
+    x, weight, scale, bias, padding = case((2, 1, 1, 8, 8, 1, 16))
+    x[1, 0, 3, 3] = torch.nan
+    bias[5] = torch.nan
+    taps = weight.flatten(1).t()
+    for relu in (False, True):
+        out, mean, rstd = first_block.forward(x, taps, scale, bias, EPS, padding, relu, 2)
+        assert out[1].isnan().all()
+        assert mean[1].isnan().all()
+        assert rstd[1].isnan().all()
+        broken = out[0].flatten(1).isnan()
+        assert broken[5].all()
+        broken[5] = False
+        assert not broken.any()
 
 
 def test_no_images():

@@ -1,4 +1,4 @@
-"""Every entry of the launch tables, and the normalisation, compiled for sm_80 and sm_90: no GPU needed."""
+"""Every entry of the launch tables, and the layers, compiled for sm_80 and sm_90: no GPU needed."""
 
 import json
 import os
@@ -45,8 +45,11 @@ def test_no_spills_within_shared_memory_on_tensor_cores(capability):
             losses = {r["loss"] for r in rows if r["precision"] == precision and r["kernel"] == kernel}
             assert losses in ({None}, {"info_nce", "info_nce_any"}, {"nce", "info_nce", "info_nce_any"})
     # The first block's tiles are those an H100 was fastest with, although images of colour spill a little.
-    spilled = {row["kernel"]: row["spilled"] for row in rows if row["spilled"]}
-    assert all(kernel.startswith("first_block") and size < 400 for kernel, size in spilled.items()), spilled
+    spilled = [row for row in rows if row["spilled"]]
+    assert all(row["kernel"].startswith("first_block") and row["spilled"] < 400 for row in spilled), spilled
+    for row in rows:  # the interpreter's passes it in any case
+        if row["kernel"] in ("first_block_kernels.forward_kernel", "normalisation_kernels.forward_kernel"):
+            assert row["drops_nan"] == 0, row
     for row in rows:
         assert row["shared"] <= row["shared_estimate"] <= SHARED_LIMIT[capability]
         if row["tile"][2] is None or "side_kernels" in row["kernel"]:

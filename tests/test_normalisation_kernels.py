@@ -173,6 +173,26 @@ def test_not_a_number_stays_in_its_channel():
         assert not broken.any()
 
 
+def test_parameters_of_any_strides():
+    """As `torch.vmap` makes them, repeated or from the midst of others."""
+    x, grad = random(2, 6, 8, 8), random(2, 6, 4, 4, seed=3)
+    weight, bias = random(12, seed=5)[::2], random(1, seed=6).expand(6)
+    _, mean, rstd = normalisation.forward(x, weight, bias, EPS, True, 2)
+    strided = mean.t().contiguous().t()
+    found = [
+        *normalisation.forward(x, weight, bias, EPS, True, 2),
+        *normalisation.backward(grad, x, weight, bias, strided, rstd, True, 2),
+        *normalisation.backward_twice(x, strided, mean, grad, x, weight, bias, mean, rstd, True, 2),
+    ]
+    weight, bias = weight.contiguous(), bias.contiguous()
+    expected = [
+        *normalisation.forward(x, weight, bias, EPS, True, 2),
+        *normalisation.backward(grad, x, weight, bias, mean, rstd, True, 2),
+        *normalisation.backward_twice(x, mean, mean, grad, x, weight, bias, mean, rstd, True, 2),
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("pool", [1, 2])
 def test_no_images(pool):
     x, grad = random(0, 6, 9, 8), random(0, 6, 9 // pool, 8 // pool)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.func import functional_call, grad, vmap
 
 from mim4dd import extension, networks
+from mim4dd.networks import batching, convolution
 from mim4dd.networks.convolution import conv2d
 from mim4dd.networks.first_block import first_block
 from mim4dd.networks.normalisation import instance_norm, reference
@@ -95,6 +96,12 @@ def test_gradients_of_the_first_block(groups):
     agree(by_scale.sum(0), first[2])
     agree(by_bias.sum(0), first[3])
 
+    for want_x, want_taps in ((True, False), (False, True), (False, False)):
+        some = on_gpu._first_block_backward(*given, want_x, want_taps)
+        assert [part.numel() > 0 for part in some] == [want_x, want_taps, True, True]
+        agree(some[2].sum(0), first[2])
+        agree(some[3].sum(0), first[3])
+
     by_grad, by_x, by_taps, by_scale = on_gpu._first_block_backward_twice(
         of_x, taps(of_weight), of_scale, of_bias, *given
     )
@@ -131,6 +138,58 @@ def test_layers_batched_by_vmap(own_weights):
         expected = torch.autograd.grad(plain(x[k].double(), *leaves), leaves)
         for one, wanted in zip(found, expected, strict=True):
             agree(one[k], wanted, 1e-3)
+
+
+class Batch:
+    """What a rule is told of the batch."""
+
+    batch_size = 3
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dims", [(0, 0), (1, 0), (None, 2), (1, None)], ids=str)
+def test_convolutions_of_a_batch_join_the_channels(dims, turned, monkeypatch):
+    """The rules of a GPU, with what it runs in place of the operators."""
+    monkeypatch.setattr(batching, "takes_groups", lambda device: True)
+    monkeypatch.setattr(torch.ops.mim4dd, "convolve", on_gpu._convolve)
+    monkeypatch.setattr(torch.ops.mim4dd, "convolve_by_weight", on_gpu._convolve_by_weight)
+    channels = (8, 4) if turned else (4, 8)
+    sizes = (3, 2, channels[0], 5, 7), (3, 8, 4, 3, 3), (3, 2, channels[1], 5, 7)
+    x, weight, y = random(*sizes)
+    x, weight = (t[0] if dim is None else t for t, dim in zip((x, weight), dims, strict=True))
+    moved = [t if dim is None else t.movedim(0, dim) for t, dim in zip((x, weight), dims, strict=True)]
+    out, axis = convolution._batched(Batch, (*dims, None), *moved, turned)
+    by_weight, axis_of_weight = convolution._batched_by_weight(Batch, (1, dims[0]), y.movedim(0, 1), moved[0])
+    for k in range(3):
+        own = [t if dim is None else t[k] for t, dim in zip((x, weight), dims, strict=True)]
+        agree(out.select(axis, k), on_gpu._convolve(*own, turned))
+        agree(by_weight.select(axis_of_weight, k), on_gpu._convolve_by_weight(y[k], own[0]))
+
+
+@pytest.mark.parametrize("dims", [(0, 0), (1, 1), (None, 0), (0, None)], ids=str)
+def test_first_blocks_of_a_batch_join_the_channels(dims, monkeypatch):
+    monkeypatch.setattr(batching, "takes_groups", lambda device: True)
+    kernels, _ = on_gpu._kernels()
+    x, taps, scale, bias, grad = random((3, 2, 2, 6, 8), (3, 18, 32), (32,), (3, 32), (3, 2, 32, 3, 4))
+    x, taps = (t[0] if dim is None else t for t, dim in zip((x, taps), dims, strict=True))
+    moved = [t if dim is None else t.movedim(0, dim) for t, dim in zip((x, taps), dims, strict=True)]
+    block, kept = ("map", "taps", "channel", "channel"), ("value", "value")
+    forward = batching.rule(kernels.forward, block, ("map", *kept), grouped=False)
+    options = (1, True, 2)
+    given_dims = (*dims, None, 0)
+    outs, axes = forward(Batch, (*given_dims, *[None] * 4), *moved, scale, bias, EPS, *options)
+    gradients = ("taps of images", *kept)
+    backward = batching.rule(kernels.backward, ("map", *block, *kept), gradients, grouped=False)
+    dims_of_all = (0, *given_dims, *axes[1:], *[None] * 3)
+    by_all, axes_of_all = backward(Batch, dims_of_all, grad, *moved, scale, bias, *outs[1:], *options)
+    for k in range(3):
+        own = [t if dim is None else t[k] for t, dim in zip((x, taps), dims, strict=True)]
+        expected = kernels.forward(*own, scale, bias[k], EPS, *options)
+        for out, axis, wanted in zip(outs, axes, expected, strict=True):
+            agree(out.select(axis, k), wanted)
+        expected = kernels.backward(grad[k], *own, scale, bias[k], *expected[1:], *options)
+        for by, axis, wanted in zip(by_all, axes_of_all, expected, strict=True):
+            agree(by.select(axis, k), wanted)
 
 
 @needs_gpu

@@ -134,6 +134,11 @@ def test_memory_is_predicted_from_shapes(monkeypatch):
     maps = 128 * 16 * 16, 128 * 16 * 16, 128 * 8 * 8, 128 * 8 * 8, 128 * 4 * 4
     assert memory.per_image(on_gpu, (1, 28, 28), gradients=False) == 2 * (maps[0] + maps[1])
     assert memory.per_image(on_gpu, (1, 28, 28), gradients=True) == 2 * sum(maps)
+    wide = networks.create(
+        "convnet", 1, 10, (28, 28), precision="bf16", device=torch.device("meta"), width=48
+    )
+    unfused = 2 * 48 * (32 * 32 + 16 * 16)
+    assert memory.per_image(wide, (1, 28, 28), gradients=False) == unfused, "no first block in one of 48"
     assert memory.budget(None, CPU) is None
     assert memory.budget(2, torch.device("cuda")) == 2 << 30
 

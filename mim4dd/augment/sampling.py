@@ -56,7 +56,7 @@ def _ranges(part: str, size: Size) -> list[_Range]:
             return [_Range(name, 1 / SCALE, SCALE) for name in ("scale_x", "scale_y")]
         case "rotate":
             return [_Range("degrees", -ROTATE, ROTATE)]
-    raise KeyError(part)
+    raise AssertionError(part)
 
 
 def _of(size: Size, share: float) -> Size:
@@ -75,7 +75,7 @@ def parts_of(strategy: str) -> list[str]:
     """Return the parts of a strategy string.
 
     Raises:
-        ValueError: an unknown part.
+        ValueError: an unknown part, or one twice.
     """
     parts = [] if strategy in ("", "none") else strategy.split("_")
     for part in parts:
@@ -83,6 +83,10 @@ def parts_of(strategy: str) -> list[str]:
             raise ValueError(
                 f"mim4dd.augment: unknown part {part!r} of strategy {strategy!r}, expected some of {DSA}"
             )
+    if len(set(parts)) < len(parts):
+        raise ValueError(
+            f"mim4dd.augment: strategy {strategy!r} has a part twice, expected each at most once"
+        )
     return parts
 
 
@@ -226,9 +230,9 @@ IDENTITY = {"saturation": 1.0, "contrast": 1.0, "scale_x": 1.0, "scale_y": 1.0}
 IDENTITY |= dict.fromkeys(COLUMNS[-4:], -1.0)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # never given up: recorded steps read it
 def _table(parts: tuple[str, ...], size: Size, device: torch.device) -> _Table:
-    """The same at every call, and nothing that is recorded may copy from the host."""
+    """Made once, for nothing that is recorded may copy from the host."""
     of_column = {of.name: (k, of) for k, part in enumerate(parts) for of in _ranges(part, size)}
     for name, box in zip(("cut_y", "cut_x"), _of(size, CUTOUT), strict=True):
         if name in of_column:
@@ -251,12 +255,12 @@ def _at_once(
     table = _table(parts, size, device)
     drawn = torch.cat([torch.rand(len(COLUMNS), batch, generator=r, device=device) for r in generators], 1)
     values = drawn[table.source] * table.span
-    values[FIRST_WHOLE:].floor_()  # of the product, which is below the whole span; a sum might round up to it
+    values[FIRST_WHOLE:].floor_()  # of the product: it stays below the span, whatever is added to it
     values += table.low
     if mode != "all":
         count = 1 if mode == "single" else batch
         choices = [torch.randint(len(parts), (count,), generator=r, device=device) for r in generators]
-        chosen = torch.stack(choices)[:, :, None].expand(-1, -1, batch // count).flatten()
+        chosen = torch.stack(choices)[:, :, None].expand(-1, -1, 1 if mode == "each" else batch).flatten()
         values = torch.where(table.part == chosen, values, table.identity)
     whole = values[FIRST_WHOLE:].long()
     brightness, saturation, contrast, scale_x, scale_y, degrees = values[:FIRST_WHOLE]

@@ -1,7 +1,7 @@
 """How the compiled layers run under `torch.vmap`: as one call, on more images or on more channels.
 
 What is batched joins the images; but where each of the batch has weights of its own, it joins the channels:
-so does a convolution before or after it, and no map is copied in between.
+so does a convolution before or after it, and no map is copied between them.
 """
 
 from __future__ import annotations
@@ -31,28 +31,39 @@ def register(op: str, arguments: Sequence[str], results: Sequence[str], *, group
         op: its name.
         arguments: kinds of its first arguments, of `KINDS`; the others are not tensors.
         results: kinds of what it returns.
-        grouped: whether on a CPU too it takes several groups of channels, each with its own images.
+        grouped: whether it takes several groups of channels, each with its own images, on a CPU too.
     """
     call = getattr(torch.ops.mim4dd, op)
+    torch.library.register_vmap(f"mim4dd::{op}", rule(call, arguments, results, grouped=grouped))
 
-    def rule(info: Any, in_dims: Dims, *given: Any) -> tuple[Any, Any]:
+
+def rule(
+    call: Callable[..., Sequence[Tensor]], arguments: Sequence[str], results: Sequence[str], *, grouped: bool
+) -> Callable[..., Any]:
+    """Return the rule that `register` registers."""
+
+    def batched(info: Any, in_dims: Dims, *given: Any) -> tuple[Any, Any]:
         size, tensors, options = info.batch_size, given[: len(arguments)], given[len(arguments) :]
         dims = in_dims[: len(arguments)]
         own_weights = any(
             dim is not None and KINDS[kind][0] is None for kind, dim in zip(arguments, dims, strict=True)
         )
-        if own_weights and not grouped and tensors[0].device.type == "cpu":
-            each = one_by_one(lambda *own: call(*own, *options), tensors, dims, size)
-            return each, (0,) * len(results)
+        if own_weights and not grouped and not takes_groups(tensors[0].device):
+            each = zip(*(slices(t, dim, size) for t, dim in zip(tensors, dims, strict=True)), strict=True)
+            of_each = zip(*(call(*own, *options) for own in each), strict=True)
+            return tuple(torch.stack(parts) for parts in of_each), (0,) * len(results)
         axes = [KINDS[kind][own_weights] for kind in arguments]
-        folded = [
-            fold(tensor, dim, axis, size) for tensor, dim, axis in zip(tensors, dims, axes, strict=True)
-        ]
+        folded = [fold(t, dim, axis, size) for t, dim, axis in zip(tensors, dims, axes, strict=True)]
         axes = [KINDS[kind][own_weights] for kind in results]
         unfolded = [unfold(out, axis, size) for out, axis in zip(call(*folded, *options), axes, strict=True)]
         return tuple(out for out, _ in unfolded), tuple(dim for _, dim in unfolded)
 
-    torch.library.register_vmap(f"mim4dd::{op}", rule)
+    return batched
+
+
+def takes_groups(device: torch.device) -> bool:
+    """Return whether convolutions with groups run on a device; those of a CPU have none."""
+    return device.type != "cpu"
 
 
 def fold(tensor: Tensor, dim: int | None, axis: int | None, size: int) -> Tensor:
@@ -73,10 +84,6 @@ def unfold(tensor: Tensor, axis: int | None, size: int) -> tuple[Tensor, int | N
     return tensor.unflatten(axis, (size, tensor.shape[axis] // size)), axis
 
 
-def one_by_one(
-    call: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], dims: Dims, size: int
-) -> tuple[Tensor, ...]:
-    """Stack the results of a call for each of the batch."""
-    slices = [[t] * size if dim is None else t.unbind(dim) for t, dim in zip(tensors, dims, strict=True)]
-    results = [call(*own) for own in zip(*slices, strict=True)]
-    return tuple(torch.stack(of_each) for of_each in zip(*results, strict=True))
+def slices(tensor: Tensor, dim: int | None, size: int) -> Sequence[Tensor]:
+    """Return each of the batch at `dim`, or `size` times the same if that is None."""
+    return [tensor] * size if dim is None else tensor.unbind(dim)

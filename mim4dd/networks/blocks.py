@@ -30,14 +30,20 @@ class OnePassBlock(nn.Sequential):
     first layer's gradients by weight and bias as for the weight's alone.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the block's output for x [B, C, H, W]."""
+    @property
+    def parts(self) -> tuple[nn.Conv2d, tuple[int, ...], InstanceNorm]:
+        """The convolution, its padding, and the normalisation."""
         convolution, norm = self
         assert isinstance(convolution, nn.Conv2d)
         assert isinstance(norm, InstanceNorm)
-        assert convolution.bias is not None
         assert not isinstance(convolution.padding, str)
-        weight, padding = convolution.weight, convolution.padding
+        return convolution, convolution.padding, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output for x [B, C, H, W]."""
+        convolution, padding, norm = self.parts
+        assert convolution.bias is not None
+        weight = convolution.weight
         bias = torch.add(norm.bias, convolution.bias, alpha=0)
         if is_compiled(x, weight, padding):
             return first_block(

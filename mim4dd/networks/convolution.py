@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import extension
-from . import batching
+from . import batching, on_gpu
 
 
 def conv2d(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> Tensor:
@@ -31,10 +31,8 @@ def conv2d(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> Tensor:
         Tensor [B, O, H', W'] of x's dtype, or autocast's.
     """
     if _is_compiled(x, weight, padding):
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-        return _Convolve.apply(x, weight, False)
+        dtype = on_gpu.computed_in(x)
+        return _Convolve.apply(x.to(dtype), weight.to(dtype), False)
     return F.conv2d(x, weight, padding=padding)
 
 
@@ -45,10 +43,8 @@ def _is_compiled(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> bool:
         and weight.shape[0] % 32 == weight.shape[1] % 32 == 0
         and not torch.is_autocast_enabled("cpu")
     )
-    on_gpu = x.device.type == "cuda"
-    return (
-        weight.shape[2:] == (3, 3) and padding == (1, 1) and (by_winograd or on_gpu) and extension.available()
-    )
+    runs = (by_winograd and extension.available()) or on_gpu.runs(on_gpu.computed_in(x), x.device)
+    return runs and weight.shape[2:] == (3, 3) and padding == (1, 1)
 
 
 # The sum over outputs <g, convolve(x, w)> is linear in each of g, x and w. Its gradients are the three
@@ -107,23 +103,24 @@ def _batched(
     info: Any, in_dims: batching.Dims, x: Tensor, weight: Tensor, turned: bool, groups: int = 1
 ) -> Any:
     """How `convolve` runs under `torch.vmap`."""
-    (of_x, of_weight, *_), size, op = in_dims, info.batch_size, torch.ops.mim4dd.convolve
+    (of_x, of_weight), size, op = in_dims[:2], info.batch_size, torch.ops.mim4dd.convolve
     if of_weight is None:
         return batching.unfold(op(batching.fold(x, of_x, 0, size), weight, turned, groups), 0, size)
-    if x.device.type == "cpu":
-        return batching.one_by_one(lambda *own: [op(*own, turned)], (x, weight), (of_x, of_weight), size)[
-            0
-        ], 0
+    if not batching.takes_groups(x.device):
+        each = zip(batching.slices(x, of_x, size), batching.slices(weight, of_weight, size), strict=True)
+        return torch.stack([op(*own, turned, groups) for own in each]), 0
     folded = batching.fold(x, of_x, 1, size), batching.fold(weight, of_weight, 0, size)
     return batching.unfold(op(*folded, turned, groups * size), 1, size)
 
 
 def _batched_by_weight(info: Any, in_dims: batching.Dims, grad: Tensor, x: Tensor, groups: int = 1) -> Any:
     """How `convolve_by_weight` runs under `torch.vmap`."""
-    dims, size, op = in_dims[:2], info.batch_size, torch.ops.mim4dd.convolve_by_weight
-    if grad.device.type == "cpu" or set(dims) == {0}:  # on more channels, maps that lie apart would be copied
-        return batching.one_by_one(lambda *own: [op(*own, groups)], (grad, x), dims, size)[0], 0
-    folded = (batching.fold(tensor, dim, 1, size) for tensor, dim in zip((grad, x), dims, strict=True))
+    (of_grad, of_x), size, op = in_dims[:2], info.batch_size, torch.ops.mim4dd.convolve_by_weight
+    # On more channels, maps that lie one after the other would be copied.
+    if not batching.takes_groups(x.device) or of_grad == of_x == 0:
+        each = zip(batching.slices(grad, of_grad, size), batching.slices(x, of_x, size), strict=True)
+        return torch.stack([op(*own, groups) for own in each]), 0
+    folded = batching.fold(grad, of_grad, 1, size), batching.fold(x, of_x, 1, size)
     return batching.unfold(op(*folded, groups * size), 0, size)
 
 

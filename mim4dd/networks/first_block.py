@@ -20,17 +20,21 @@ MOST_CHANNELS = 4
 
 def is_compiled(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> bool:
     """Return whether `first_block` can run on images x [B, I, H, W] and a weight [O, I, h, w]."""
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    dtype = on_gpu.computed_in(x)
+    on_cpu = x.device.type == "cpu" and dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    runs = extension.available() and (on_cpu or on_gpu.runs(dtype, x.device))
+    return runs and weight.dtype == torch.float32 and fits(x, weight, padding)
+
+
+def fits(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> bool:
+    """Return whether the images [B, I, H, W] and the weight [O, I, h, w] are of sizes that it is made for."""
     return (
-        (on_cpu or on_gpu.runs(x.dtype, x.device))
-        and weight.dtype == torch.float32
-        and x.shape[1] <= MOST_CHANNELS
+        x.shape[1] <= MOST_CHANNELS
         and weight.shape[0] % 32 == 0
         and weight.shape[2:] == (3, 3)
         and padding[0] == padding[1]
         and x.shape[2] + 2 * padding[0] > 2
         and x.shape[3] + 2 * padding[0] - 2 >= 8
-        and extension.available()
     )
 
 
@@ -60,8 +64,7 @@ def first_block(
     Returns:
         Tensor [B, O, (H + 2 padding - 2) // pool, (W + 2 padding - 2) // pool] of x's dtype, or autocast's.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(on_gpu.computed_in(x))
     taps = weight.flatten(1).t().contiguous()
     return _FirstBlock.apply(x, taps, scale, bias, eps, padding, relu, pool)[0]
 

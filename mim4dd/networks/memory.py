@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import Network
-from .blocks import one_pass
+from .blocks import OnePassBlock, one_pass
+from .first_block import fits
 from .on_gpu import runs as kernels_run
 
 GIB = 2**30
@@ -57,12 +58,16 @@ def _operators(network: Network, x: Tensor) -> Steps:
 
 @torch.no_grad()
 def _blocks(network: Network, x: Tensor) -> Steps:
-    """The convolution and what follows it, of every block; the first never writes its convolution's map."""
+    """Convolution and normalisation of every block, or the whole first block where it is one operator."""
     steps: Steps = []
     for block in network.blocks:
-        out = block(x)
-        convolved = out.shape[1] * x.shape[2] * x.shape[3]
-        steps += [(x.numel(), convolved), (convolved, out.numel())] if steps else [(x.numel(), out.numel())]
+        assert isinstance(block, OnePassBlock)
+        out, (convolution, padding, _) = block(x), block.parts
+        convolved = out.shape[1] * (x.shape[2] + 2 * padding[0] - 2) * (x.shape[3] + 2 * padding[1] - 2)
+        if fits(x, convolution.weight, padding):
+            steps.append((x.numel(), out.numel()))
+        else:
+            steps += [(x.numel(), convolved), (convolved, out.numel())]
         x = out
     return steps
 

@@ -1,5 +1,7 @@
 """The compiled layers on a GPU: the Triton kernels under the names of the operators.
 
+Float32 products follow `torch.set_float32_matmul_precision`, the kernels and the library cuDNN's switch.
+
 The first block has kernels of its own for its output and for the gradients by its weights, which real images
 and the training of networks need. Of synthetic images, which are few, the gradients by the images and the
 gradients of gradients are put together from products and the normalisation's kernels.
@@ -19,6 +21,13 @@ from .. import extension
 from ..obstacles import kernel_obstacle
 
 SMALL_MAP = 64  # pixels
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    """Return the dtype that a convolution of x computes in: its own, or on a GPU autocast's."""
+    if x.device.type != "cuda" or x.dtype == torch.float64 or not torch.is_autocast_enabled("cuda"):
+        return x.dtype
+    return torch.get_autocast_dtype("cuda")
 
 
 def runs(dtype: torch.dtype, device: torch.device) -> bool:
@@ -125,7 +134,7 @@ def _first_block_backward(
     want_taps: bool,
 ) -> tuple[Tensor, ...]:
     first_block, normalisation = _kernels()
-    by_x, by_taps = x.new_empty(0), taps.new_empty(0)
+    by_x = by_taps = x.new_empty(0)
     if want_x:
         convolution = _FirstConvolution(x, taps, padding)
         y = convolution(x, taps)
@@ -135,7 +144,7 @@ def _first_block_backward(
         by_taps, *by_channels = first_block.backward(
             grad, x, taps, scale, bias, mean, rstd, padding, relu, pool
         )
-    return by_x, by_taps, *by_channels
+    return by_x, by_taps if want_taps else taps.new_empty(0), *by_channels
 
 
 def _first_block_backward_twice(
