@@ -93,17 +93,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of each image by taps [B, 9 * I, O], scale [B, O] and bias [B, O], float32.
 
+    Of what is named as in `forward`, it is what that was given or returned.
+
     Args:
         grad: that by the block's output, of its shape and type.
-        x: as in `forward`, like all that is not named here.
-        taps: of which the gradient is taken.
-        scale: of which the gradient is taken.
-        bias: of which the gradient is taken.
-        mean: what `forward` returned.
-        rstd: what `forward` returned.
-        padding: as in `forward`.
-        relu: as in `forward`.
-        pool: as in `forward`.
+        x, taps, scale, bias, mean, rstd, padding, relu, pool: see `forward`.
     """
     batch, channels = x.shape[0], taps.shape[1]
     by_taps = torch.empty(batch, *taps.shape, dtype=torch.float32, device=x.device)

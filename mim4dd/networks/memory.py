@@ -40,7 +40,7 @@ def per_image(network: Network, image: tuple[int, ...], *, gradients: bool, tran
     numbers = sum(out for _, out in steps) if gradients else max(given + out for given, out in steps)
     if not gradients and not fused and device.type != "cpu":
         numbers = numbers * 3 // 2  # the operators around a normalisation are not fused there
-    # On a GPU autocast normalises in float32, whatever the precision, but for the kernels.
+    # On a GPU autocast normalises in float32, whatever the precision, but in the blocks that are kernels.
     half = dtype == torch.bfloat16 and (fused or device.type == "cpu")
     return numbers * (2 if half else 4) * (2 if transformed else 1)
 
