@@ -20,15 +20,17 @@ import numpy as np
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from .data import ImageSet
 from .errors import InputError
 from .files import atomic, cache_folder
 from .networks import Network
+from .networks.flat import flatten
 from .seeding import generator
 from .stacked import Stack, Weights, at_once
 
-FORMAT = "mim4dd-experts-1"
+FORMAT = "mim4dd-experts-2"
 LR = 0.01  # of plain SGD, as published
 BATCH = 256
 
@@ -110,7 +112,6 @@ class Experts:
         Raises:
             InputError: none, or one of another network, data set or version.
         """
-        self.shapes = recipe.shapes
         try:
             self._file = safe_open(path, framework="pt")  # memory-mapped: a slice reads only its own pages
             self._weights = self._file.get_slice("weights")
@@ -130,16 +131,12 @@ class Experts:
         self.num_experts, snapshots, _ = self._weights.get_shape()
         self.num_snapshots = snapshots - 1
 
-    def weights(self, expert: int, snapshot: int, device: torch.device) -> Weights:
-        """Return the weights of an expert after `snapshot` intervals, by name."""
-        flat = self._weights[expert, snapshot]
+    def weights(self, expert: int, snapshot: int, device: torch.device) -> Tensor:
+        """Return the weights of an expert after `snapshot` intervals, see `mim4dd.networks.flat`."""
+        weights = self._weights[expert, snapshot]
         if device.type == "cuda":
-            flat = flat.pin_memory()  # or the copy would wait for what the device has still to do
-        flat = flat.to(device, non_blocking=True)
-        parts = flat.split([math.prod(shape) for shape in self.shapes.values()])
-        return {
-            name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
+            weights = weights.pin_memory()  # or the copy would wait for what the device has still to do
+        return weights.to(device, non_blocking=True)
 
 
 def train(recipe: Recipe) -> Iterator[tuple[int, int]]:
@@ -186,8 +183,8 @@ def _train_alone(recipe: Recipe, path: Path) -> Iterator[tuple[int, int]]:
     while done < count:
         group = range(done, min(done + together, count))
         for snapshot, weights in enumerate(_paths(recipe, group)):
-            flat = torch.cat([w.flatten(1) for w in weights.values()], 1)
-            table[group.start : group.stop, snapshot] = flat.cpu().numpy()
+            for k, expert in enumerate(group):
+                table[expert, snapshot] = flatten(weight[k] for weight in weights.values()).cpu().numpy()
             table.flush()
             yield group.start * snapshots + len(group) * snapshot, count * snapshots
         done = group.stop

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from mim4dd import augment, experts, networks, run, stacked
 from mim4dd.errors import InputError
 from mim4dd.experts import Experts
+from mim4dd.networks.flat import flatten, load, unflatten
 from mim4dd.objectives import TrajectoryMatching, train_experts
 from mim4dd.objectives.trajectory import open_experts, recipe
 from mim4dd.seeding import generator
@@ -32,15 +33,11 @@ def weights(problem, expert, snapshot):
     return open_experts(problem, recipe(problem)).weights(expert, snapshot, torch.device("cpu"))
 
 
-def flat(weights):
-    return torch.cat([w.flatten() for w in weights.values()])
-
-
 def test_experts_are_networks_trained_by_plain_sgd(problem):
     assert [done for done, _ in train_experts(problem)] == [0, 1, 2, 3, 3, 4, 5, 6]
     real, network, random = problem.real, problem.network(), generator(0, "expert/1")
     networks.initialise(network.requires_grad_(), random)
-    close(flat(dict(network.named_parameters())), flat(weights(problem, 1, 0)), 0)
+    close(flatten(network.parameters()), weights(problem, 1, 0), 0)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
     order = torch.randperm(len(real), generator=random)
     for k in range(6):
@@ -50,7 +47,7 @@ def test_experts_are_networks_trained_by_plain_sgd(problem):
         F.cross_entropy(network(augment.apply(real.batch(index), params)), real.labels[index]).backward()
         optimizer.step()
         if k % 2:
-            close(flat(dict(network.named_parameters())), flat(weights(problem, 1, (k + 1) // 2)), 1e-5)
+            close(flatten(network.parameters()), weights(problem, 1, (k + 1) // 2), 1e-5)
 
 
 def test_experts_of_an_epoch(problem):
@@ -59,7 +56,7 @@ def test_experts_of_an_epoch(problem):
     for _ in train_experts(problem):
         pass
     assert recipe(problem).interval == 6, "1438 images in batches of 256"
-    assert not torch.equal(flat(weights(problem, 0, 1)), flat(weights(problem, 0, 2)))
+    assert not torch.equal(weights(problem, 0, 1), weights(problem, 0, 2))
 
 
 def test_experts_trained_together_are_those_trained_alone(problem, tmp_path, monkeypatch):
@@ -69,7 +66,7 @@ def test_experts_trained_together_are_those_trained_alone(problem, tmp_path, mon
     monkeypatch.setitem(stacked.AT_ONCE, "cpu", 2)
     assert [done for done, _ in train_experts(problem)] == [0, 2, 4, 6]
     for expert in range(2):
-        close(flat(weights(problem, expert, 3)), flat(weights(alone, expert, 3)), 1e-5)
+        close(weights(problem, expert, 3), weights(alone, expert, 3), 1e-5)
 
 
 def test_experts_are_found_again_and_training_goes_on_where_it_was_cut_off(problem, tmp_path):
@@ -84,7 +81,7 @@ def test_experts_are_found_again_and_training_goes_on_where_it_was_cut_off(probl
     assert next(iter(train_experts(problem)))[0] == 3, "the first expert is kept"
     assert list(train_experts(problem))[-1] == (6, 6)
     for expert in range(2):
-        assert torch.equal(flat(weights(problem, expert, 3)), flat(weights(whole, expert, 3)))
+        assert torch.equal(weights(problem, expert, 3), weights(whole, expert, 3))
     other_seed = dataclasses.replace(problem, seed=5)
     assert list(train_experts(other_seed)) == [], "runs of every seed share them"
     other_width = dataclasses.replace(problem, width=4)
@@ -112,7 +109,7 @@ def test_a_note_of_finished_experts_counts_for_its_own_file_only(problem):
     finished.write_text("2")  # of a run that was killed as it ended, whose experts were removed since
     assert next(iter(train_experts(problem)))[0] == 0
     assert list(train_experts(problem))[-1] == (6, 6)
-    assert flat(weights(problem, 1, 3)).any()
+    assert weights(problem, 1, 3).any()
 
 
 def test_a_full_disk_is_told(problem, monkeypatch):
@@ -198,8 +195,8 @@ def test_a_future_version_of_the_file_is_refused(problem, monkeypatch):
     for _ in train_experts(problem):
         pass
     path = recipe(problem).path()
-    monkeypatch.setattr(experts, "FORMAT", "mim4dd-experts-2")
-    with pytest.raises(InputError, match="is of another format: mim4dd-experts-1"):
+    monkeypatch.setattr(experts, "FORMAT", "mim4dd-experts-3")
+    with pytest.raises(InputError, match="is of another format: mim4dd-experts-2"):
         Experts(path, recipe(problem))
 
 
@@ -217,7 +214,7 @@ def test_the_objective_is_the_distance_after_steps_on_minibatches(problem):
     first, target = weights(problem, expert, snapshot), weights(problem, expert, snapshot + 2)
     order = torch.randperm(20, generator=training)
     lr = torch.tensor(0.01).log().requires_grad_()
-    student = {name: w.clone().requires_grad_() for name, w in first.items()}
+    student = {name: w.clone().requires_grad_() for name, w in unflatten(first, problem.network()).items()}
     for k in range(3):
         index = order[6 * k : 6 * k + 6]
         params = augment.sample(problem.augmentation, 6, (8, 8), generator=training)
@@ -225,7 +222,9 @@ def test_the_objective_is_the_distance_after_steps_on_minibatches(problem):
         loss = F.cross_entropy(out, logits.softmax(1)[index])
         gradient = torch.autograd.grad(loss, [*student.values()], create_graph=True)
         student = {n: w - lr.exp() * g for (n, w), g in zip(student.items(), gradient, strict=True)}
-    expected = (flat(student) - flat(target)).square().sum() / (flat(first) - flat(target)).square().sum()
+    aim = unflatten(target, problem.network())
+    left = torch.stack([(student[name] - weight).square().sum() for name, weight in aim.items()]).sum()
+    expected = left / (first - target).square().sum()
     close(matched.loss, expected)
     for one, other in zip(found, torch.autograd.grad(expected, [images, logits, lr]), strict=True):
         close(one, other)
@@ -238,12 +237,12 @@ def test_the_objective_is_the_distance_after_steps_on_minibatches(problem):
 
 def test_a_match_starts_anywhere_and_ends_a_span_later(problem):
     objective = TrajectoryMatching(problem)
-    known = {(e, k): flat(weights(problem, e, k)) for e in range(2) for k in range(4)}
+    known = {(e, k): weights(problem, e, k) for e in range(2) for k in range(4)}
     seen = set()
     for _ in range(20):
         objective.prepare(torch.zeros(20, 1, 8, 8), problem.labels)
-        (start,) = [key for key, value in known.items() if torch.equal(value, flat(objective.start))]
-        assert torch.equal(flat(objective.target), known[start[0], start[1] + 2])
+        (start,) = [key for key, value in known.items() if torch.equal(value, objective.start)]
+        assert torch.equal(objective.target, known[start[0], start[1] + 2])
         seen.add(start)
     assert seen == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
@@ -266,7 +265,7 @@ def test_features_for_the_term_are_those_of_the_starting_network(problem):
     matches = generator(0, "mtt/match")
     first = weights(problem, *(int(torch.randint(2, (), generator=matches)) for _ in range(2)))
     network = problem.network()
-    network.load_state_dict(first)
+    load(network, first)
     torch.testing.assert_close(matched.synthetic_features[1], network.features(start.images)[1])
     index = problem.real.sample(problem.real_batch, generator(0, "mtt/real")).flatten()
     torch.testing.assert_close(matched.real_features[1], network.features(problem.real.batch(index))[1])

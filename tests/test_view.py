@@ -11,6 +11,8 @@ from mim4dd import augment, evaluation
 from mim4dd.data import load
 from mim4dd.distill import distill
 from mim4dd.networks import initialise
+from mim4dd.networks.flat import flatten
+from mim4dd.networks.flat import load as load_weights
 from mim4dd.objectives import (
     DistributionMatching,
     Matched,
@@ -32,9 +34,7 @@ def problem():
 
 def network_of(problem, flat):
     network = problem.network()
-    weights = [*network.parameters()]
-    for weight, part in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):
-        weight.copy_(part.view_as(weight))
+    load_weights(network, flat)
     return network
 
 
@@ -70,7 +70,7 @@ def trained_by_hand(problem, random, images, labels, draw):
         optimizer.zero_grad()
         F.cross_entropy(network(augment.apply(images[index], params)), labels[index]).backward()
         optimizer.step()
-    return torch.cat([weight.detach().flatten() for weight in network.parameters()])
+    return flatten(network.parameters())
 
 
 def test_training_on_real_images_is_plain_sgd(problem, monkeypatch):
@@ -172,7 +172,7 @@ def test_a_student_starts_from_nothing(problem, monkeypatch):
     initialise(network, random)
     network.requires_grad_()
     F.cross_entropy(network(start.images), problem.labels).backward()
-    expected = torch.cat([(p - own_networks.LR * p.grad).detach().flatten() for p in network.parameters()])
+    expected = flatten(p - own_networks.LR * p.grad for p in network.parameters())
     torch.testing.assert_close(networks.weights[0], expected)
 
 

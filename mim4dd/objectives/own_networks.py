@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..networks import Network, initialise
+from ..networks.flat import flatten, load
 from ..seeding import generator
 from ..stacked import Batch, Stack, augmented_batch
 from .base import Problem
@@ -46,10 +47,7 @@ class OwnNetworks(ABC):
         """Give `network` the weights of one of them, drawn anew."""
         # Not an int: looking at it would wait for the device.
         chosen = torch.randint(len(self.weights), (1,), generator=choice, device=self.weights.device)
-        weights = [*network.parameters()]
-        parts = self.weights.index_select(0, chosen)[0].split([weight.numel() for weight in weights])
-        for weight, part in zip(weights, parts, strict=True):
-            weight.copy_(part.view(weight.shape))
+        load(network, self.weights.index_select(0, chosen)[0])
 
 
 class TrainedOnReal(OwnNetworks):
@@ -62,7 +60,7 @@ class TrainedOnReal(OwnNetworks):
         self.problem = problem
         self._network = problem.network()
         self._finished = 0
-        self.weights = _flat(self._network).new_zeros(REAL_NETWORKS, _flat(self._network).numel())
+        self.weights = flatten(self._network.parameters()).repeat(REAL_NETWORKS, 1)
 
     def train(self) -> Iterator[tuple[int, int]]:
         """Train the networks that are not trained yet, yielding (steps done, steps in all)."""
@@ -76,7 +74,7 @@ class TrainedOnReal(OwnNetworks):
             for done in range(steps[k]):
                 training.step(torch.randint(count, (1, REAL_BATCH), generator=random, device=device))
                 yield sum(steps[:k]) + done + 1, sum(steps)
-            self.weights[k] = _flat(network)
+            self.weights[k] = flatten(network.parameters())
             self._finished = k + 1
 
     def renew(self, images: Tensor, targets: Tensor) -> None:
@@ -98,7 +96,7 @@ class TrainedOnSynthetic(OwnNetworks):
         self._lengths = generator(problem.seed, "mim/student/steps")  # on the CPU: they say what to do
         self._random = generator(problem.seed, "mim/student", device)
         self._training = _Training(problem, network, self._random, augmented_batch)
-        self.weights = torch.zeros_like(_flat(network))[None]
+        self.weights = flatten(network.parameters())[None]
 
     def renew(self, images: Tensor, targets: Tensor) -> None:
         """Train a new student every `STUDENT_EVERY` calls, the first one included."""
@@ -108,7 +106,7 @@ class TrainedOnSynthetic(OwnNetworks):
             for _ in range(int(torch.randint(least, most + 1, (), generator=self._lengths))):
                 order = torch.randperm(len(images), generator=self._random, device=images.device)
                 self._training.step(order[None, :STUDENT_BATCH], images, targets)
-            self.weights[0] = _flat(self._network)
+            self.weights[0] = flatten(self._network.parameters())
         self._matches += 1
 
 
@@ -127,7 +125,3 @@ class _Training:
         initialise(self.network, self.random)
         for state in self.optimizer.state.values():
             state["momentum_buffer"].zero_()
-
-
-def _flat(network: Network) -> Tensor:
-    return torch.cat([weight.detach().flatten() for weight in network.parameters()])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from ..experts import Weights
+from ..networks.flat import flatten, unflatten
 
 # Takes the images and targets of one step from all of them, differentiably.
 Batch = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -47,10 +47,10 @@ def trajectory_distance(
     Raises:
         ValueError: weights that do not fit the network, or an unknown kind of memory.
     """
-    names = {name for name, _ in network.named_parameters()}
+    names = [name for name, _ in network.named_parameters()]
     for argument, weights in (("start", start), ("target", target)):
-        if weights.keys() != names:
-            odd = min(weights.keys() ^ names)
+        if weights.keys() != {*names}:
+            odd = min(weights.keys() ^ {*names})
             raise ValueError(
                 f"mim4dd.trajectory_distance: {argument} does not fit the network, see weight {odd!r}"
             )
@@ -68,38 +68,38 @@ def trajectory_distance(
         step = step_size.to(images.device, images.dtype)
     else:  # filled in there, not copied from the host, so that a CUDA graph can hold it
         step = torch.full((), step_size, dtype=images.dtype, device=images.device)
-    start = {name: value.detach() for name, value in start.items()}
+    begin, aim = (flatten(weights[name] for name in names) for weights in (start, target))
     batches: list[Batch] = [lambda images, targets: (images, targets)] * steps
     if memory == "constant":
-        end = follow(network, start, batches, images, labels, step)
+        end = follow(network, begin, batches, images, labels, step)
     else:
-        end = start
+        end = begin
         for _ in range(steps):
-            gradient = _gradient(network, end, images, labels, create_graph=True)
-            end = {name: value - step * gradient[name] for name, value in end.items()}
-    return squared_distance(end, target) / squared_distance(start, target)
+            end = end - step * _gradient(network, end, images, labels, create_graph=True)
+    return squared_distance(end, aim) / squared_distance(begin, aim)
 
 
 def follow(
     network: nn.Module,
-    start: Weights,
+    start: Tensor,
     batches: Sequence[Batch],
     images: Tensor,
     targets: Tensor,
     step: Tensor,
-) -> Weights:
+) -> Tensor:
     """Return the weights after a step on every batch, differentiable once in images, targets and step.
 
+    Weights are one vector, see `mim4dd.networks.flat`.
+
     Args:
-        network: its parameters' names are the keys of `start`; its own values are not used.
+        network: of the weights; its own are not used.
         start: weights before the first step.
         batches: take what a step is on from all images and targets.
         images: float [n, C, H, W].
         targets: int64 [n], or probabilities [n, num_classes].
         step: size of the steps, a 0-d tensor.
     """
-    end = _Trajectory.apply(network, start, batches, images, targets, step)
-    return dict(zip(start, end, strict=True))
+    return _Trajectory.apply(network, start, batches, images, targets, step)
 
 
 class _Trajectory(torch.autograd.Function):
@@ -109,24 +109,23 @@ class _Trajectory(torch.autograd.Function):
     def forward(
         ctx: Any,
         network: nn.Module,
-        start: Weights,
+        start: Tensor,
         batches: Sequence[Batch],
         images: Tensor,
         targets: Tensor,
         step: Tensor,
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensor:
         path = [start]
         for batch in batches:
             gradient = _gradient(network, path[-1], *batch(images.detach(), targets.detach()))
-            path.append({name: value - step * gradient[name] for name, value in path[-1].items()})
+            path.append(path[-1] - step * gradient)
         ctx.network, ctx.batches, ctx.path = network, batches, path[:-1]
         ctx.save_for_backward(images, targets, step)
-        # A new tensor even after no step at all: an output must not be an input.
-        return tuple(value.clone() for value in path[-1].values())
+        return path[-1].clone()  # a new tensor even after no step at all: an output must not be an input
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *adjoints: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, adjoint: Tensor) -> tuple[Any, ...]:
         images, targets, step = ctx.saved_tensors
         soft = targets.is_floating_point()
         data = [images.detach().requires_grad_(), targets.detach().requires_grad_(soft)]
@@ -136,31 +135,28 @@ class _Trajectory(torch.autograd.Function):
         for weights, batch in zip(reversed(ctx.path), reversed(ctx.batches), strict=True):
             # One step is w' = w - step * g(w, data). With a the gradient with respect to w', the product
             # <a, g> holds all of its derivatives: by w the Hessian's part, by the data, and by the step.
+            weights = weights.detach().requires_grad_()
             with torch.enable_grad():
-                leaves = {name: value.detach().requires_grad_() for name, value in weights.items()}
-                gradient = _gradient(ctx.network, leaves, *batch(*data), create_graph=True)
-                product = sum((a * g).sum() for a, g in zip(adjoints, gradient.values(), strict=True))
-                assert isinstance(product, Tensor)
-                by_all = torch.autograd.grad(product, [*leaves.values(), *learned])
-            by_weights, by_data = by_all[: len(leaves)], by_all[len(leaves) :]
-            grad_step -= product.detach()
+                gradient = _gradient(ctx.network, weights, *batch(*data), create_graph=True)
+            by_weights, *by_data = torch.autograd.grad(gradient, [weights, *learned], adjoint)
+            grad_step -= (adjoint * gradient.detach()).sum()
             for total, by in zip(grads, by_data, strict=True):
                 total -= step * by
-            adjoints = tuple(a - step * h for a, h in zip(adjoints, by_weights, strict=True))
+            adjoint = adjoint - step * by_weights
         return None, None, None, grads[0], grads[1] if soft else None, grad_step
 
 
 def _gradient(
-    network: nn.Module, weights: Weights, images: Tensor, targets: Tensor, *, create_graph: bool = False
-) -> Weights:
-    """Gradient of the cross entropy with respect to the weights."""
+    network: nn.Module, weights: Tensor, images: Tensor, targets: Tensor, *, create_graph: bool = False
+) -> Tensor:
+    """Gradient of the cross entropy with respect to the weights, as one vector."""
     with torch.enable_grad():
-        leaves = {n: (v if create_graph else v.detach()).requires_grad_() for n, v in weights.items()}
-        loss = F.cross_entropy(functional_call(network, leaves, (images,)), targets)
-        gradient = torch.autograd.grad(loss, [*leaves.values()], create_graph=create_graph)
-    return dict(zip(leaves, gradient, strict=True))
+        weights = weights if create_graph else weights.detach()
+        weights = weights.requires_grad_()
+        loss = F.cross_entropy(functional_call(network, unflatten(weights, network), (images,)), targets)
+        return torch.autograd.grad(loss, weights, create_graph=create_graph)[0]
 
 
-def squared_distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
-    """Return ‖a - b‖² over all weights, a scalar; differentiable in `a`."""
-    return torch.stack([(a[name] - b[name].detach()).square().sum() for name in a]).sum()
+def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Return ‖a - b‖² of two vectors, a scalar."""
+    return (a - b).square().sum()

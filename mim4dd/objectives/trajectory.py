@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .. import augment, experts
 from ..errors import InputError
-from ..experts import ExpertConfig, Experts, Recipe, Weights
+from ..experts import ExpertConfig, Experts, Recipe
+from ..networks.flat import flatten, load
 from ..seeding import generator
 from .base import Matched, Objective, Problem
 from .student import Batch, follow, squared_distance
@@ -124,9 +125,7 @@ class TrajectoryMatching(Objective):
         )
         self.generators = (self.draws, self.augmentations, self.training)
         # The weights of a match are copied into these, so that it always reads the same memory.
-        self.start, self.target = (
-            {name: torch.empty(shape, device=device) for name, shape in made.shapes.items()} for _ in range(2)
-        )
+        self.start, self.target = (flatten(self.network.parameters()) for _ in range(2))
         self.log_lr = torch.tensor(math.log(self.config.student_lr), device=device, requires_grad=True)
         self.trained = [{"params": [self.log_lr], "lr": self.config.student_lr_rate}]
 
@@ -142,8 +141,7 @@ class TrajectoryMatching(Objective):
             for count in (self.experts.num_experts, self.starts)
         )
         for held, k in ((self.start, snapshot), (self.target, snapshot + self.config.span)):
-            for name, weight in self.experts.weights(expert, k, images.device).items():
-                held[name].copy_(weight)
+            held.copy_(self.experts.weights(expert, k, images.device))
 
     def match(self, images: Tensor, targets: Tensor) -> Matched:
         """Return the distance for the synthetic images [n, C, H, W]; features only if the add-on wants them.
@@ -171,12 +169,10 @@ class TrajectoryMatching(Objective):
         )
         return lambda images, targets: (augment.apply(images[index], params), targets[index])
 
-    def _with_features(self, distance: Tensor, weights: Weights, images: Tensor) -> Matched:
+    def _with_features(self, distance: Tensor, weights: Tensor, images: Tensor) -> Matched:
         problem = self.problem
         if not problem.layers:
             return Matched(distance, [], [], problem.labels, problem.labels)
-        with torch.no_grad():
-            for name, parameter in self.network.named_parameters():
-                parameter.copy_(weights[name])
+        load(self.network, weights)
         seen = problem.siamese(self.network, images, problem.real_batch, self.draws, self.augmentations)
         return Matched(distance, *seen)
