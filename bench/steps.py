@@ -14,7 +14,7 @@ from torch import Tensor
 from bench import baselines, problems
 from mim4dd import augment, graph, networks
 from mim4dd.data import ImageSet
-from mim4dd.distill import updates
+from mim4dd.distill import Making
 from mim4dd.evaluation import Protocol, evaluate
 from mim4dd.networks import memory
 from mim4dd.objectives import METHODS, GradientMatching, Problem, trajectory_distance
@@ -59,9 +59,7 @@ def matching_step(method: str, of: Problem, images: Tensor) -> Callable[[], obje
     if isinstance(objective, GradientMatching):
         objective.inner = 0
     start = problems.synthetic_set(of, images)
-    learned = images.clone().requires_grad_()
-    update = updates(objective, start, learned, None, METHODS[method].image_lr, 0.5, None)
-    return lambda: next(update)
+    return Making(objective, start, METHODS[method].image_lr, momentum=0.5).update
 
 
 def textbook_step(method: str, of: Problem, images: Tensor) -> Callable[[], object]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .graph import replayed
+from .lasting import Lasting, recall, remember, within
 from .objectives import MutualInformation, Objective
 from .synthetic import SyntheticSet, decode
 
@@ -31,11 +32,13 @@ class Progress:
         iteration: updates done.
         terms: each term of the loss, averaged over the iterations since the last look.
         synthetic: a copy of the synthetic set as it is now.
+        state: what `distill` needs to go on from here.
     """
 
     iteration: int
     terms: dict[str, float]
     synthetic: SyntheticSet
+    state: dict[str, Tensor]
 
 
 def distill(
@@ -47,6 +50,8 @@ def distill(
     momentum: float,
     mutual_information: MutualInformation | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
+    done: int = 0,
+    state: Mapping[str, Tensor] | None = None,
 ) -> SyntheticSet:
     """Return the distilled set; `start` stays as it is.
 
@@ -58,86 +63,148 @@ def distill(
         momentum: of the images' updates.
         mutual_information: the add-on, if any; what parameters it has are trained along.
         on_progress: called every `READ_EVERY` iterations and after the last.
+        done: updates that an earlier call with the same arguments had done.
+        state: what it was in then, `Progress.state`: the updates left are those it would have done.
 
     Raises:
         DivergenceError: naming the term; `on_progress` has been given the last good set.
+        InputError: a state of other arguments, code or device.
     """
-    images = start.images.clone().requires_grad_()
-    logits = None if start.soft_labels is None else start.soft_labels.log().clamp_min(LOWEST).requires_grad_()
-    learned = [images] if logits is None else [images, logits]
     names = ["base", "mim"] if mutual_information else ["base"]
-    update = updates(objective, start, images, logits, lr, momentum, mutual_information)
+    making = Making(objective, start, lr, momentum, mutual_information)
+    if state is not None:
+        making.restore(state)
     unread: list[Tensor] = []
-    synthetic = start
-    for iteration in range(1, iterations + 1):
-        unread.append(next(update))
+    for iteration in range(done + 1, iterations + 1):
+        unread.append(making.update())
         if iteration % READ_EVERY == 0 or iteration == iterations:
-            means = _read(unread, names, iteration, learned)
-            synthetic = replace(
-                start,
-                images=images.detach().clone(),
-                soft_labels=None if logits is None else logits.detach().softmax(1),
-                network_lr=objective.network_lr,
-            )
-            on_progress(Progress(iteration, means, synthetic))
+            means = _read(unread, names, iteration, making.learned)
+            on_progress(Progress(iteration, means, making.synthetic, making.state()))
             unread.clear()
-    return synthetic
+    return making.synthetic if iterations else start
 
 
-def updates(
-    objective: Objective,
-    start: SyntheticSet,
-    images: Tensor,
-    logits: Tensor | None,
-    lr: float,
-    momentum: float,
-    mutual_information: MutualInformation | None,
-) -> Iterator[Tensor]:
-    """Update images, and logits of soft labels, in place, without end; yield the terms [1 or 2] of each time.
+class Making:
+    """A synthetic set in the making: updates of its images, and logits of soft labels, in place.
 
-    Nothing waits for the device. On a GPU what is the same work every time is replayed.
+    Nothing in an update waits for the device. On a GPU what is the same work every time is replayed.
+
+    Args:
+        objective: see `distill`, as for the others.
+        start: the set to begin with.
+        lr: of the images.
+        momentum: of their updates.
+        mutual_information: the add-on, if any.
     """
-    # Copies, since SGD writes its defaults into the groups, where those of another run would then stay.
-    groups = [{"params": [images], "lr": lr}, *map(dict, objective.trained)]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(groups, momentum=momentum)]
-    adam = [{"params": [logits], "lr": LABEL_LR}] if logits is not None else []
-    trained = [p for p in mutual_information.parameters() if p.requires_grad] if mutual_information else []
-    adam += [{"params": trained, "lr": PROJECTION_LR}] if trained else []
-    if adam:
-        optimizers.append(torch.optim.Adam(adam, capturable=images.is_cuda))
-    leaves = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
-    def decoded() -> tuple[Tensor, Tensor]:
-        return decode(images, start.factor), start.targets if logits is None else logits.softmax(1)
+    def __init__(
+        self,
+        objective: Objective,
+        start: SyntheticSet,
+        lr: float,
+        momentum: float,
+        mutual_information: MutualInformation | None = None,
+    ) -> None:
+        self.objective, self.start, self.term = objective, start, mutual_information
+        self.images = start.images.clone().requires_grad_()
+        self.logits = None
+        if start.soft_labels is not None:
+            self.logits = start.soft_labels.log().clamp_min(LOWEST).requires_grad_()
+        # Copies, since SGD writes its defaults into the groups, where those of another run would then stay.
+        groups = [{"params": [self.images], "lr": lr}, *map(dict, objective.trained)]
+        self.optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(groups, momentum=momentum)]
+        adam = [{"params": [self.logits], "lr": LABEL_LR}] if self.logits is not None else []
+        trained = [p for p in self.term.parameters() if p.requires_grad] if self.term else []
+        adam += [{"params": trained, "lr": PROJECTION_LR}] if trained else []
+        if adam:
+            self.optimizers.append(torch.optim.Adam(adam, capturable=self.images.is_cuda))
+        self._leaves = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
+        self._step = self._plain_step
+        if objective.generators is not None:
+            self._step = replayed(self._plain_step, objective.generators, self.images.device)
 
-    def step() -> Tensor:
-        matched = objective.match(*decoded())
+    def update(self) -> Tensor:
+        """Do an update and return the terms of its loss [1 or 2]."""
+        with torch.no_grad():
+            self.objective.prepare(*self._decoded())
+        return self._step().clone()
+
+    @property
+    def learned(self) -> list[Tensor]:
+        """What is to be distilled: the images, and the logits of soft labels."""
+        return [self.images] if self.logits is None else [self.images, self.logits]
+
+    @property
+    def synthetic(self) -> SyntheticSet:
+        """A copy of the set as it is now."""
+        return replace(
+            self.start,
+            images=self.images.detach().clone(),
+            soft_labels=None if self.logits is None else self.logits.detach().softmax(1),
+            network_lr=self.objective.network_lr,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Return a copy of all that the updates to come depend on."""
+        state = remember(self._lasting())
+        for name, optimizer in self._named_optimizers():
+            for index, kept in optimizer.state_dict()["state"].items():
+                state |= remember(within(f"{name}.{index}", kept))
+        return state | (remember(within("term", self.term.state_dict())) if self.term else {})
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned.
+
+        Raises:
+            InputError: it did so for other arguments, code or device.
+        """
+        if self.term:
+            self.term.load_state_dict(_under("term", state))
+        for name, optimizer in self._named_optimizers():
+            kept: dict[int, dict[str, Tensor]] = {}
+            for own, value in _under(name, state).items():
+                index, _, key = own.partition(".")
+                kept.setdefault(int(index), {})[key] = value.clone()
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": kept, "param_groups": groups})
+        others = ("term.", *(f"{name}." for name, _ in self._named_optimizers()))
+        recall(self._lasting(), {n: value for n, value in state.items() if not n.startswith(others)})
+
+    def _lasting(self) -> Lasting:
+        leaves: Lasting = {str(k): leaf for k, leaf in enumerate(self._leaves)}
+        return within("leaf", leaves) | within("objective", self.objective.lasting())
+
+    def _named_optimizers(self) -> list[tuple[str, torch.optim.Optimizer]]:
+        return [(f"optimizer {k}", optimizer) for k, optimizer in enumerate(self.optimizers)]
+
+    def _decoded(self) -> tuple[Tensor, Tensor]:
+        targets = self.start.targets if self.logits is None else self.logits.softmax(1)
+        return decode(self.images, self.start.factor), targets
+
+    def _plain_step(self) -> Tensor:
+        matched = self.objective.match(*self._decoded())
         terms = [matched.loss]
-        if mutual_information:
+        if self.term:
             terms.append(
-                mutual_information(
+                self.term(
                     matched.synthetic_features,
                     matched.real_features,
                     matched.synthetic_labels,
                     matched.real_labels,
                 )
             )
-        for optimizer in optimizers:
+        for optimizer in self.optimizers:
             optimizer.zero_grad()
         values = torch.stack(terms)
         # Named, so that no gradient of a network's weights is worked out for nobody.
-        values.sum().backward(inputs=leaves)
-        for optimizer in optimizers:
+        values.sum().backward(inputs=self._leaves)
+        for optimizer in self.optimizers:
             optimizer.step()
         return values.detach()
 
-    update = step
-    if objective.generators is not None:
-        update = replayed(step, objective.generators, images.device)
-    while True:
-        with torch.no_grad():
-            objective.prepare(*decoded())
-        yield update().clone()
+
+def _under(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {own.removeprefix(f"{name}."): value for own, value in state.items() if own.startswith(f"{name}.")}
 
 
 def _remedy(names: list[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 
 import torch
@@ -165,11 +165,21 @@ class Experiment:
         mim = self.config.mim
         return self._trained_on_real.train() if mim.mim_weight and mim.mim_networks == "real" else iter(())
 
-    def distill(self, on_progress: Callable[[Progress], None], *, with_mim: bool = True) -> SyntheticSet:
+    def distill(
+        self,
+        on_progress: Callable[[Progress], None],
+        *,
+        with_mim: bool = True,
+        done: int = 0,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> SyntheticSet:
         """Return the distilled set; `with_mim=False` runs the base method alone.
+
+        Given what `mim4dd.distill.distill` calls `done` and `state`, the run goes on from there.
 
         Raises:
             DivergenceError: a term of the loss is not finite any more.
+            InputError: a state of other settings, code or device.
         """
         settings = self.config.distill
         method, start = METHODS[settings.method], self.start
@@ -184,6 +194,8 @@ class Experiment:
             momentum=settings.image_momentum,
             mutual_information=term,
             on_progress=on_progress,
+            done=done,
+            state=state,
         )
         if settings.soft_labels and not method.learns_targets:
             distilled = self.with_soft_labels(distilled)

@@ -6,33 +6,73 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from .checkpoint import NAME as checkpoint_file
+from .checkpoint import Checkpoint
 from .config import Config, check
-from .console import guarded
+from .console import complain, guarded
 from .errors import InputError
 from .experiment import Experiment
 from .files import make_folder
-from .options import read
+from .options import plain, read
 from .presets import with_presets
 from .runner import run
+
+
+@dataclass(frozen=True)
+class RunConfig(Config):
+    """Distil a labelled image set into a few synthetic images per class."""
+
+    resume: Path | None = None
+    """Folder of a run that was cut off, to go on with it as if it had not been; takes no other option."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, 1 (diverged), 2 (bad input) or 130 (interrupted)."""
 
     def command() -> None:
-        experiment = Experiment.prepare(parse(sys.argv[1:] if arguments is None else arguments))
-        run(experiment, open_folder(experiment))
+        settings = read(RunConfig, "python -m mim4dd.run", sys.argv[1:] if arguments is None else arguments)
+        if settings.resume:
+            folder, checkpoint = settings.resume, unfinished(settings)
+            experiment = Experiment.prepare(checkpoint.config)
+        else:
+            experiment = Experiment.prepare(filled(plain(settings)))
+            folder, checkpoint = open_folder(experiment), None
+        try:
+            run(experiment, folder, checkpoint)
+        except KeyboardInterrupt:
+            if (folder / checkpoint_file).exists():
+                complain(f"to go on: python -m mim4dd.run --resume {folder}")
+            raise
 
     return guarded(command)
 
 
-def parse(arguments: Sequence[str]) -> Config:
-    """Read the command line and, under it, the file that --config names."""
-    config = read(Config, "python -m mim4dd.run", arguments)
+def filled(config: Config) -> Config:
+    """Check the settings of a run and fill in those that were left open.
+
+    Raises:
+        InputError: settings that cannot be meant.
+    """
     check(config)
     return with_presets(config)
+
+
+def unfinished(settings: RunConfig) -> Checkpoint:
+    """Return where the run is that --resume names.
+
+    Raises:
+        InputError: there is none, or other options were given.
+    """
+    folder = settings.resume
+    assert folder is not None
+    if settings != RunConfig(resume=folder):
+        raise InputError(f"--resume {folder} goes on with the settings of that run; leave out all others")
+    if (folder / "result.json").exists():
+        raise InputError(f"--resume {folder}: that run is finished, see its result.json")
+    return Checkpoint.load(folder)
 
 
 def open_folder(experiment: Experiment) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from . import __version__, report
+from .checkpoint import Checkpoint
 from .config import Config, settled, to_json
 from .console import (
     complain,
@@ -32,11 +33,17 @@ from .synthetic import SyntheticSet
 SAVE_EVERY = 60  # seconds between saves of a set in the making
 
 
-def run(experiment: Experiment, folder: Path) -> dict[str, Any]:
+def run(experiment: Experiment, folder: Path, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
     """Distil, evaluate and write; return what result.json holds.
+
+    Args:
+        experiment: what to run.
+        folder: where its files go.
+        checkpoint: of the same run, which goes on from there.
 
     Raises:
         DivergenceError, KeyboardInterrupt: the last good set has been saved, if it was still being distilled.
+        InputError: a checkpoint of other settings, code or device.
     """
     config, train = experiment.config, experiment.train
     console.print(
@@ -54,13 +61,16 @@ def run(experiment: Experiment, folder: Path) -> dict[str, Any]:
     if config.distill.soft_labels:
         console.print("For the soft labels a network is trained on the real images as well.")
     prepared(f"prepare {config.distill.method}", experiment.prepare_method())
-    keeper = Keeper(experiment, folder / "synthetic.safetensors")
-    began = time.monotonic()
+    keeper = Keeper(experiment, folder, checkpoint)
     prepared("train networks for the term", experiment.prepare_term())
+    distil = functools.partial(experiment.distill, done=keeper.iteration, state=keeper.state)
     try:
-        keeper.synthetic = with_progress("distil", experiment, experiment.distill, keeper)
-    except (DivergenceError, KeyboardInterrupt):
-        keeper.save()
+        keeper.synthetic = with_progress("distil", experiment, distil, keeper)
+    except (DivergenceError, KeyboardInterrupt) as error:
+        if isinstance(error, DivergenceError):
+            keeper.state = None  # it would only diverge again
+        if keeper.unsaved:
+            keeper.save()
         complain(f"the last good set, of iteration {keeper.iteration}, is in {keeper.path}")
         raise
     synthetic = keeper.save()
@@ -76,12 +86,13 @@ def run(experiment: Experiment, folder: Path) -> dict[str, Any]:
         "evaluated_on": experiment.evaluated_on,
         "mutual_information": experiment.information(keeper.synthetic),
         "seconds": {
-            "distill": round(distilled - began, 1),
+            "distill": round(distilled - keeper.began, 1),
             "evaluate": round(time.monotonic() - distilled, 1),
         },
         "history": keeper.history,
     }
     report.write(folder, synthetic, result)
+    Checkpoint(config).save(folder)  # there is nothing left to go on with
     if score:
         print_table(
             f"Accuracy on the {result['evaluated_on']} set of {len(experiment.test)} images",
@@ -105,25 +116,30 @@ def the_term(config: Config) -> str:
 
 
 class Keeper:
-    """Keeps the last good set of a run, now and then on disk, and the history of its loss."""
+    """Keeps the last good set of a run, now and then on disk, what it needs to go on, and its history."""
 
-    def __init__(self, experiment: Experiment, path: Path) -> None:
+    def __init__(self, experiment: Experiment, folder: Path, checkpoint: Checkpoint | None = None) -> None:
         self.experiment = experiment
-        self.path = path
+        self.folder = folder
+        self.path = folder / "synthetic.safetensors"
         self.synthetic = experiment.start
-        self.iteration = 0
-        self.history: list[dict[str, float]] = []
+        checkpoint = checkpoint or Checkpoint(experiment.config)
+        self.iteration, self.state = checkpoint.iteration, checkpoint.state
+        self.history = [*checkpoint.history]
+        self.unsaved = self.state is None
+        self.began = time.monotonic() - checkpoint.seconds
         self._saved = time.monotonic()
 
     def __call__(self, progress: Progress) -> None:
         """Take a look of the distillation loop."""
-        self.synthetic, self.iteration = progress.synthetic, progress.iteration
+        self.synthetic, self.iteration, self.state = progress.synthetic, progress.iteration, progress.state
         self.history.append({"iteration": progress.iteration, **progress.terms})
+        self.unsaved = True
         if time.monotonic() - self._saved > SAVE_EVERY:
             self.save()
 
     def save(self) -> SyntheticSet:
-        """Write the set and return it, on the CPU."""
+        """Write the set and what it needs to go on; return the set, on the CPU."""
         config = self.experiment.config
         facts = {
             "dataset": self.experiment.name,
@@ -137,9 +153,11 @@ class Keeper:
             "config": to_json(config),
         }
         synthetic = replace(self.synthetic.to("cpu"), metadata=facts)
-        report.remove(self.path.parent)  # of what is overwritten
+        report.remove(self.folder)  # of what is overwritten
         synthetic.save(self.path)
-        self._saved = time.monotonic()
+        seconds = time.monotonic() - self.began
+        Checkpoint(config, self.iteration, seconds, self.history, self.state).save(self.folder)
+        self._saved, self.unsaved = time.monotonic(), False
         return synthetic
 
 

@@ -5,6 +5,9 @@ import sys
 
 import numpy as np
 
+from mim4dd.options import plain, read
+from mim4dd.run import RunConfig, filled
+
 QUICK = ["--quick", "--iterations", "3", "--eval-epochs", "2"]
 
 
@@ -13,6 +16,11 @@ def command(*arguments, module="run", **options):
     return subprocess.run(
         [sys.executable, "-m", f"mim4dd.{module}", *arguments], capture_output=True, text=True, **options
     )
+
+
+def parse(arguments):
+    """The settings of a run by its command line, none left open."""
+    return filled(plain(read(RunConfig, "run", arguments)))
 
 
 def files(folder):

@@ -4,15 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+from commands import parse
 
-from mim4dd import run
 from mim4dd.config import to_json
 from mim4dd.errors import InputError
 from mim4dd.studies.cells import BaselineCell, Cell, refuse_others
 
 
 def settings(options=""):
-    return run.parse(["--quick", "--precision", "fp32", *options.split()])
+    return parse(["--quick", "--precision", "fp32", *options.split()])
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_a_run_of_other_settings_is_refused(options, difference):
 def test_where_and_how_it_was_asked_for_is_no_other_setting():
     sizes = "--iterations 5 --real-batch 4 --width 8 --num-eval 1 --eval-epochs 2 --init real"
     sizes += " --num-experts 1 --expert-snapshots 6 --expert-batches 6 --max-start 3 --student-steps 5"
-    there = run.parse(["--precision", "fp32", "--out", "there", "--overwrite", *sizes.split()])
+    there = parse(["--precision", "fp32", "--out", "there", "--overwrite", *sizes.split()])
     refuse_others(Path("there"), to_json(there), settings(sizes))
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import npz
+from commands import npz, parse
 from conftest import close
 
-from mim4dd import augment, networks, run
+from mim4dd import augment, networks
 from mim4dd.config import to_json
 from mim4dd.data import load
 from mim4dd.evaluate import main
@@ -200,7 +200,7 @@ def test_a_saved_set_is_scored_by_its_own_settings_and_those_given(digits, tmp_p
     monkeypatch.setattr("mim4dd.evaluate.resolve", lambda precision, _: f"picked for {precision}")
     settings = "--eval-epochs 12 --augmentation crop --width 9 --network mlp --seed 5 --data-dir there"
     own = {"mean": torch.tensor([0.25]), "std": torch.tensor([0.5]), "network_lr": 0.03}
-    metadata = {"config": to_json(run.parse(settings.split()))}
+    metadata = {"config": to_json(parse(settings.split()))}
     start = initialise(digits[0], 2, "real", generator(0, "init"), factor=2)
     saved = dataclasses.replace(start, **own, metadata=metadata)
     saved.save(tmp_path / "synthetic.safetensors")

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import parse
 from conftest import close
 
-from mim4dd import experiment, run, runner
+from mim4dd import experiment, runner
 from mim4dd.data import load
 from mim4dd.data.clusters import cluster_labels, image_for_each, kmeans_centres
 from mim4dd.evaluation import Score
@@ -21,7 +22,7 @@ from mim4dd.synthetic import encode, initialise, select_kmeans, select_random
 def prepare(options="", load=load):
     """A small experiment of seed 3 with these options of the command line."""
     small = "--quick --width 8 --seed 3 --device cpu "
-    return Experiment.prepare(run.parse((small + options).split()), load)
+    return Experiment.prepare(parse((small + options).split()), load)
 
 
 @pytest.fixture

@@ -130,22 +130,37 @@ def test_a_replayed_distillation_is_the_same(method, stand_in, tmp_path, monkeyp
     assert looks == plain_looks
 
 
-def test_students_are_replayed_too(stand_in, monkeypatch):
+@pytest.fixture
+def short_students(monkeypatch):
     monkeypatch.setattr(own_networks, "STUDENT_EVERY", 3)
     monkeypatch.setattr(own_networks, "STUDENT_STEPS", (4, 6))
-    problem, start = digits_problem()
-    problem = dataclasses.replace(problem, layers=(0, 1), augmentation="crop")
 
-    def images():
-        objective = through(TrainedOnSynthetic(problem), METHODS["dm"].objective(problem), problem)
-        term = MutualInformation(loss="info_nce", weight=10.0, layers="all", temperature=0.03)
-        settings = {"iterations": 12, "lr": 1.0, "momentum": 0.5, "mutual_information": term}
-        return distill.distill(objective, start, **settings).images
 
-    replayed = images()
+def test_students_are_replayed_too(stand_in, short_students, monkeypatch):
+    replayed, _ = with_students()
     assert len(stand_in) == 2, "the image step, and the student's step once for all students"
     monkeypatch.setattr(graph, "WARM_UP", 10**9)
-    assert torch.equal(replayed, images())
+    assert torch.equal(replayed, with_students()[0])
+
+
+def with_students(device="cpu", **from_there):
+    """The images after 15 iterations of dm with the default term, and the looks at them."""
+    problem, start = digits_problem()
+    real, labels = problem.real.to(device), problem.labels.to(device)
+    problem = dataclasses.replace(problem, real=real, labels=labels, layers=(0, 1), augmentation="crop")
+    objective = through(TrainedOnSynthetic(problem), METHODS["dm"].objective(problem), problem)
+    term = MutualInformation(loss="info_nce", weight=10.0, layers="all", temperature=0.03)
+    looks = []
+    settings = {"iterations": 15, "lr": 1.0, "momentum": 0.5, "mutual_information": term}
+    made = distill.distill(objective, start.to(device), on_progress=looks.append, **settings, **from_there)
+    return made.images, looks
+
+
+def test_a_replayed_run_that_was_cut_off_goes_on_as_if_it_had_not_been(stand_in, short_students):
+    whole, (first, _) = with_students()
+    rest, _ = with_students(done=10, state=first.state)
+    assert len(stand_in) == 4, "the rest is long enough to be recorded, too"
+    assert torch.equal(rest, whole)
 
 
 def test_learned_soft_labels_are_replayed_too(stand_in, tmp_path, monkeypatch):
@@ -251,6 +266,15 @@ def test_a_graph_gives_what_single_launches_give(method, device, tmp_path, monke
     plain, _ = distilled(method, tmp_path, device, iterations=6)
     # A pixel moves by 0.2 and more from the third iteration to the sixth.
     torch.testing.assert_close(replayed.images, plain.images, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(device, short_students, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    whole, (first, _) = with_students(device)
+    state = {name: tensor.cpu() for name, tensor in first.state.items()}  # as it comes from a file
+    rest, _ = with_students(device, done=10, state=state)
+    torch.testing.assert_close(rest, whole, rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize("device", [CUDA])

@@ -9,10 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from commands import QUICK, command, files, npz
+from commands import QUICK, command, files, npz, parse
 from conftest import write_pictures
 
 from mim4dd import run, runner
+from mim4dd.checkpoint import Checkpoint
 from mim4dd.distill import Progress
 from mim4dd.experiment import Experiment
 from mim4dd.synthetic import SyntheticSet
@@ -38,7 +39,7 @@ def test_results_are_never_overwritten_silently(tmp_path, monkeypatch, capsys):
 
 def test_two_runs_at_once_get_a_folder_each(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    experiment = Experiment.prepare(run.parse([*QUICK]))
+    experiment = Experiment.prepare(parse([*QUICK]))
     assert [run.open_folder(experiment).name for _ in range(2)] == ["digits-dm-ipc1-0", "digits-dm-ipc1-0-2"]
 
 
@@ -171,17 +172,21 @@ def test_interruption_keeps_the_last_good_set(tmp_path):
 def test_a_set_in_the_making_is_saved_every_minute_and_says_how_far_it_is(tmp_path, monkeypatch):
     seconds = [100.0]
     monkeypatch.setattr("mim4dd.runner.time.monotonic", lambda: seconds[0])
-    experiment = Experiment.prepare(run.parse(["--quick", "--iterations", "500", "--device", "cpu"]))
+    experiment = Experiment.prepare(parse(["--quick", "--iterations", "500", "--device", "cpu"]))
     path = tmp_path / "synthetic.safetensors"
-    keeper = runner.Keeper(experiment, path)
+    keeper = runner.Keeper(experiment, tmp_path)
     saved = []
     for iteration, seconds[0] in ((10, 159), (20, 161), (30, 220), (40, 222)):
         images = experiment.start.images + iteration
-        keeper(Progress(iteration, {"base": 1.0}, replace(experiment.start, images=images)))
+        synthetic = replace(experiment.start, images=images)
+        keeper(Progress(iteration, {"base": 1.0}, synthetic, {"images": images}))
         if path.exists():
             made = SyntheticSet.load(path)
             saved.append(made.metadata["iterations"])
             assert torch.equal(made.images, experiment.start.images + saved[-1])
+            found = Checkpoint.load(tmp_path)
+            assert found.iteration == saved[-1]
+            assert torch.equal(found.state["images"], made.images)
     assert saved == [20, 20, 40]
     assert made.metadata["config"]["distill"]["iterations"] == 500
 

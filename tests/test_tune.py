@@ -6,8 +6,9 @@ import math
 import sys
 
 import pytest
+from commands import parse
 
-from mim4dd import compare, run, tune
+from mim4dd import compare, tune
 from mim4dd.config import MimConfig, to_json
 from mim4dd.data import load
 from mim4dd.options import read
@@ -71,7 +72,7 @@ def test_the_best_is_found_and_run_accepts_it(tmp_path, scored, capsys):
     assert study.best_trial.number == found["best"]
     assert study.best_value == pytest.approx(best["accuracies"]["0"] - 0.5)
     assert not found["within_noise"]
-    accepted = run.parse(["--config", str(out / "tune.json")])
+    accepted = parse(["--config", str(out / "tune.json")])
     assert vars(accepted.mim) == best["mim"]
     assert (accepted.distill.method, accepted.distill.ipc) == ("dsa", 2)
     assert (accepted.data.validation, accepted.distill.iterations, accepted.out) == (0.0, 2, None)
@@ -90,7 +91,7 @@ def test_the_best_is_found_and_run_accepts_it(tmp_path, scored, capsys):
 def test_the_default_settings_are_tried_first_as_far_as_they_are_searched(tmp_path, scored):
     ran = scored()
     arguments = [*QUICK, "--ipc", "10", "--trials", "1", "--seeds", "0", "--mim-pairs", "cluster"]
-    default = run.parse([*QUICK, "--ipc", "10", "--mim-pairs", "cluster"]).mim
+    default = parse([*QUICK, "--ipc", "10", "--mim-pairs", "cluster"]).mim
     assert tune.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
     assert ran[1].mim == default
     narrow = ["--temperatures", "0.2", "1", "--layers", "last", "--networks", "base"]

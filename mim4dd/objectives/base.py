@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import augment
 from ..augment import AugmentParams
 from ..data import ImageSet
+from ..lasting import Lasting
 from ..networks import CHUNK, Network, create
 from ..networks.memory import per_image
 
@@ -197,6 +198,14 @@ class Objective(ABC):
 
         Takes the images [n, C, H, W] and targets that are then matched, as constants.
         """
+
+    def lasting(self) -> Lasting:
+        """Return what lasts from one match to the next, so that a run can go on where it was cut off.
+
+        By default the `generators`; networks that are trained meanwhile, and whatever else `prepare` keeps,
+        belong to it too.
+        """
+        return {f"generator {k}": generator for k, generator in enumerate(self.generators or ())}
 
     @abstractmethod
     def match(self, images: Tensor, targets: Tensor) -> Matched:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from .. import augment
+from ..lasting import Count, Lasting
 from ..networks import CHUNK, Network, initialise, nothing_of
 from ..seeding import generator
 from ..stacked import Stack, augmented_batch
@@ -97,19 +98,30 @@ class GradientMatching(Objective):
         )
         self.generators = (self.draws, self.augmentations)
         self.outer, self.inner = loops(len(problem.labels) // problem.real.num_classes)
-        self.calls = 0
+        self.calls = Count()
         self.stack = Stack.of(self.network.network, self.training)
         optimizer = torch.optim.SGD(self.stack.weights.values(), lr=NETWORK_LR)
         self.step = self.stack.step(optimizer, augmented_batch, problem.augmentation, problem.real.image_size)
 
     def prepare(self, images: Tensor, targets: Tensor) -> None:
         """Start with a new network, or train the one there is on the synthetic images."""
-        if self.calls % self.outer == 0:
+        if self.calls.times % self.outer == 0:
             initialise(self.network, self.weights)
         else:
             self._train(images, targets)
-        self.calls += 1
+        self.calls.times += 1
         self.problem.settle(self.network.network, self.statistics)
+
+    def lasting(self) -> Lasting:
+        """The network, how far its training is, and all that is drawn from."""
+        return {
+            **self.network.state_dict(),
+            "calls": self.calls,
+            "weights": self.weights,
+            "training": self.training,
+            "statistics": self.statistics,
+            **super().lasting(),
+        }
 
     def match(self, images: Tensor, targets: Tensor) -> Matched:
         """Return the distance for the synthetic images [n, C, H, W], and features of the same passes."""

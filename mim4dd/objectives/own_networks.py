@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..lasting import Count, Lasting
 from ..networks import Network, initialise
 from ..networks.flat import flatten, load
 from ..seeding import generator
@@ -41,6 +42,10 @@ class OwnNetworks(ABC):
 
         Takes them as constants.
         """
+
+    def lasting(self) -> Lasting:
+        """Return what lasts beside that which is the same for every run of a problem."""
+        return {}
 
     @torch.no_grad()
     def load_into(self, network: Network, choice: torch.Generator) -> None:
@@ -91,7 +96,7 @@ class TrainedOnSynthetic(OwnNetworks):
 
     def __init__(self, problem: Problem) -> None:
         network, device = problem.network(), problem.real.images.device
-        self._matches = 0
+        self._matches = Count()
         self._network = network
         self._lengths = generator(problem.seed, "mim/student/steps")  # on the CPU: they say what to do
         self._random = generator(problem.seed, "mim/student", device)
@@ -100,14 +105,23 @@ class TrainedOnSynthetic(OwnNetworks):
 
     def renew(self, images: Tensor, targets: Tensor) -> None:
         """Train a new student every `STUDENT_EVERY` calls, the first one included."""
-        if self._matches % STUDENT_EVERY == 0:
+        if self._matches.times % STUDENT_EVERY == 0:
             least, most = STUDENT_STEPS
             self._training.restart()
             for _ in range(int(torch.randint(least, most + 1, (), generator=self._lengths))):
                 order = torch.randperm(len(images), generator=self._random, device=images.device)
                 self._training.step(order[None, :STUDENT_BATCH], images, targets)
             self.weights[0] = flatten(self._network.parameters())
-        self._matches += 1
+        self._matches.times += 1
+
+    def lasting(self) -> Lasting:
+        """The student, how many matches it served, and what the next one is drawn from."""
+        return {
+            "weights": self.weights,
+            "matches": self._matches,
+            "lengths": self._lengths,
+            "random": self._random,
+        }
 
 
 class _Training:

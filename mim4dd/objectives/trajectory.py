@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import augment, experts
 from ..errors import InputError
 from ..experts import ExpertConfig, Experts, Recipe
+from ..lasting import Lasting
 from ..networks.flat import flatten, load
 from ..seeding import generator
 from .base import Matched, Objective, Problem
@@ -142,6 +143,10 @@ class TrajectoryMatching(Objective):
         )
         for held, k in ((self.start, snapshot), (self.target, snapshot + self.config.span)):
             held.copy_(self.experts.weights(expert, k, images.device))
+
+    def lasting(self) -> Lasting:
+        """All that is drawn from; the experts are in their file."""
+        return {"matches": self.matches, **super().lasting()}
 
     def match(self, images: Tensor, targets: Tensor) -> Matched:
         """Return the distance for the synthetic images [n, C, H, W]; features only if the add-on wants them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..lasting import Lasting, within
 from ..seeding import generator
 from .base import Matched, Objective, Problem
 from .own_networks import OwnNetworks
@@ -43,6 +44,10 @@ class _Through(Objective):
     def prepare(self, images: Tensor, targets: Tensor) -> None:
         self.base.prepare(images, targets)
         self.networks.renew(images, targets)
+
+    def lasting(self) -> Lasting:
+        own: Lasting = {f"draw {k}": draw for k, draw in enumerate(self.draws)}
+        return own | within("base", self.base.lasting()) | within("networks", self.networks.lasting())
 
     def match(self, images: Tensor, targets: Tensor) -> Matched:
         problem = self.problem

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..checkpoint import NAME as STATE
+from ..checkpoint import Checkpoint
 from ..config import Config, DistillConfig, MimConfig, settled, to_json
 from ..console import complain, with_accuracy
 from ..data import load
@@ -56,7 +58,7 @@ class Cell:
         return outcome
 
     def run(self) -> dict[str, Any]:
-        """Run it and return what `found` will find from now on.
+        """Run it, or go on where it was cut off, and return what `found` will find from now on.
 
         Raises:
             InputError: the data or the device do not go with the settings.
@@ -69,7 +71,8 @@ class Cell:
             return self._write(FAILED, {"failed": str(error)})
 
     def _outcome(self) -> dict[str, Any]:
-        return run(Experiment.prepare(self.config, _load), self.folder)
+        checkpoint = Checkpoint.load(self.folder) if (self.folder / STATE).exists() else None
+        return run(Experiment.prepare(self.config, _load), self.folder, checkpoint)
 
     def _write(self, name: str, outcome: dict[str, Any]) -> dict[str, Any]:
         outcome = {**outcome, "version": __version__, "config": to_json(resolved(self.config))}

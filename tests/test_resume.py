@@ -1,0 +1,195 @@
+"""A run that was cut off goes on as if it had not been."""
+
+import json
+
+import pytest
+import torch
+from commands import QUICK, files, parse
+
+from mim4dd import checkpoint, compare, distill, run, runner
+from mim4dd.errors import InputError
+from mim4dd.experiment import Experiment
+from mim4dd.objectives import gradient, own_networks
+from mim4dd.synthetic import SyntheticSet
+
+RUN = ["--quick", "--iterations", "14", "--eval-epochs", "2"]  # looked at after 10 and 14
+
+
+@pytest.fixture
+def short_trainings(monkeypatch):
+    """A student every 4 matches, a network of gradient matching every 4 image steps."""
+    monkeypatch.setattr(own_networks, "STUDENT_EVERY", 4)
+    monkeypatch.setattr(own_networks, "STUDENT_STEPS", (2, 5))
+    monkeypatch.setattr(own_networks, "REAL_STEPS", 10)
+    monkeypatch.setattr(gradient, "loops", lambda ipc: (4, 2))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--mim-weight 0",
+        "--mim-networks synthetic",
+        "--mim-networks real",
+        "--mim-loss nce --mim-networks base --mim-projection trained",
+        "--factor 2 --image-momentum 0",
+        "--method dc --mim-weight 0 --ipc 2",
+        "--method dsa --ipc 2 --soft-labels",
+        "--method dsa --network convnet-bn",
+        "--method mtt --student-batch 6 --mim-weight 1 --soft-labels",
+        "--method ncfm --soft-labels",
+    ],
+)
+def test_the_rest_of_a_run_is_what_it_would_have_been(tmp_path, short_trainings, options):
+    def distilled(**from_there):
+        looks = []
+        experiment = Experiment.prepare(parse([*RUN, "--experts", str(tmp_path), *options.split()]))
+        return experiment.distill(looks.append, **from_there), looks
+
+    whole, (first, last) = distilled()
+    rest, (look,) = distilled(done=10, state=first.state)
+    assert torch.equal(rest.images, whole.images)
+    assert torch.equal(rest.targets, whole.targets)
+    assert rest.network_lr == whole.network_lr
+    assert (look.iteration, look.terms) == (last.iteration, last.terms)
+    assert look.state.keys() == last.state.keys()
+    assert all(torch.equal(look.state[name], value) for name, value in last.state.items())
+    assert not torch.equal(whole.images, first.synthetic.images)
+
+
+@pytest.fixture
+def cut_off_after_10(monkeypatch):
+    """Runs that are interrupted at their first look, until undone."""
+    look = runner.Keeper.__call__
+
+    def interrupt(keeper, progress):
+        look(keeper, progress)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.Keeper, "__call__", interrupt)
+    return monkeypatch
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """A list that grows with every update of the images."""
+    done, update = [], distill.Making.update
+
+    def counted(making):
+        done.append(making)
+        return update(making)
+
+    monkeypatch.setattr(distill.Making, "update", counted)
+    return done
+
+
+@pytest.fixture
+def cut_off(tmp_path, cut_off_after_10, capsys):
+    """The folder of a run that was."""
+    out = tmp_path / "out"
+    assert run.main([*RUN, "--out", str(out)]) == 130
+    assert files(out) == ["state.safetensors", "synthetic.safetensors"]
+    assert f"mim4dd: to go on: python -m mim4dd.run --resume {out}\n" in capsys.readouterr().err
+    cut_off_after_10.undo()
+    return out
+
+
+def test_a_run_is_resumed_by_its_folder(cut_off, tmp_path):
+    assert run.main(["--resume", str(cut_off)]) == 0
+    whole = tmp_path / "whole"
+    assert run.main([*RUN, "--out", str(whole)]) == 0
+    assert files(cut_off) == files(whole), "nothing is left to go on with"
+    results = [json.loads((folder / "result.json").read_text()) for folder in (cut_off, whole)]
+    for result in results:
+        del result["seconds"]
+        assert result["config"].pop("out")
+    assert results[0] == results[1]
+    ours, expected = (SyntheticSet.load(folder / "synthetic.safetensors") for folder in (cut_off, whole))
+    assert torch.equal(ours.images, expected.images)
+
+
+def test_its_time_goes_on_too(cut_off):
+    state = checkpoint.Checkpoint.load(cut_off)
+    assert state.seconds > 0
+    later = checkpoint.Checkpoint(state.config, state.iteration, 1000.0, state.history, state.state)
+    later.save(cut_off)
+    assert run.main(["--resume", str(cut_off)]) == 0
+    assert json.loads((cut_off / "result.json").read_text())["seconds"]["distill"] > 1000
+
+
+def test_cut_off_again_before_a_look_it_is_as_before(cut_off, monkeypatch, capsys):
+    before = {name: (cut_off / name).read_bytes() for name in files(cut_off)}
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill.Making, "update", interrupt)
+    assert run.main(["--resume", str(cut_off)]) == 130
+    assert "the last good set, of iteration 10, is in" in capsys.readouterr().err
+    assert {name: (cut_off / name).read_bytes() for name in files(cut_off)} == before
+
+
+def test_a_run_cut_off_in_its_evaluation_is_not_distilled_again(tmp_path, monkeypatch, updates, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    out = str(tmp_path / "out")
+    with monkeypatch.context() as here:
+        here.setattr(runner, "evaluations", interrupt)
+        assert run.main([*RUN, "--out", out]) == 130
+    assert f"to go on: python -m mim4dd.run --resume {out}" in capsys.readouterr().err
+    assert len(updates) == 14
+    assert run.main(["--resume", out]) == 0
+    assert len(updates) == 14
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["iterations"] == 14
+
+
+def test_a_cell_of_a_comparison_goes_on_where_it_was_cut_off(tmp_path, cut_off_after_10, capsys):
+    comparison = [*RUN, "--mim-weights", "0", "--seeds", "0", "--out", str(tmp_path)]
+    assert compare.main(comparison) == 130
+    error = capsys.readouterr().err
+    assert "the same command goes on" in error
+    assert "--resume" not in error
+    cut_off_after_10.undo()
+    assert compare.main(comparison) == 0
+    result = json.loads((tmp_path / "cells" / "dm-w0-ipc1-seed0" / "result.json").read_text())
+    assert [look["iteration"] for look in result["history"]] == [10, 14]
+
+
+def refused(folder, capsys, *options):
+    assert run.main(["--resume", str(folder), *options]) == 2
+    return capsys.readouterr().err
+
+
+def test_what_cannot_be_resumed_is_refused(cut_off, tmp_path, capsys):
+    assert "goes on with the settings of that run; leave out all others" in refused(
+        cut_off, capsys, "--iterations", "20"
+    )
+    assert "holds no state.safetensors: no run was cut off there" in refused(tmp_path, capsys)
+    path = cut_off / "state.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    assert "cannot be read" in refused(cut_off, capsys)
+    path.write_bytes(whole.replace(b"mim4dd-state-1", b"mim4dd-state-0"))
+    assert "is of another version of mim4dd" in refused(cut_off, capsys)
+    path.write_bytes(whole)
+    assert run.main(["--resume", str(cut_off)]) == 0
+    capsys.readouterr()
+    assert "that run is finished" in refused(cut_off, capsys)
+
+
+@pytest.mark.parametrize("change", ["missing", "more", "of a GPU"])
+def test_a_state_of_something_else_is_refused(change):
+    looks = []
+    config = parse([*QUICK, "--iterations", "10"])
+    Experiment.prepare(config).distill(looks.append)
+    (state,) = (look.state for look in looks)
+    name = "objective.base.generator 0"
+    if change == "missing":
+        del state[name]
+    elif change == "more":
+        name = "objective.network"
+        state[name] = torch.zeros(1)
+    else:
+        state[name] = state[name][:16]  # a GPU's generators have so many bytes
+    with pytest.raises(InputError, match=f"of other settings, code or device: see '{name}'"):
+        Experiment.prepare(config).distill(looks.append, done=10, state=state)
