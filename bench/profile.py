@@ -164,7 +164,7 @@ def show(options: argparse.Namespace, device: torch.device, computing: str, expe
     start = problems.synthetic_set(problem, problems.synthetic_images(problem))
 
     def iterate() -> None:
-        distill.distill(objective, start, iterations=options.iterations, lr=method.image_lr, momentum=0.5)
+        distill.distill(objective, start, iterations=options.iterations, lr=method.image_lr[1], momentum=0.5)
 
     iterate()
     with FlopCounterMode(display=False) as counter:

@@ -59,12 +59,12 @@ def matching_step(method: str, of: Problem, images: Tensor) -> Callable[[], obje
     if isinstance(objective, GradientMatching):
         objective.inner = 0
     start = problems.synthetic_set(of, images)
-    return Making(objective, start, METHODS[method].image_lr, momentum=0.5).update
+    return Making(objective, start, METHODS[method].image_lr[1], momentum=0.5).update
 
 
 def textbook_step(method: str, of: Problem, images: Tensor) -> Callable[[], object]:
     plain = setting(of, images)
-    optimizer = torch.optim.SGD([plain.images], lr=METHODS[method].image_lr, momentum=0.5)
+    optimizer = torch.optim.SGD([plain.images], lr=METHODS[method].image_lr[1], momentum=0.5)
     if method == "dm":
         return lambda: baselines.distribution_step(plain, optimizer)
     network = plain.network()

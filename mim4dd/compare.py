@@ -110,7 +110,7 @@ def compare(comparison: Comparison) -> int:
     _refuse_others(folder, shared)
     outcomes = _earlier(folder) | found
     for method in comparison.methods:
-        runs = (cell.config for cell in plan.values() if cell.config.distill.method == method)
+        runs = (cell.config for (arm, _), cell in plan.items() if arm.name == method)
         rehearse(max(runs, key=lambda c: (c.distill.ipc, c.mim.mim_weight)))
     make_folder(folder, comparison.data.dataset)
     every = plan.keys() | outcomes.keys()
@@ -173,8 +173,8 @@ def cells(comparison: Comparison) -> dict[Key, Cell]:
                 for method in comparison.methods
                 for weight in comparison.mim_weights
             ]
-            # A method may be evaluated without augmentation; the baselines are only if all methods are.
-            like = next((c for c in runs if METHODS[c.distill.method].augmented), runs[0])
+            of_ipc = dataclasses.replace(shared.distill, ipc=ipc)
+            like = dataclasses.replace(shared, distill=of_ipc, seed=seed)
             for baseline in comparison.eval.baselines:
                 arm = Arm(baseline, None, ipc)
                 plan[arm, seed] = BaselineCell.of(folder / f"{arm.folder}-seed{seed}", baseline, like)

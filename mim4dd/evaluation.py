@@ -1,7 +1,7 @@
 """The evaluation protocol.
 
 A network is trained from nothing on the images alone and tested once, after the last epoch, on images that
-took no part in anything before.
+took no part in distilling; of those of a validation split, only the mean and deviation of all pixels did.
 """
 
 from __future__ import annotations

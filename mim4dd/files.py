@@ -44,8 +44,8 @@ def make_folder(folder: Path, dataset: str) -> Path:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise InputError(f"--out {folder} cannot be written ({error.strerror}); give another") from error
     return folder

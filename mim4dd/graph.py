@@ -67,7 +67,9 @@ class Replayed(Generic[Result]):
                 f"mim4dd: a step cannot be recorded as a CUDA graph and runs slower without ({cause})",
                 stacklevel=3,
             )
-            self.recordings.clear()  # they draw from the states that the generators had before
+            # The others draw from the states that the generators had before; of what cannot be recorded it
+            # is known.
+            self.recordings = {shapes: r for shapes, r in self.recordings.items() if r is self.step}
             return self.step
 
 

@@ -25,7 +25,7 @@ def read(kind: type[T], prog: str, arguments: Sequence[str]) -> T:
         SystemExit: what tyro does on --help and on unknown options (with 2).
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
+    first.add_argument("--config", type=Path, nargs="?")  # without a path tyro complains
     path = first.parse_known_args(arguments)[0].config
     return tyro.cli(
         kind,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,8 +85,7 @@ def with_presets(config: Config) -> Config:
         iterations = method.iterations(ipc * config.distill.factor**2)
         epochs = PAPER.eval_epochs if parts_of(augmentation or "none") else 300  # as published
         preset = dataclasses.replace(PAPER, iterations=iterations, eval_epochs=epochs)
-    weights = method.mim_weights[config.mim.mim_loss]
-    weight = weights[max(least for least in weights if least <= ipc)]
+    weight = at(method.mim_weights[config.mim.mim_loss], ipc)
     if config.mim.mim_loss == "nce" and config.data.dataset == "digits":
         weight /= 10  # of 8x8 pixels: smaller feature maps, and as much smaller a distance to balance
     return dataclasses.replace(
@@ -93,13 +93,18 @@ def with_presets(config: Config) -> Config:
         distill=_filled(
             config.distill,
             preset,
-            image_lr=method.image_lr,
+            image_lr=at(method.image_lr, 1 if preset is PAPER else ipc),
             augmentation=augmentation or "none",
         ),
         mim=_filled(config.mim, preset, mim_weight=weight, mim_temperature=TEMPERATURES[config.mim.mim_loss]),
         trajectory=_filled(config.trajectory, preset),
         eval=_filled(config.eval, preset),
     )
+
+
+def at(values: Mapping[int, float], ipc: int) -> float:
+    """Return the value at an IPC of those that hold from each IPC on."""
+    return values[max(least for least in values if least <= ipc)]
 
 
 def _filled(part: Any, preset: Preset, **others: Any) -> Any:

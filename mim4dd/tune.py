@@ -28,7 +28,6 @@ from .studies.tuning import CHOICES, RANGES, SEARCHED, Tuning, check_tuning
 if TYPE_CHECKING:
     import optuna
 
-BASE = MimConfig(mim_weight=0.0)
 UNPRUNED = 5  # trials before any is given up
 
 
@@ -53,9 +52,14 @@ class Search:
         check_tuning(tuning)
         self.tuning = tuning
         self.device = str(pick_device(tuning.device))
-        base = self._config(BASE, tuning.seeds[0])
+        self.base = dataclasses.replace(recast(MimConfig, tuning.mim), mim_weight=0.0)
+        base = self._config(self.base, tuning.seeds[0])
         for layers in tuning.layers:
-            rehearse(dataclasses.replace(base, mim=MimConfig(mim_weight=1.0, mim_layers=layers)))
+            rehearse(
+                dataclasses.replace(
+                    base, mim=dataclasses.replace(base.mim, mim_weight=1.0, mim_layers=layers)
+                )
+            )
         name = f"tune-{name_of(tuning.data.dataset)}-{tuning.distill.method}-ipc{tuning.distill.ipc}"
         self.folder = make_folder(tuning.out or Path("runs") / name, tuning.data.dataset)
         self.study = _study(
@@ -77,7 +81,7 @@ class Search:
             if done == 1:
                 self.study.enqueue_trial(self._default())
             trial = self.study.ask()
-            mim = self._suggest(trial) if done else BASE
+            mim = self._suggest(trial) if done else self.base
             try:
                 self._try(trial, mim, trials)
             except KeyboardInterrupt:
@@ -178,7 +182,7 @@ class Search:
             "seeds": self.tuning.seeds,
             "search_seed": self.tuning.seed,
             "space": self.tuning.space(),
-            "run": to_json(self._config(BASE, self.tuning.seeds[0])),
+            "run": to_json(self._config(self.base, self.tuning.seeds[0])),
         }
 
 

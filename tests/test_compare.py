@@ -60,7 +60,7 @@ def scored(monkeypatch):
     ran = []
 
     def use(score):
-        def run(experiment, folder):
+        def run(experiment, folder, checkpoint):
             ran.append(experiment.config)
             accuracy = score(experiment.config)
             outcome = {
@@ -368,13 +368,20 @@ def test_default_weights_are_those_of_run(monkeypatch):
     assert (cell.config.distill.ipc, cell.config.seed, cell.config.distill.image_lr) == (10, 3, 0.1)
 
 
-def test_a_method_without_augmentation_has_baselines_without():
-    plan = compare.cells(comparison("--methods", "dc"))
-    assert plan[Arm("random", None, 1), 0].config.distill.augmentation == "none"
-    both = [compare.cells(comparison("--methods", *m)) for m in (("dc", "dm"), ("dm", "dc"))]
-    first, second = (plan[Arm("random", None, 1), 0].config for plan in both)
-    assert first == second
-    assert first.distill.augmentation != "none"
+def test_baselines_are_the_same_whatever_the_methods():
+    plans = [compare.cells(comparison("--methods", *m)) for m in (["dc"], ["dc", "dm"], ["dm", "dc"])]
+    first, *others = (plan[Arm("random", None, 1), 0].config for plan in plans)
+    assert others == [first, first]
+    assert first.distill.augmentation == plans[1][Arm("dm", 0.0, 1), 0].config.distill.augmentation != "none"
+    bare = compare.cells(comparison("--methods", "dm", "--augmentation", "none"))
+    assert bare[Arm("random", None, 1), 0].config.distill.augmentation == "none"
+
+
+def test_mistakes_are_found_before_any_baseline_is_scored(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cells.BaselineCell, "run", lambda self: pytest.fail("work has begun"))
+    arguments = ["--methods", "dm", "--mim-weights", "0", "--factor", "3", "--out", str(tmp_path / "out")]
+    assert compare.main([*QUICK, *arguments]) == 2
+    assert "--factor 3 does not divide images of 8x8" in capsys.readouterr().err
 
 
 def test_settings_of_a_file_are_shared(tmp_path):

@@ -27,7 +27,7 @@ def prepare(options="", load=load):
 
 @pytest.fixture
 def brief_students(monkeypatch):
-    monkeypatch.setattr("mim4dd.objectives.own_networks.STUDENT_STEPS", (3, 3))
+    monkeypatch.setattr("mim4dd.objectives.own_networks.STUDENT_EPOCHS", (3, 3))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Where files go, and that they are whole."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,12 @@ def test_results_do_not_go_among_the_pictures(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="where it would count as a class"):
             make_folder(tmp_path / "pictures" / "run", dataset)
     assert make_folder(tmp_path / "run", "~/pictures").is_dir()
+
+
+def test_many_runs_may_look_whether_a_folder_can_be_written(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        assert {*pool.map(lambda _: make_folder(tmp_path, "digits"), range(200))} == {tmp_path}
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):

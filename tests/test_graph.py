@@ -114,7 +114,7 @@ def distilled(method, tmp_path, device="cpu", iterations=9, **changes):
     projected = {"projection": "trained", "projection_size": 8, "feature_sizes": sizes}
     random = generator(0, "projection", device)
     term = MutualInformation(weight=1.0, layers="all", generator=random, **projected)
-    settings = {"iterations": iterations, "lr": METHODS[method].image_lr, "momentum": 0.5}
+    settings = {"iterations": iterations, "lr": METHODS[method].image_lr[1], "momentum": 0.5}
     result = distill.distill(objective, start, mutual_information=term, on_progress=looks.append, **settings)
     return result, [look.terms for look in looks]
 
@@ -133,7 +133,7 @@ def test_a_replayed_distillation_is_the_same(method, stand_in, tmp_path, monkeyp
 @pytest.fixture
 def short_students(monkeypatch):
     monkeypatch.setattr(own_networks, "STUDENT_EVERY", 3)
-    monkeypatch.setattr(own_networks, "STUDENT_STEPS", (4, 6))
+    monkeypatch.setattr(own_networks, "STUDENT_EPOCHS", (4, 6))
 
 
 def test_students_are_replayed_too(stand_in, short_students, monkeypatch):
@@ -232,6 +232,21 @@ def test_a_step_that_cannot_be_recorded_goes_on_with_a_warning(monkeypatch, stan
         "mim4dd: a step cannot be recorded as a CUDA graph and runs slower without (operation not permitted "
         "when stream is capturing)"
     ]
+
+
+def test_of_several_shapes_each_is_tried_once(monkeypatch, stand_in):
+    tried = []
+
+    def refuse(step, inputs, *_):
+        tried.append(inputs[0].shape)
+        raise RuntimeError("operation not permitted")
+
+    monkeypatch.setattr(graph, "_record", refuse)
+    replayed = graph.Replayed(lambda x: x + 1, [], torch.device("cpu"))
+    with pytest.warns(UserWarning, match="cannot be recorded"):
+        found = [replayed(torch.ones(size)) for _ in range(8) for size in (2, 3)]
+    assert torch.equal(torch.cat(found), torch.full((40,), 2.0))
+    assert tried == [(2,), (3,)]
 
 
 def test_an_objective_of_ones_own_is_never_recorded(stand_in):

@@ -150,6 +150,25 @@ def test_gradcheck_of_features_temperature_and_noise_ratio(symmetric):
     assert torch.autograd.gradgradcheck(without_itself, (a, t))
 
 
+@pytest.mark.parametrize("transform", ["create_graph", "torch.func"])
+def test_gradients_to_be_differentiated_are_those_of_one_tensor_in_two_places(transform):
+    """Features that are anchors and keys, and those of a layer that is made of another's."""
+    a, _, labels, _ = batch(6, 1, 4, 3)
+
+    def loss(x):
+        maps = [x, (x @ x.T).tanh()]
+        both = mim4dd.info_nce_losses(maps, maps, labels, labels, exclude_self=True)
+        return both.sum() + mim4dd.nce_loss(x, x.sin(), labels, labels)
+
+    leaf = a.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    if transform == "torch.func":
+        found = torch.func.grad(loss)(a)
+    else:
+        (found,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_features_give_a_float32_loss(dtype):
     a, k, la, lk = batch(6, 9, 16, 3, dtype=torch.float32)

@@ -20,12 +20,27 @@ def test_folder(tmp_path):
     (tmp_path / "train" / "cat" / "notes.txt").write_text("no picture")
     (tmp_path / "train" / "cat" / "._0.png").write_text("no picture")
     (tmp_path / "train" / ".hidden").mkdir()
+    write_pictures(tmp_path / "train" / "cat" / ".ipynb_checkpoints", 1)
     train, test = load(str(tmp_path))
     assert train.class_names == ("cat", "dog")
     assert train.labels.tolist() == [0] * 4 + [1] * 4
     assert test.labels.tolist() == [0, 0, 1, 1]
     assert np.array_equal(train.images[5].permute(1, 2, 0), picture((10, 10), seed=11))
     assert np.array_equal(test.images[0].permute(1, 2, 0), picture((10, 10), seed=20))
+
+
+def test_a_test_set_without_train_is_no_class(tmp_path):
+    for name in ("a", "b", "test/a"):
+        write_pictures(tmp_path / name, 2)
+    with pytest.raises(InputError, match=r"test is a test set only beside .*train; rename one of them"):
+        load(str(tmp_path))
+
+
+def test_a_path_needs_no_data_dir(tmp_path):
+    with pytest.raises(
+        InputError, match="--data-dir there is for named sets, and .* is a path; leave it out"
+    ):
+        load(str(tmp_path), Path("there"))
 
 
 @pytest.mark.parametrize("root", ["", "train"])

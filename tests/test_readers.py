@@ -114,6 +114,10 @@ def test_shrinking_averages():
         ({"x_train": pixels(10, 16, 16, 3)}, r"x_test: images \(3, 12, 12\) but \(3, 16, 16\)"),
         ({"x_train": np.full((10, 12, 12, 3), np.nan)}, "x_train: the images hold NaN, infinite or huge"),
         ({"x_test": np.full((4, 12, 12, 3), np.inf)}, "x_test: the images hold NaN, infinite or huge"),
+        (
+            {"x_train": np.resize([1e39, -1e39], (10, 12, 12, 3))},
+            "x_train: the images hold NaN, infinite or huge",
+        ),
         ({"x_train": pixels(0, 12, 12, 3), "y_train": np.arange(0)}, "holds no images"),
         ({"x_test": pixels(0, 12, 12, 3), "y_test": np.arange(0)}, "x_test: .* holds no images"),
         ({"x_train": pixels(10, 12, 12, 3).astype("c8")}, "images of type complex64"),

@@ -19,7 +19,7 @@ RUN = ["--quick", "--iterations", "14", "--eval-epochs", "2"]  # looked at after
 def short_trainings(monkeypatch):
     """A student every 4 matches, a network of gradient matching every 4 image steps."""
     monkeypatch.setattr(own_networks, "STUDENT_EVERY", 4)
-    monkeypatch.setattr(own_networks, "STUDENT_STEPS", (2, 5))
+    monkeypatch.setattr(own_networks, "STUDENT_EPOCHS", (2, 5))
     monkeypatch.setattr(own_networks, "REAL_STEPS", 10)
     monkeypatch.setattr(gradient, "loops", lambda ipc: (4, 2))
 

@@ -91,7 +91,7 @@ def device_without_values(monkeypatch):
         "REAL_NETWORKS": 2,
         "REAL_STEPS": 8,
         "STUDENT_EVERY": 2,
-        "STUDENT_STEPS": (4, 6),
+        "STUDENT_EPOCHS": (4, 6),
     }.items():
         monkeypatch.setattr(own_networks, name, value)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # has no "meta"

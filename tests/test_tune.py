@@ -6,11 +6,13 @@ import math
 import sys
 
 import pytest
+import torch
 from commands import parse
 
 from mim4dd import compare, tune
 from mim4dd.config import MimConfig, to_json
 from mim4dd.data import load
+from mim4dd.experiment import Experiment
 from mim4dd.options import read
 from mim4dd.studies import cells, tune_report, tuning
 from mim4dd.studies.tune_report import Trial, columns, ranked, table, verdict
@@ -31,7 +33,7 @@ def scored(monkeypatch):
     ran = []
 
     def use(score=peak):
-        def fake(prepared, folder):
+        def fake(prepared, folder, checkpoint):
             outcome = {
                 "accuracy_mean": score(prepared.config),
                 "seconds": {"distill": 1.0, "evaluate": 1.0},
@@ -45,6 +47,22 @@ def scored(monkeypatch):
         return ran
 
     return use
+
+
+def test_the_base_starts_where_the_trials_do(tmp_path, scored):
+    ran = scored()
+    arguments = ["--trials", "1", "--seeds", "0", "--mim-pairs", "cluster", "--init", "real"]
+    assert tune.main([*QUICK, *arguments, "--out", str(tmp_path / "out")]) == 0
+    assert [bool(config.mim.mim_weight) for config in ran] == [False, True]
+    base, trial = (Experiment.prepare(config).start.images for config in ran)
+    assert torch.equal(base, trial)
+
+
+def test_the_command_that_confirms_can_be_pasted(tmp_path, scored):
+    scored(lambda config: 0.6 if config.mim.mim_weight else 0.5)
+    out = tmp_path / "my runs"
+    assert tune.main([*QUICK, "--trials", "1", "--seeds", "0", "--out", str(out)]) == 0
+    assert f"--config '{out}/tune.json' --out '{out}/confirm'" in (out / "tune.md").read_text()
 
 
 def written(out):

@@ -59,13 +59,12 @@ def test_networks_on_real_images_are_trained_the_later_the_longer(problem):
     assert not torch.equal(weights_of(TrainedOnReal(other), other), weights)
 
 
-def trained_by_hand(problem, random, images, labels, draw):
-    """The weights after three steps of plain SGD on augmented images at what `draw` returns."""
+def trained_by_hand(problem, random, images, labels, batches):
+    """The weights after steps of plain SGD on augmented images at the batches, which are drawn in turn."""
     network = problem.network().requires_grad_()
     initialise(network, random)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
-    for _ in range(3):
-        index = draw()
+    for index in batches:
         params = augment.sample(problem.augmentation, len(index), (8, 8), generator=random)
         optimizer.zero_grad()
         F.cross_entropy(network(augment.apply(images[index], params)), labels[index]).backward()
@@ -78,20 +77,19 @@ def test_training_on_real_images_is_plain_sgd(problem, monkeypatch):
     monkeypatch.setattr(own_networks, "REAL_STEPS", 3)
     real, random = problem.real, generator(0, "mim/network/0")
     images = real.batch(torch.arange(len(real)))
-    expected = trained_by_hand(
-        problem, random, images, real.labels, lambda: torch.randint(len(real), (128,), generator=random)
-    )
+    batches = (torch.randint(len(real), (128,), generator=random) for _ in range(3))
+    expected = trained_by_hand(problem, random, images, real.labels, batches)
     close(weights_of(TrainedOnReal(problem), problem)[0], expected, 1e-5)
 
 
 def test_training_a_student_is_plain_sgd(monkeypatch):
-    """On no more than 256 images a step."""
-    monkeypatch.setattr(own_networks, "STUDENT_STEPS", (3, 3))
+    """Through all images in every epoch, no more than 256 a step."""
+    monkeypatch.setattr(own_networks, "STUDENT_EPOCHS", (2, 2))
     problem, start = digits_problem(ipc=26)
     random = generator(0, "mim/student")
-    expected = trained_by_hand(
-        problem, random, start.images, problem.labels, lambda: torch.randperm(260, generator=random)[:256]
-    )
+    epochs = (torch.randperm(260, generator=random) for _ in range(2))
+    batches = (batch for order in epochs for batch in order.split(256))
+    expected = trained_by_hand(problem, random, start.images, problem.labels, batches)
     networks = TrainedOnSynthetic(problem)
     networks.renew(start.images, problem.labels)
     close(networks.weights[0], expected, 1e-5)
@@ -103,7 +101,7 @@ def test_every_network_starts_from_weights_of_its_own(problem, monkeypatch):
     assert len(weights.unique(dim=0)) == 10
 
 
-def test_every_twentieth_match_trains_a_student_for_100_to_400_steps(problem):
+def test_every_twentieth_match_trains_a_student_for_100_to_400_epochs(problem):
     networks, lengths = TrainedOnSynthetic(problem), generator(0, "mim/student/steps")
     steps, counts = [], []
     networks._training.step = lambda *_: steps.append(None)
@@ -160,7 +158,7 @@ def test_a_student_starts_from_nothing(problem, monkeypatch):
     """Neither weights nor momentum of the one before are left in it."""
     _, start = digits_problem()
     monkeypatch.setattr(own_networks, "STUDENT_EVERY", 1)
-    monkeypatch.setattr(own_networks, "STUDENT_STEPS", (1, 1))
+    monkeypatch.setattr(own_networks, "STUDENT_EPOCHS", (1, 1))
     problem = dataclasses.replace(problem, augmentation="none")
     networks = TrainedOnSynthetic(problem)
     networks.renew(start.images, problem.labels)

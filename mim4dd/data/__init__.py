@@ -193,7 +193,7 @@ def load(
     if image_size is not None and image_size < SMALLEST:
         raise InputError(f"image size {image_size}: expected at least {SMALLEST} pixels a side")
     known = named.SETS.get(dataset)
-    raw, raw_test = known.load(dataset, data_dir) if known else _read_path(dataset, image_size)
+    raw, raw_test = known.load(dataset, data_dir) if known else _read_path(dataset, data_dir, image_size)
     _check(raw)
     class_names = _class_names(raw, (known.class_names if known else None) or raw.class_names)
     train = _unscaled(raw, class_names)
@@ -214,12 +214,14 @@ def load(
     return train, replace(test, images=test_images, mean=mean, std=std)
 
 
-def _read_path(dataset: str, image_size: int | None) -> readers.Pair:
+def _read_path(dataset: str, data_dir: Path | None, image_size: int | None) -> readers.Pair:
     path = Path(dataset).expanduser()
     if not path.exists():
         if "/" in dataset or "\\" in dataset or path.suffix in (".npz", ".parquet"):
             raise InputError(f"{dataset}: no such file or folder")
         raise unknown("data set", dataset, NAMES, ", or the path of a folder, .npz or .parquet file")
+    if data_dir is not None:
+        raise InputError(f"--data-dir {data_dir} is for named sets, and {dataset} is a path; leave it out")
     if path.is_dir():
         read = pictures.read_parquet if pictures.has_parquet(path) else pictures.read_folder
         return read(path, image_size)
@@ -244,9 +246,8 @@ def _check(raw: Raw) -> None:
         )
     if height < SMALLEST:
         raise InputError(f"{source}: images of {width}x{height}; expected at least {SMALLEST}x{SMALLEST}")
-    with np.errstate(over="ignore"):
-        total = np.abs(images.sum(dtype=np.float64))
-    if not total <= np.finfo(np.float32).max:  # one NaN or infinite pixel makes the sum so
+    largest = np.finfo(np.float32).max
+    if not -largest <= float(images.min()) <= float(images.max()) <= largest:  # nor is NaN
         raise InputError(f"{source}: the images hold NaN, infinite or huge values; remove them")
     if labels.dtype.kind not in "ui":
         raise InputError(f"{source}: labels not integers but {labels.dtype}; expected class numbers from 0")

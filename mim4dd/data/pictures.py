@@ -27,6 +27,8 @@ def read_folder(path: Path, image_size: int | None) -> Pair:
     """`path/train/<class>/*` with `path/test|val|validation/<class>/*`, or `path/<class>/*` alone."""
     root = path / "train" if (path / "train").is_dir() else path
     classes = tuple(sorted(folder.name for folder in _folders(root)))
+    if root == path and (reserved := next((name for name in TEST_NAMES if name in classes), None)):
+        raise InputError(f"{path / reserved} is a test set only beside {path / 'train'}; rename one of them")
     train = _folder_part(root, classes, image_size)
     candidates = [path / name for name in TEST_NAMES if root != path and (path / name).is_dir()]
     if not candidates:
@@ -39,6 +41,10 @@ def _folders(path: Path) -> list[Path]:
     return sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
 
 
+def _hidden(file: Path) -> bool:
+    return any(part.startswith(".") for part in file.parts)
+
+
 def _folder_part(root: Path, classes: tuple[str, ...], image_size: int | None) -> Raw:
     if (root / ANNOTATIONS).is_file():
         with reading(root / ANNOTATIONS, "table of file names and classes"):
@@ -49,7 +55,7 @@ def _folder_part(root: Path, classes: tuple[str, ...], image_size: int | None) -
             (file, folder.name)
             for folder in _folders(root)
             for file in sorted(folder.rglob("*"))
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+            if file.suffix.lower() in SUFFIXES and not _hidden(file.relative_to(folder))
         ]
     if not files:
         raise InputError(

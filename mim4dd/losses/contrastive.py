@@ -123,7 +123,8 @@ def _differentiable_gradients(
 ) -> list[Tensor | None]:
     """The same through the plain formula: for a derivative of the gradients (`create_graph=True`)."""
     *form_options, _, _ = options
-    scales, anchor_labels, key_labels, *features = tensors
+    # Of one tensor in two places, or one made of another, each place has a gradient of its own.
+    scales, anchor_labels, key_labels, *features = (tensor.view_as(tensor) for tensor in tensors)
     half = len(features) // 2
     form = LossForm(*form_options)
     with torch.autocast(scales.device.type, enabled=False):

@@ -273,7 +273,7 @@ def create(
         architecture: one of `ARCHITECTURES`; the ConvNet's depth follows the image size (`depth_for`).
         channels: channels of the images.
         num_classes: outputs of the classifier.
-        image_size: (height, width) of the images, or one side; 8 to 128.
+        image_size: (height, width) of the images, or one side; at least 8.
         width: channels of the ConvNet's blocks; the others have one width.
         device: where its weights are to live.
         precision: what its blocks compute in: "fp32", "tf32" or "bf16".

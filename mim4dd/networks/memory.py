@@ -95,4 +95,7 @@ def budget(gib: float | None, device: torch.device) -> int | None:
     """
     if device.type == "cpu":
         return None
-    return int(gib * GIB) if gib else int(SHARE * torch.cuda.mem_get_info(device)[0])
+    if gib:
+        return int(gib * GIB)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, to use again
+    return int(SHARE * (torch.cuda.mem_get_info(device)[0] + kept))

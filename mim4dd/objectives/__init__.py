@@ -46,7 +46,7 @@ class Method:
 
     Attributes:
         objective: what it minimises.
-        image_lr: learning rate of the images.
+        image_lr: learning rate of the images, from each IPC on; the published one comes first.
         augmented: whether it augments them.
         learns_targets: whether its loss depends on the images' targets, so that soft labels can be learned.
         iterations: updates of the images at an IPC, in the published protocol.
@@ -56,7 +56,7 @@ class Method:
     """
 
     objective: Callable[[Problem], Objective]
-    image_lr: float
+    image_lr: Mapping[int, float]
     augmented: bool
     learns_targets: bool
     iterations: Callable[[int], int]
@@ -69,7 +69,7 @@ class Method:
 METHODS = {
     "dm": Method(
         DistributionMatching,
-        image_lr=1.0,
+        image_lr={1: 1.0, 50: 5.0},
         augmented=True,
         learns_targets=False,
         iterations=lambda _: 20_000,
@@ -77,7 +77,7 @@ METHODS = {
     ),
     "dc": Method(
         GradientMatching,
-        image_lr=0.1,
+        image_lr={1: 0.1},
         augmented=False,
         learns_targets=True,
         iterations=lambda ipc: 1000 * loops(ipc)[0],  # 1,000 networks
@@ -85,7 +85,7 @@ METHODS = {
     ),
     "dsa": Method(
         GradientMatching,
-        image_lr=0.1,
+        image_lr={1: 0.1},
         augmented=True,
         learns_targets=True,
         iterations=lambda ipc: 1000 * loops(ipc)[0],
@@ -93,7 +93,7 @@ METHODS = {
     ),
     "mtt": Method(
         TrajectoryMatching,
-        image_lr=100.0,
+        image_lr={1: 100.0},
         augmented=True,
         learns_targets=True,
         iterations=lambda _: 5000,
@@ -102,7 +102,7 @@ METHODS = {
     ),
     "ncfm": Method(
         CharacteristicMatching,
-        image_lr=0.1,
+        image_lr={1: 0.1},
         augmented=True,
         learns_targets=False,
         iterations=lambda _: 20_000,

@@ -23,7 +23,7 @@ REAL_STEPS = 100  # of the last network; the others take 1/10, 2/10, ... of them
 REAL_BATCH = 128
 
 STUDENT_EVERY = 20  # matches between one student and the next
-STUDENT_STEPS = (100, 400)  # the least and the most of one; the last are about as far as an evaluated network
+STUDENT_EPOCHS = (100, 400)  # the least and the most of one; an evaluated network has about 300
 STUDENT_BATCH = 256
 
 
@@ -106,11 +106,11 @@ class TrainedOnSynthetic(OwnNetworks):
     def renew(self, images: Tensor, targets: Tensor) -> None:
         """Train a new student every `STUDENT_EVERY` calls, the first one included."""
         if self._matches.times % STUDENT_EVERY == 0:
-            least, most = STUDENT_STEPS
+            least, most = STUDENT_EPOCHS
             self._training.restart()
             for _ in range(int(torch.randint(least, most + 1, (), generator=self._lengths))):
-                order = torch.randperm(len(images), generator=self._random, device=images.device)
-                self._training.step(order[None, :STUDENT_BATCH], images, targets)
+                for index in self._training.stack.epoch(len(images), STUDENT_BATCH):
+                    self._training.step(index, images, targets)
             self.weights[0] = flatten(self._network.parameters())
         self._matches.times += 1
 
@@ -130,9 +130,9 @@ class _Training:
     def __init__(self, problem: Problem, network: Network, random: torch.Generator, batch: Batch) -> None:
         self.network = network.train()
         self.random = random
-        stack = Stack.of(network, random)
-        self.optimizer = torch.optim.SGD(stack.weights.values(), lr=LR, momentum=MOMENTUM)
-        self.step = stack.step(self.optimizer, batch, problem.augmentation, problem.real.image_size)
+        self.stack = Stack.of(network, random)
+        self.optimizer = torch.optim.SGD(self.stack.weights.values(), lr=LR, momentum=MOMENTUM)
+        self.step = self.stack.step(self.optimizer, batch, problem.augmentation, problem.real.image_size)
 
     def restart(self) -> None:
         """Begin with new weights."""

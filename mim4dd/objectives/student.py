@@ -1,4 +1,4 @@
-"""Training on the synthetic images, differentiable in them with the memory of a single step."""
+"""Training on the synthetic images, differentiable in them with the memory of one step's graph."""
 
 from __future__ import annotations
 

@@ -89,21 +89,25 @@ class BaselineCell(Cell):
 
     @classmethod
     def of(cls, folder: Path, baseline: str, config: Config) -> BaselineCell:
-        """Return the baseline of a run, with nothing in its settings that does not change its score."""
+        """Return the baseline of runs, with nothing in its settings that does not change its score.
+
+        Nor does their method: an augmentation that is left open is the default one, also beside a method that
+        has none.
+        """
         ours = config.distill
         bare = DistillConfig(
             ipc=ours.ipc, network=ours.network, width=ours.width, augmentation=ours.augmentation, init="noise"
         )
-        evaluation = dataclasses.replace(config.eval, eval_archs=())
-        mim = MimConfig(mim_weight=0.0)
         settings = Config(
             data=config.data,
             distill=bare,
-            mim=mim,
-            eval=evaluation,
+            mim=MimConfig(mim_weight=0.0),
+            eval=dataclasses.replace(config.eval, baselines=(), eval_archs=()),
             seed=config.seed,
             device=config.device,
             precision=config.precision,
+            preset=config.preset,
+            quick=config.quick,
         )
         return cls(folder, with_presets(settings), baseline)
 

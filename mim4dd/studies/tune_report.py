@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -200,8 +201,9 @@ def _counts(trials: Sequence[Trial]) -> str:
 
 def _confirm(folder: Path, config: dict[str, Any], seeds: Sequence[int]) -> str:
     fresh = " ".join(str(max(seeds) + 1 + k) for k in range(5))
+    settings, out = (shlex.quote(str(folder / name)) for name in ("tune.json", "confirm"))
     command = (
-        f"python -m mim4dd.compare --config {folder / 'tune.json'} --out {folder / 'confirm'}"
+        f"python -m mim4dd.compare --config {settings} --out {out}"
         f" --methods {config['distill']['method']} --ipcs {config['distill']['ipc']}"
         f" --mim-weights 0 {number(config['mim']['mim_weight'])} --seeds {fresh}"
     )
