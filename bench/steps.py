@@ -17,7 +17,9 @@ from mim4dd.data import ImageSet
 from mim4dd.distill import Making
 from mim4dd.evaluation import Protocol, evaluate
 from mim4dd.networks import memory
-from mim4dd.objectives import METHODS, GradientMatching, Problem, trajectory_distance
+from mim4dd.networks.flat import flatten
+from mim4dd.objectives import METHODS, GradientMatching, Problem
+from mim4dd.objectives.student import Batch, follow, squared_distance
 from mim4dd.seeding import generator
 
 IPC, REAL_BATCH, WIDTH = 10, 256, 128
@@ -109,15 +111,20 @@ def trajectory(of: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def trajectory_step(of: Problem, images: Tensor) -> Callable[[], object]:
-    network, (start, target) = of.network(), trajectory(of)
+    """What `TrajectoryMatching` does between two points, with a new augmentation in every step."""
+    network, (start, target) = of.network(), (flatten(weights.values()) for weights in trajectory(of))
     images = images.clone().requires_grad_()
     random = generator(0, "bench/augmentation", images.device)
+    step_size = torch.full((), STEP_SIZE, device=images.device)
+
+    def batch() -> Batch:
+        params = augment.sample(of.augmentation, len(images), of.real.image_size, generator=random)
+        return lambda images, targets: (augment.apply(images, params), targets)
 
     def step() -> Tensor:
-        params = augment.sample(of.augmentation, len(images), of.real.image_size, generator=random)
-        x = augment.apply(images, params)
-        loss = trajectory_distance(network, start, target, x, of.labels, steps=STEPS, step_size=STEP_SIZE)
-        return torch.autograd.grad(loss, images)[0]
+        batches = [batch() for _ in range(STEPS)]
+        end = follow(network, start, batches, images, of.labels, step_size)
+        return torch.autograd.grad(squared_distance(end, target) / squared_distance(start, target), images)[0]
 
     return graph.replayed(step, [random], images.device)
 
