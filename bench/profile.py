@@ -141,7 +141,7 @@ def main() -> None:
             options.trace.touch()  # rather now than after the work
     except (InputError, OSError) as error:
         parser.error(str(error))
-    precision.allow_tf32(computing)
+    precision.configure(computing)
     with tempfile.TemporaryDirectory() as experts:
         show(options, device, computing, Path(experts))
 

@@ -73,7 +73,7 @@ def small():
 
 @pytest.fixture(autouse=True)
 def float32_convolutions():
-    precision.allow_tf32("fp32")
+    precision.configure("fp32")
 
 
 @pytest.fixture(params=["torch's convolutions", "open ReLUs"])

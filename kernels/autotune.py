@@ -1,10 +1,11 @@
 """MIM4DD_AUTOTUNE=1: time the entries of the launch table for each new kind of call, keep the best on disk.
 
 Off by default, as the table is chosen for the sizes of use and a search delays the first call of every kind.
-The file is launch-<device>-triton-<version>.json in $MIM4DD_CACHE (default: ~/.cache/mim4dd), shared by
-processes; delete it to search anew in the next one.
+The file is launch-<device>-triton-<version>-<table>.json in $MIM4DD_CACHE (default: ~/.cache/mim4dd), shared
+by processes; delete it to search anew in the next one. Of another table, or damaged, it is of no account.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 import triton
 from filelock import FileLock
 
-from mim4dd.files import atomic, cache_folder
+from mim4dd.files import cache_folder, write
 
 from . import launch
 from .launch import Tile
@@ -64,7 +65,10 @@ def tuned(
 
 
 def _read(path: Path) -> Known:
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def _add(path: Path, new: Known) -> Known:
@@ -72,14 +76,14 @@ def _add(path: Path, new: Known) -> Known:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         known = _read(path) | new
-        with atomic(path) as whole:  # readers take no lock
-            whole.write_text(json.dumps(known, indent=1) + "\n")
+        write(path, json.dumps(known, indent=1) + "\n")  # at once, for readers take no lock
     return known
 
 
 def _path(device: torch.device) -> Path:
     name = torch.cuda.get_device_name(device).replace(" ", "-") if device.type == "cuda" else device.type
-    return cache_folder() / f"launch-{name}-triton-{triton.__version__}.json"
+    table = hashlib.sha256(repr(launch.TABLES).encode()).hexdigest()[:8]
+    return cache_folder() / f"launch-{name}-triton-{triton.__version__}-{table}.json"
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

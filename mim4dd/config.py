@@ -134,7 +134,8 @@ class Config:
     trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     seed: int = 0
-    """Of every random draw; the same seed gives the same set on the same machine with as many threads."""
+    """Of every random draw; the same seed gives the same set on the same machine with as many threads (on a
+    GPU with a ConvNet and no --factor: there torch's enlarging and adaptive pooling are not repeatable)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     precision: Precision = "auto"

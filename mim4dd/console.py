@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
@@ -32,12 +34,13 @@ console = Console(highlight=False, markup=False)
 def guarded(command: Callable[[], int | None]) -> int:
     """Run a command line; return its exit code.
 
-    1: diverged, or out of memory; 2: the user's mistake; 130: interrupted; 141: nobody reads the output any
-    more.
+    1: diverged, or out of memory; 2: the user's mistake; 130: interrupted or terminated; 141: nobody reads
+    the output any more.
     """
     try:
         try:
-            return command() or 0
+            with _termination_interrupts():
+                return command() or 0
         finally:
             sys.stdout.flush()  # now, not when Python ends and can only complain
     except BrokenPipeError:  # as after `| head`: what is left goes nowhere
@@ -60,6 +63,23 @@ def guarded(command: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         complain("interrupted")
         return 130
+
+
+@contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does: a cluster sends it when the time is up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only that one gets signals
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _out_of_memory(error: Exception) -> bool:

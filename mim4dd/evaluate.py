@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +11,15 @@ from pathlib import Path
 import tyro
 
 from .config import from_json, settled
-from .console import guarded, on_architectures, print_architectures
+from .console import complain, guarded, on_architectures, print_architectures
 from .data import load
 from .devices import pick_device
 from .errors import InputError, unknown
 from .evaluation import OnNetwork, Protocol, Score, evaluate
+from .files import write
 from .networks import ARCHITECTURES
-from .networks.precision import Precision, allow_tf32, resolve
+from .networks.precision import Precision, configure, resolve
+from .runner import score_facts
 from .synthetic import SyntheticSet
 
 
@@ -32,6 +35,7 @@ def score_saved(
     seed: int = 0,
     device: str = "auto",
     precision: Precision = "auto",
+    out: Path | None = None,
 ) -> None:
     """Train networks on a saved synthetic set and print their accuracy on the real test set.
 
@@ -45,6 +49,7 @@ def score_saved(
         seed: of weights, batches and augmentations.
         device: auto, cpu, cuda, cuda:1, ...
         precision: what the networks compute in; auto: the fastest for a ConvNet.
+        out: a JSON file for the accuracies.
     """
     for option, value in (("--num-eval", num_eval), ("--eval-epochs", eval_epochs)):
         if value is not None and value < 1:
@@ -60,9 +65,9 @@ def score_saved(
     config = from_json(saved.metadata["config"], str(path))
     where = pick_device(device)
     picked = resolve(precision, where)
-    allow_tf32(picked)
+    configure(picked)
     source = dataset or config.data.dataset
-    _, test = load(source, data_dir or config.data.data_dir, config.data.image_size)
+    _, test = load(source, data_dir or (None if dataset else config.data.data_dir), config.data.image_size)
     if test.class_names != saved.class_names or test.images.shape[1:] != saved.images.shape[1:]:
         raise InputError(
             f"{path} holds {len(saved.class_names)} classes of images {list(saved.images.shape[1:])}, but "
@@ -92,8 +97,15 @@ def score_saved(
             on_network=on_network,
         )
 
+    if config.distill.soft_labels and saved.soft_labels is None:
+        complain(f"{path} was cut off before its soft labels were made: evaluated with plain ones")
     scores = on_architectures(wanted or (config.distill.network,), num_eval, score)
     print_architectures(f"Accuracy on the test set of {len(test)} images", scores)
+    if out:
+        try:
+            write(out, json.dumps({name: score_facts(score) for name, score in scores.items()}, indent=2))
+        except OSError as error:
+            raise InputError(f"--out {out} cannot be written ({error.strerror})") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -64,7 +64,7 @@ class Experiment:
         """
         device = pick_device(config.device)
         config = resolved(config)
-        precision.allow_tf32(config.precision)
+        precision.configure(config.precision)
         train, test = load(config.data.dataset, config.data.data_dir, config.data.image_size)
         if config.data.validation:
             train, test = train.split(config.data.validation, generator(config.seed, "validation"))

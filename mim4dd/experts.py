@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .data import ImageSet
 from .errors import InputError
-from .files import atomic, cache_folder
+from .files import atomic, cache_folder, write
 from .networks import Network
 from .networks.flat import flatten
 from .seeding import generator
@@ -188,8 +188,7 @@ def _train_alone(recipe: Recipe, path: Path) -> Iterator[tuple[int, int]]:
             table.flush()
             yield group.start * snapshots + len(group) * snapshot, count * snapshots
         done = group.stop
-        with atomic(finished) as temporary:
-            temporary.write_text(str(done))
+        write(finished, str(done))
     partial.replace(path)
     finished.unlink()
 

@@ -25,6 +25,12 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 def cache_folder() -> Path:
     """Return where data, experts and launch configurations are kept: $MIM4DD_CACHE, or the user's cache."""
     own = os.environ.get("MIM4DD_CACHE")

@@ -14,8 +14,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from . import files
 from .evaluation import Score
-from .files import atomic
 from .synthetic import SyntheticSet
 
 SIDE = 64  # pixels an image is at least shown with
@@ -122,11 +122,10 @@ def write(folder: Path, synthetic: SyntheticSet, result: Mapping[str, Any]) -> N
         curve=loss_curve(result["history"]) if result["history"] else "",
         settings=json.dumps(result["config"], indent=2),
     )
-    files = {
+    contents: dict[str, str | bytes] = {
         "images.png": image.getvalue(),
-        "report.html": page.encode(),
-        "result.json": json.dumps(result, indent=2).encode(),
+        "report.html": page,
+        "result.json": json.dumps(result, indent=2),
     }
     for name in reversed(FILES):
-        with atomic(folder / name) as temporary:
-            temporary.write_bytes(files[name])
+        files.write(folder / name, contents[name])

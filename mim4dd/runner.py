@@ -42,7 +42,8 @@ def run(experiment: Experiment, folder: Path, checkpoint: Checkpoint | None = No
         checkpoint: of the same run, which goes on from there.
 
     Raises:
-        DivergenceError, KeyboardInterrupt: the last good set has been saved, if it was still being distilled.
+        DivergenceError, KeyboardInterrupt, and what torch raises when memory is short: the last good set has
+            been saved, if it was still being distilled.
         InputError: a checkpoint of other settings, code or device.
     """
     config, train = experiment.config, experiment.train
@@ -66,7 +67,7 @@ def run(experiment: Experiment, folder: Path, checkpoint: Checkpoint | None = No
     distil = functools.partial(experiment.distill, done=keeper.iteration, state=keeper.state)
     try:
         keeper.synthetic = with_progress("distil", experiment, distil, keeper)
-    except (DivergenceError, KeyboardInterrupt) as error:
+    except (KeyboardInterrupt, MemoryError, RuntimeError) as error:
         if isinstance(error, DivergenceError):
             keeper.state = None  # it would only diverge again
         if keeper.unsaved:

@@ -74,13 +74,15 @@ def test_an_outcome_is_written_whole_or_not_at_all(tmp_path, monkeypatch, before
     if before:
         path.write_text(before)
 
-    def half(self, text):
-        self.write_bytes(text[:9].encode())
+    whole = Path.write_bytes
+
+    def half(self, content):
+        whole(self, content[:9])
         raise OSError("disk full")
 
     cell = Cell(tmp_path, settings())
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", half)
+        patch.setattr(Path, "write_bytes", half)
         with pytest.raises(OSError, match="disk full"):
             cell._write("failed.json", {"failed": "now"})
     assert [file.read_text() for file in tmp_path.iterdir()] == ([before] if before else [])

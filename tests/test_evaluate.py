@@ -222,6 +222,28 @@ def test_a_saved_set_is_scored_by_its_own_settings_and_those_given(digits, tmp_p
     assert [(o["seed"], o["num_networks"]) for o in (options, others)] == [(0, 5), (4, 2)]
 
 
+def test_scores_go_into_a_file_too(finished, tmp_path, capsys):
+    folder, _ = finished
+    out = tmp_path / "scores.json"
+    arguments = [str(folder), "--num-eval", "2", "--eval-epochs", "1", "--architectures", "mlp,lenet"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    scores, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert [*scores] == ["mlp", "lenet"]
+    for score in scores.values():
+        assert score["num_networks"] == len(score["accuracies"]) == 2
+        assert str(Score(tuple(score["accuracies"]))) in printed
+    assert main([*arguments, "--out", str(tmp_path / "nowhere" / "scores.json")]) == 2
+    assert "nowhere/scores.json cannot be written" in capsys.readouterr().err
+
+
+def test_a_set_that_was_cut_off_before_its_soft_labels_says_so(digits, tmp_path, capsys):
+    start = initialise(digits[0], 1, "real", generator(0, "init"))
+    metadata = {"config": to_json(parse(["--quick", "--soft-labels"]))}
+    dataclasses.replace(start, metadata=metadata).save(tmp_path / "synthetic.safetensors")
+    assert main([str(tmp_path), "--num-eval", "1", "--eval-epochs", "1"]) == 0
+    assert "was cut off before its soft labels were made" in capsys.readouterr().err
+
+
 def test_a_run_is_found_by_its_folder_and_a_set_without_settings_refused(finished, tmp_path, capsys):
     folder, _ = finished
     assert main([str(folder), "--num-eval", "1", "--eval-epochs", "1"]) == 0

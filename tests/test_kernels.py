@@ -263,6 +263,20 @@ def test_autotune_keeps_its_choice_on_disk(path, monkeypatch, tmp_path):
     check(FORMS[4], *problem(4, 9, [16]))
 
 
+def test_autotune_leaves_a_damaged_file_or_one_of_another_table_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("MIM4DD_CACHE", str(tmp_path))
+    cpu = torch.device("cpu")
+    autotune.tuned("kind", [], "tf32", 4, cpu, None)
+    (file,) = tmp_path.glob("*.json")
+    file.write_text(file.read_text()[:-5])
+    monkeypatch.setattr(autotune, "_known", {})
+    autotune.tuned("kind", [], "tf32", 4, cpu, None)
+    assert json.loads(file.read_text()) == {"kind": {}}
+    monkeypatch.setattr(launch, "TABLES", {})
+    autotune.tuned("kind", [], "tf32", 4, cpu, None)
+    assert len([*tmp_path.glob("*.json")]) == 2
+
+
 def test_autotune_keeps_what_others_write_meanwhile(monkeypatch, tmp_path):
     monkeypatch.setenv("MIM4DD_CACHE", str(tmp_path))
     read = autotune._read

@@ -52,7 +52,7 @@ def test_only_tf32_rounds_to_tf32(monkeypatch):
     """What torch allows its convolutions by default."""
     for name, allowed in (("fp32", False), ("tf32", True), ("bf16", False)):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not allowed)
-        precision.allow_tf32(name)
+        precision.configure(name)
         assert torch.backends.cudnn.allow_tf32 is allowed
 
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageFont
 
 import mim4dd
 from mim4dd import evaluate, report, run
-from mim4dd.files import atomic
+from mim4dd.files import write
 from mim4dd.objectives import METHODS
 from mim4dd.synthetic import SyntheticSet
 
@@ -236,12 +236,12 @@ def test_names_are_no_markup(finished, tmp_path):
 def test_a_result_is_there_only_if_all_the_rest_is(finished, tmp_path, monkeypatch, failing):
     folder, _ = finished
 
-    def full(path):
+    def full(path, content):
         if path.name == failing:
             raise OSError("disk full")
-        return atomic(path)
+        return write(path, content)
 
-    monkeypatch.setattr(report, "atomic", full)
+    monkeypatch.setattr("mim4dd.files.write", full)
     result = json.loads((folder / "result.json").read_text())
     with pytest.raises(OSError, match="disk full"):
         report.write(tmp_path, SyntheticSet.load(folder / "synthetic.safetensors"), result)

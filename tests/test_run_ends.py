@@ -148,7 +148,8 @@ def test_divergence_exits_with_1_and_keeps_the_last_good_set(tmp_path, capsys):
     assert SyntheticSet.load(out / "synthetic.safetensors").images.isfinite().all()
 
 
-def test_interruption_keeps_the_last_good_set(tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_keeps_the_last_good_set(tmp_path, sent):
     arguments = ["--quick", "--mim-weight", "0", "--iterations", "100000", "--out", "out"]
     process = subprocess.Popen(
         [sys.executable, "-m", "mim4dd.run", *arguments],
@@ -162,11 +163,27 @@ def test_interruption_keeps_the_last_good_set(tmp_path):
     # The last line before the first iteration.
     assert any("real images at a time" in line for line in iter(process.stdout.readline, ""))
     time.sleep(2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "the last good set, of iteration" in error
     assert len(SyntheticSet.load(tmp_path / "out" / "synthetic.safetensors")) == 10
+
+
+def test_short_memory_keeps_the_last_good_set(tmp_path, monkeypatch, capsys):
+    look = runner.Keeper.__call__
+
+    def full(keeper, progress):
+        look(keeper, progress)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(runner.Keeper, "__call__", full)
+    out = tmp_path / "out"
+    assert run.main(["--quick", "--iterations", "20", "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert "the last good set, of iteration 10, is in" in error
+    assert "out of memory" in error
+    assert SyntheticSet.load(out / "synthetic.safetensors").metadata["iterations"] == 10
 
 
 def test_a_set_in_the_making_is_saved_every_minute_and_says_how_far_it_is(tmp_path, monkeypatch):

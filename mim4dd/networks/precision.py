@@ -63,6 +63,10 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return contextlib.nullcontext()
 
 
-def allow_tf32(precision: str) -> None:
-    """Let the convolutions of the whole process round to TF32, which torch does by default, or forbid it."""
+def configure(precision: str) -> None:
+    """Set what the convolutions of the whole process may do.
+
+    Round to TF32 or not, which torch does by default; and sum in any order never, as it is no faster.
+    """
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.deterministic = True

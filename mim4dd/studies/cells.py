@@ -21,7 +21,7 @@ from ..devices import device_name
 from ..distill import DivergenceError
 from ..errors import InputError
 from ..experiment import Experiment, resolved
-from ..files import atomic
+from ..files import write
 from ..presets import with_presets
 from ..runner import run, score_facts
 from ..synthetic import SyntheticSet
@@ -76,8 +76,7 @@ class Cell:
 
     def _write(self, name: str, outcome: dict[str, Any]) -> dict[str, Any]:
         outcome = {**outcome, "version": __version__, "config": to_json(resolved(self.config))}
-        with atomic(self.folder / name) as temporary:
-            temporary.write_text(json.dumps(outcome, indent=2))
+        write(self.folder / name, json.dumps(outcome, indent=2))
         return outcome
 
 

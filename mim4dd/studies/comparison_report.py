@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..files import atomic
+from .. import files
 from .comparison import COLUMNS, Arm, Outcomes, Row, rows
 
 NOTES = """\
@@ -53,14 +53,9 @@ def write(
     }
     picture = io.BytesIO()
     draw(tables[None]).savefig(picture, format="png", dpi=150)
-    files = {
-        "compare.md": _markdown(tables, facts, outcomes).encode(),
-        "compare.png": picture.getvalue(),
-        "compare.json": json.dumps(facts, indent=2).encode(),
-    }
-    for name, content in files.items():
-        with atomic(folder / name) as temporary:
-            temporary.write_bytes(content)
+    files.write(folder / "compare.md", _markdown(tables, facts, outcomes))
+    files.write(folder / "compare.png", picture.getvalue())
+    files.write(folder / "compare.json", json.dumps(facts, indent=2))
 
 
 def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

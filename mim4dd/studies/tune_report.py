@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from .. import __version__, files
 from ..config import Config, MimConfig, to_json
 from ..console import console, print_table
-from ..files import atomic
 from .comparison import number
 from .comparison_report import markdown_table
 from .paired import Difference, paired_difference
@@ -121,13 +120,8 @@ def write(
         f"Searched:\n\n```json\n{json.dumps(facts['space'], indent=2)}\n```\n",
         f"Settings of the runs:\n\n```json\n{json.dumps(facts['run'], indent=2)}\n```\n",
     ]
-    files = {
-        "tune.md": "\n".join(lines),
-        "tune.json": json.dumps({"config": config, "found": found}, indent=2),
-    }
-    for name, text in files.items():
-        with atomic(folder / name) as temporary:
-            temporary.write_text(text)
+    files.write(folder / "tune.md", "\n".join(lines))
+    files.write(folder / "tune.json", json.dumps({"config": config, "found": found}, indent=2))
 
 
 def show(trials: Sequence[Trial]) -> None:
