@@ -17,6 +17,7 @@ from . import augment, networks, stacked
 from .augment import AugmentParams
 from .data import ImageSet
 from .networks import Network
+from .networks.memory import passing
 from .seeding import generator
 from .stacked import Batch, Stack
 
@@ -157,6 +158,6 @@ def accuracy(network: Network, test: ImageSet) -> float:
     network.eval()
     device = test.images.device
     right = torch.zeros((), device=device)
-    for index in torch.arange(len(test), device=device).split(networks.CHUNK[device.type]):
+    for index in torch.arange(len(test), device=device).split(passing(network, test.images)):
         right += (network(test.batch(index)).argmax(1) == test.labels[index]).sum()
     return right.item() / len(test)

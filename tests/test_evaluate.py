@@ -15,6 +15,7 @@ from mim4dd.config import to_json
 from mim4dd.data import load
 from mim4dd.evaluate import main
 from mim4dd.evaluation import Protocol, Score, accuracy, evaluate, train
+from mim4dd.networks import memory
 from mim4dd.seeding import generator
 from mim4dd.stacked import Stack
 from mim4dd.synthetic import SyntheticSet, initialise
@@ -47,6 +48,20 @@ def test_accuracy_counts_every_test_image_once(digits):
             index = torch.tensor([i])
             right += int(network(test.batch(index)).argmax() == test.labels[i])
     assert accuracy(network, test) == right / len(test)
+
+
+def test_no_more_test_images_go_through_at_once_than_memory_allows(monkeypatch, digits):
+    network = networks.create("convnet", 1, 10, 8, width=4)
+    networks.initialise(network, generator(0, "network"))
+    expected, seen, forward = accuracy(network, digits[1]), [], network.forward
+    monkeypatch.setattr(network, "forward", lambda x: seen.append(len(x)) or forward(x))
+    each = memory.per_image(network, (1, 8, 8), gradients=False)
+    for free, most in ((7 * each, 7), (0, 1), (10**9, networks.CHUNK["cpu"])):
+        seen.clear()
+        monkeypatch.setattr(memory, "budget", lambda *_, free=free: free)
+        assert accuracy(network, digits[1]) == expected
+        assert max(seen) == most
+        assert sum(seen) == len(digits[1])
 
 
 def test_training_learns_and_repeats(digits):

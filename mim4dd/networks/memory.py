@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import Network
+from . import CHUNK, Network
 from .blocks import OnePassBlock, one_pass
 from .first_block import fits
 from .on_gpu import runs as kernels_run
@@ -99,3 +99,14 @@ def budget(gib: float | None, device: torch.device) -> int | None:
         return int(gib * GIB)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, to use again
     return int(SHARE * (torch.cuda.mem_get_info(device)[0] + kept))
+
+
+def passing(network: Network, images: Tensor) -> int:
+    """Return how many images [N, C, H, W] to take through a network at once without gradients.
+
+    Those are `CHUNK`, on a GPU fewer where they would take more than the share of its free memory.
+    """
+    most, free = CHUNK[images.device.type], budget(None, images.device)
+    if free is None:
+        return most
+    return max(1, min(most, free // per_image(network, tuple(images.shape[1:]), gradients=False)))
