@@ -14,7 +14,7 @@ from torch import Tensor
 from bench import baselines, problems
 from mim4dd import augment, graph, networks
 from mim4dd.data import ImageSet
-from mim4dd.distill import Making
+from mim4dd.distill import Distillation
 from mim4dd.evaluation import Protocol, evaluate
 from mim4dd.networks import memory
 from mim4dd.networks.flat import flatten
@@ -61,7 +61,7 @@ def matching_step(method: str, of: Problem, images: Tensor) -> Callable[[], obje
     if isinstance(objective, GradientMatching):
         objective.inner = 0
     start = problems.synthetic_set(of, images)
-    return Making(objective, start, METHODS[method].image_lr[1], momentum=0.5).update
+    return Distillation(objective, start, METHODS[method].image_lr[1], momentum=0.5).update
 
 
 def textbook_step(method: str, of: Problem, images: Tensor) -> Callable[[], object]:

@@ -68,23 +68,23 @@ def distill(
 
     Raises:
         DivergenceError: naming the term; `on_progress` has been given the last good set.
-        InputError: a state of other arguments, code or device.
+        InputError, RuntimeError: a state of other arguments, code or device.
     """
     names = ["base", "mim"] if mutual_information else ["base"]
-    making = Making(objective, start, lr, momentum, mutual_information)
+    distillation = Distillation(objective, start, lr, momentum, mutual_information)
     if state is not None:
-        making.restore(state)
+        distillation.restore(state)
     unread: list[Tensor] = []
     for iteration in range(done + 1, iterations + 1):
-        unread.append(making.update())
+        unread.append(distillation.update())
         if iteration % READ_EVERY == 0 or iteration == iterations:
-            means = _read(unread, names, iteration, making.learned)
-            on_progress(Progress(iteration, means, making.synthetic, making.state()))
+            means = _read(unread, names, iteration, distillation.learned)
+            on_progress(Progress(iteration, means, distillation.synthetic, distillation.state()))
             unread.clear()
-    return making.synthetic if iterations else start
+    return distillation.synthetic if iterations else start
 
 
-class Making:
+class Distillation:
     """A synthetic set in the making: updates of its images, and logits of soft labels, in place.
 
     Nothing in an update waits for the device. On a GPU what is the same work every time is replayed.
@@ -157,6 +157,7 @@ class Making:
 
         Raises:
             InputError: it did so for other arguments, code or device.
+            RuntimeError: or for another add-on.
         """
         if self.term:
             self.term.load_state_dict(_under("term", state))

@@ -72,13 +72,13 @@ def cut_off_after_10(monkeypatch):
 @pytest.fixture
 def updates(monkeypatch):
     """A list that grows with every update of the images."""
-    done, update = [], distill.Making.update
+    done, update = [], distill.Distillation.update
 
-    def counted(making):
-        done.append(making)
-        return update(making)
+    def counted(distillation):
+        done.append(distillation)
+        return update(distillation)
 
-    monkeypatch.setattr(distill.Making, "update", counted)
+    monkeypatch.setattr(distill.Distillation, "update", counted)
     return done
 
 
@@ -122,7 +122,7 @@ def test_cut_off_again_before_a_look_it_is_as_before(cut_off, monkeypatch, capsy
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(distill.Making, "update", interrupt)
+    monkeypatch.setattr(distill.Distillation, "update", interrupt)
     assert run.main(["--resume", str(cut_off)]) == 130
     assert "the last good set, of iteration 10, is in" in capsys.readouterr().err
     assert {name: (cut_off / name).read_bytes() for name in files(cut_off)} == before
