@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from . import __version__
 from .config import Config, from_json, to_json
+from .data import NAMES
 from .errors import InputError
 from .files import atomic
 
 FORMAT = "mim4dd-state-1"
-NAME = "state.safetensors"  # in the folder of a run
+STATE = "state.safetensors"  # in the folder of a run
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Checkpoint:
 
     Attributes:
         config: its settings, none left open.
+        data: fingerprint of the training images.
         iteration: updates done.
         seconds: that they took.
         history: a look at the loss every few updates.
@@ -32,26 +35,24 @@ class Checkpoint:
     """
 
     config: Config
-    iteration: int = 0
-    seconds: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)
-    state: dict[str, Tensor] | None = None
+    data: str
+    iteration: int
+    seconds: float
+    history: list[dict[str, float]]
+    state: dict[str, Tensor]
 
     def save(self, folder: Path) -> None:
-        """Write it into a run's folder, whole or not at all; without a state, remove the one there."""
-        path = folder / NAME
-        if self.state is None:
-            path.unlink(missing_ok=True)
-            return
+        """Write it into a run's folder, whole or not at all."""
         facts = {
             "version": __version__,
-            "config": to_json(self.config),
+            "config": to_json(_anywhere(self.config)),
+            "data": self.data,
             "iteration": self.iteration,
             "seconds": self.seconds,
             "history": self.history,
         }
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self.state.items()}
-        with atomic(path) as temporary:
+        with atomic(folder / STATE) as temporary:
             save_file(tensors, temporary, {"format": FORMAT, "facts": json.dumps(facts)})
 
     @classmethod
@@ -61,23 +62,40 @@ class Checkpoint:
         Raises:
             InputError: there is none, or a damaged one, or one of another version.
         """
-        path = folder / NAME
+        path = folder / STATE
         try:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             facts = json.loads(header["facts"])
-            version = header["format"], facts["version"]
+            version = header["format"], facts.pop("version")
         except FileNotFoundError as error:
             raise InputError(
-                f"{folder} holds no {NAME}: no run was cut off there that could go on"
+                f"{folder} holds no {STATE}: no run was cut off there, or one that had hardly begun"
             ) from error
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise InputError(f"{path} cannot be read ({error}); remove it and start the run anew") from error
+            raise InputError(f"{path} cannot be read ({error}); start the run anew") from error
         if version != (FORMAT, __version__):
             raise InputError(
                 f"{path} is of another version of mim4dd: {version[1]} ({version[0]}), this is {__version__} "
-                f"({FORMAT}); remove it and start the run anew"
+                f"({FORMAT}); start the run anew"
             )
-        config = from_json(facts["config"], str(path))
-        return cls(config, facts["iteration"], facts["seconds"], facts["history"], state)
+        config = from_json(facts.pop("config"), str(path))
+        return cls(config, state=state, **facts)
+
+
+def remove(folder: Path) -> None:
+    """Remove the checkpoint of a run that does not go on from it."""
+    (folder / STATE).unlink(missing_ok=True)
+
+
+def _anywhere(config: Config) -> Config:
+    """Return the settings with paths that mean the same in every working directory."""
+    data, trajectory = config.data, config.trajectory
+    if data.dataset not in NAMES:
+        data = dataclasses.replace(data, dataset=str(Path(data.dataset).expanduser().absolute()))
+    if data.data_dir:
+        data = dataclasses.replace(data, data_dir=data.data_dir.absolute())
+    if trajectory.experts:
+        trajectory = dataclasses.replace(trajectory, experts=trajectory.experts.absolute())
+    return dataclasses.replace(config, data=data, trajectory=trajectory)

@@ -60,7 +60,8 @@ class DistillConfig:
     real_batch: int | None = None
     """Real images per class and iteration; default: 128, with --preset paper 256."""
     image_lr: float | None = None
-    """Learning rate of the images; default: 1 for dm, 100 for mtt, 0.1 for the others."""
+    """Learning rate of the images; default: 1 for dm, 5 from fifty images per class on unless --preset is
+    paper, 100 for mtt, 0.1 for the others."""
     image_momentum: float = 0.5
     """Momentum of the images' updates."""
     network: str = "convnet"

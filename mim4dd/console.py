@@ -73,6 +73,7 @@ def _termination_interrupts() -> Iterator[None]:
         return
 
     def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: another would interrupt the saving
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)

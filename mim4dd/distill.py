@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .errors import InputError
 from .graph import replayed
-from .lasting import Lasting, recall, remember, within
+from .lasting import Count, Lasting, recall, remember, within
 from .objectives import MutualInformation, Objective
 from .synthetic import SyntheticSet, decode
 
@@ -32,13 +33,13 @@ class Progress:
         iteration: updates done.
         terms: each term of the loss, averaged over the iterations since the last look.
         synthetic: a copy of the synthetic set as it is now.
-        state: what `distill` needs to go on from here.
+        state: what `distill` needs to go on from here; None if the objective does not tell what lasts.
     """
 
     iteration: int
     terms: dict[str, float]
     synthetic: SyntheticSet
-    state: dict[str, Tensor]
+    state: dict[str, Tensor] | None
 
 
 def distill(
@@ -50,7 +51,6 @@ def distill(
     momentum: float,
     mutual_information: MutualInformation | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
-    done: int = 0,
     state: Mapping[str, Tensor] | None = None,
 ) -> SyntheticSet:
     """Return the distilled set; `start` stays as it is.
@@ -63,19 +63,20 @@ def distill(
         momentum: of the images' updates.
         mutual_information: the add-on, if any; what parameters it has are trained along.
         on_progress: called every `READ_EVERY` iterations and after the last.
-        done: updates that an earlier call with the same arguments had done.
-        state: what it was in then, `Progress.state`: the updates left are those it would have done.
+        state: where an earlier call with the same arguments was, `Progress.state`: the updates left are those
+            that it would have done.
 
     Raises:
         DivergenceError: naming the term; `on_progress` has been given the last good set.
-        InputError, RuntimeError: a state of other arguments, code or device.
+        InputError, RuntimeError: a state of another objective, add-on or device, as far as names and shapes
+            tell.
     """
     names = ["base", "mim"] if mutual_information else ["base"]
     distillation = Distillation(objective, start, lr, momentum, mutual_information)
     if state is not None:
         distillation.restore(state)
     unread: list[Tensor] = []
-    for iteration in range(done + 1, iterations + 1):
+    for iteration in range(distillation.done.times + 1, iterations + 1):
         unread.append(distillation.update())
         if iteration % READ_EVERY == 0 or iteration == iterations:
             means = _read(unread, names, iteration, distillation.learned)
@@ -106,6 +107,7 @@ class Distillation:
         mutual_information: MutualInformation | None = None,
     ) -> None:
         self.objective, self.start, self.term = objective, start, mutual_information
+        self.done = Count()
         self.images = start.images.clone().requires_grad_()
         self.logits = None
         if start.soft_labels is not None:
@@ -127,7 +129,9 @@ class Distillation:
         """Do an update and return the terms of its loss [1 or 2]."""
         with torch.no_grad():
             self.objective.prepare(*self._decoded())
-        return self._step().clone()
+        terms = self._step().clone()
+        self.done.times += 1
+        return terms
 
     @property
     def learned(self) -> list[Tensor]:
@@ -144,9 +148,12 @@ class Distillation:
             network_lr=self.objective.network_lr,
         )
 
-    def state(self) -> dict[str, Tensor]:
-        """Return a copy of all that the updates to come depend on."""
-        state = remember(self._lasting())
+    def state(self) -> dict[str, Tensor] | None:
+        """Return a copy of all that the updates to come depend on; None if the objective does not tell."""
+        lasting = self._lasting()
+        if lasting is None:
+            return None
+        state = remember(lasting)
         for name, optimizer in self._named_optimizers():
             for index, kept in optimizer.state_dict()["state"].items():
                 state |= remember(within(f"{name}.{index}", kept))
@@ -156,11 +163,17 @@ class Distillation:
         """Go on from what `state` returned.
 
         Raises:
-            InputError: it did so for other arguments, code or device.
+            InputError: it did so for another objective or device.
             RuntimeError: or for another add-on.
         """
+        lasting = self._lasting()
+        if lasting is None:
+            raise InputError(
+                "the objective does not tell what lasts, so that it cannot go on: see its lasting()"
+            )
         if self.term:
             self.term.load_state_dict(_under("term", state))
+            self.term.to(self.images.device)
         for name, optimizer in self._named_optimizers():
             kept: dict[int, dict[str, Tensor]] = {}
             for own, value in _under(name, state).items():
@@ -169,11 +182,14 @@ class Distillation:
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": kept, "param_groups": groups})
         others = ("term.", *(f"{name}." for name, _ in self._named_optimizers()))
-        recall(self._lasting(), {n: value for n, value in state.items() if not n.startswith(others)})
+        recall(lasting, {n: value for n, value in state.items() if not n.startswith(others)})
 
-    def _lasting(self) -> Lasting:
+    def _lasting(self) -> Lasting | None:
+        lasting = self.objective.lasting()
+        if lasting is None:
+            return None
         leaves: Lasting = {str(k): leaf for k, leaf in enumerate(self._leaves)}
-        return within("leaf", leaves) | within("objective", self.objective.lasting())
+        return {"done": self.done} | within("leaf", leaves) | within("objective", lasting)
 
     def _named_optimizers(self) -> list[tuple[str, torch.optim.Optimizer]]:
         return [(f"optimizer {k}", optimizer) for k, optimizer in enumerate(self.optimizers)]

@@ -49,11 +49,13 @@ def score_saved(
         seed: of weights, batches and augmentations.
         device: auto, cpu, cuda, cuda:1, ...
         precision: what the networks compute in; auto: the fastest for a ConvNet.
-        out: a JSON file for the accuracies.
+        out: a new JSON file for the accuracies.
     """
     for option, value in (("--num-eval", num_eval), ("--eval-epochs", eval_epochs)):
         if value is not None and value < 1:
             raise InputError(f"{option} is {value}, expected at least 1")
+    if out and (out.exists() or not out.absolute().parent.is_dir()):
+        raise InputError(f"--out {out} is there already, or its folder is not; give a new file in a folder")
     wanted = tuple(dict.fromkeys(name for name in ",".join(architectures).split(",") if name))
     for name in set(wanted) - set(ARCHITECTURES):
         raise unknown("architecture", name, ARCHITECTURES)

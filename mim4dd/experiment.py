@@ -170,12 +170,11 @@ class Experiment:
         on_progress: Callable[[Progress], None],
         *,
         with_mim: bool = True,
-        done: int = 0,
         state: Mapping[str, Tensor] | None = None,
     ) -> SyntheticSet:
         """Return the distilled set; `with_mim=False` runs the base method alone.
 
-        Given what `mim4dd.distill.distill` calls `done` and `state`, the run goes on from there.
+        Given a `state`, as `mim4dd.distill.distill` has it, the run goes on from there.
 
         Raises:
             DivergenceError: a term of the loss is not finite any more.
@@ -194,7 +193,6 @@ class Experiment:
             momentum=settings.image_momentum,
             mutual_information=term,
             on_progress=on_progress,
-            done=done,
             state=state,
         )
         if settings.soft_labels and not method.learns_targets:

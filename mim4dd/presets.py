@@ -81,6 +81,7 @@ def with_presets(config: Config) -> Config:
     augmentation = config.distill.augmentation
     if augmentation is None and method.augmented:
         augmentation = DSA.replace("_flip", "") if config.data.dataset in NO_FLIP else DSA
+    image_lr = at(method.image_lr, 1 if preset is PAPER else ipc)
     if preset is PAPER:
         iterations = method.iterations(ipc * config.distill.factor**2)
         epochs = PAPER.eval_epochs if parts_of(augmentation or "none") else 300  # as published
@@ -93,7 +94,7 @@ def with_presets(config: Config) -> Config:
         distill=_filled(
             config.distill,
             preset,
-            image_lr=at(method.image_lr, 1 if preset is PAPER else ipc),
+            image_lr=image_lr,
             augmentation=augmentation or "none",
         ),
         mim=_filled(config.mim, preset, mim_weight=weight, mim_temperature=TEMPERATURES[config.mim.mim_loss]),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import NAME as checkpoint_file
-from .checkpoint import Checkpoint
+from .checkpoint import STATE, Checkpoint
 from .config import Config, check
 from .console import complain, guarded
 from .errors import InputError
@@ -26,7 +27,8 @@ class RunConfig(Config):
     """Distil a labelled image set into a few synthetic images per class."""
 
     resume: Path | None = None
-    """Folder of a run that was cut off, to go on with it as if it had not been; takes no other option."""
+    """Folder of a run that was cut off, to go on with it as if it had not been; takes no other option but
+    --memory-budget."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,16 +37,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def command() -> None:
         settings = read(RunConfig, "python -m mim4dd.run", sys.argv[1:] if arguments is None else arguments)
         if settings.resume:
-            folder, checkpoint = settings.resume, unfinished(settings)
-            experiment = Experiment.prepare(checkpoint.config)
+            folder, checkpoint = unfinished(settings)
+            budget = settings.memory_budget or checkpoint.config.memory_budget
+            experiment = Experiment.prepare(dataclasses.replace(checkpoint.config, memory_budget=budget))
         else:
             experiment = Experiment.prepare(filled(plain(settings)))
             folder, checkpoint = open_folder(experiment), None
         try:
             run(experiment, folder, checkpoint)
-        except KeyboardInterrupt:
-            if (folder / checkpoint_file).exists():
-                complain(f"to go on: python -m mim4dd.run --resume {folder}")
+        except (KeyboardInterrupt, MemoryError, RuntimeError):
+            if (folder / STATE).exists():
+                complain(f"to go on: python -m mim4dd.run --resume {shlex.quote(str(folder))}")
             raise
 
     return guarded(command)
@@ -60,19 +63,22 @@ def filled(config: Config) -> Config:
     return with_presets(config)
 
 
-def unfinished(settings: RunConfig) -> Checkpoint:
-    """Return where the run is that --resume names.
+def unfinished(settings: RunConfig) -> tuple[Path, Checkpoint]:
+    """Return the folder of the run that --resume names, and where that run is.
 
     Raises:
         InputError: there is none, or other options were given.
     """
     folder = settings.resume
     assert folder is not None
-    if settings != RunConfig(resume=folder):
+    if settings != RunConfig(resume=folder, memory_budget=settings.memory_budget):
         raise InputError(f"--resume {folder} goes on with the settings of that run; leave out all others")
+    folder = folder.parent if folder.name == STATE else folder
+    if not folder.is_dir():
+        raise InputError(f"--resume {folder}: there is no such folder")
     if (folder / "result.json").exists():
         raise InputError(f"--resume {folder}: that run is finished, see its result.json")
-    return Checkpoint.load(folder)
+    return folder, Checkpoint.load(folder)
 
 
 def open_folder(experiment: Experiment) -> Path:

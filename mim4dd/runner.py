@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal
+from torch import Tensor
 
 from . import __version__, report
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, remove
 from .config import Config, settled, to_json
 from .console import (
     complain,
@@ -26,6 +27,7 @@ from .console import (
 )
 from .devices import device_name
 from .distill import DivergenceError, Progress
+from .errors import InputError
 from .evaluation import Score
 from .experiment import Experiment
 from .synthetic import SyntheticSet
@@ -42,11 +44,15 @@ def run(experiment: Experiment, folder: Path, checkpoint: Checkpoint | None = No
         checkpoint: of the same run, which goes on from there.
 
     Raises:
-        DivergenceError, KeyboardInterrupt, and what torch raises when memory is short: the last good set has
-            been saved, if it was still being distilled.
-        InputError: a checkpoint of other settings, code or device.
+        DivergenceError, KeyboardInterrupt, and what torch raises, of too little memory say: the last good set
+            has been saved, if it was still being distilled.
+        InputError: a checkpoint of other data or of another device.
     """
     config, train = experiment.config, experiment.train
+    if checkpoint is None:
+        remove(folder)  # of a run that is overwritten
+    elif checkpoint.data != train.fingerprint:
+        raise InputError(f"{config.data.dataset} has other images than the run in {folder}; start it anew")
     console.print(
         f"{experiment.name}: {len(train)} training images of {train.num_classes} classes, "
         f"{'x'.join(map(str, train.images.shape[1:]))}; {config.distill.ipc} a class to distil on "
@@ -64,17 +70,17 @@ def run(experiment: Experiment, folder: Path, checkpoint: Checkpoint | None = No
     prepared(f"prepare {config.distill.method}", experiment.prepare_method())
     keeper = Keeper(experiment, folder, checkpoint)
     prepared("train networks for the term", experiment.prepare_term())
-    distil = functools.partial(experiment.distill, done=keeper.iteration, state=keeper.state)
+    distil = functools.partial(experiment.distill, state=keeper.state)
     try:
         keeper.synthetic = with_progress("distil", experiment, distil, keeper)
+        synthetic = keeper.save()
     except (KeyboardInterrupt, MemoryError, RuntimeError) as error:
-        if isinstance(error, DivergenceError):
-            keeper.state = None  # it would only diverge again
         if keeper.unsaved:
             keeper.save()
+        if isinstance(error, DivergenceError):
+            remove(folder)  # it would only diverge again
         complain(f"the last good set, of iteration {keeper.iteration}, is in {keeper.path}")
         raise
-    synthetic = keeper.save()
     distilled = time.monotonic()
     score, baselines = evaluations(experiment, keeper.synthetic)
     others = cross_architecture(experiment, keeper.synthetic, score)
@@ -93,7 +99,7 @@ def run(experiment: Experiment, folder: Path, checkpoint: Checkpoint | None = No
         "history": keeper.history,
     }
     report.write(folder, synthetic, result)
-    Checkpoint(config).save(folder)  # there is nothing left to go on with
+    remove(folder)  # there is nothing left to go on with
     if score:
         print_table(
             f"Accuracy on the {result['evaluated_on']} set of {len(experiment.test)} images",
@@ -124,12 +130,17 @@ class Keeper:
         self.folder = folder
         self.path = folder / "synthetic.safetensors"
         self.synthetic = experiment.start
-        checkpoint = checkpoint or Checkpoint(experiment.config)
-        self.iteration, self.state = checkpoint.iteration, checkpoint.state
-        self.history = [*checkpoint.history]
-        self.unsaved = self.state is None
-        self.began = time.monotonic() - checkpoint.seconds
-        self._saved = time.monotonic()
+        self.state: Mapping[str, Tensor] | None = None
+        self.history: list[dict[str, float]] = []
+        self.iteration, self.unsaved = 0, checkpoint is None
+        self.began = self._saved = time.monotonic()
+        if checkpoint:
+            self.state, self.iteration, self.history = (
+                checkpoint.state,
+                checkpoint.iteration,
+                checkpoint.history,
+            )
+            self.began -= checkpoint.seconds
 
     def __call__(self, progress: Progress) -> None:
         """Take a look of the distillation loop."""
@@ -156,8 +167,15 @@ class Keeper:
         synthetic = replace(self.synthetic.to("cpu"), metadata=facts)
         report.remove(self.folder)  # of what is overwritten
         synthetic.save(self.path)
-        seconds = time.monotonic() - self.began
-        Checkpoint(config, self.iteration, seconds, self.history, self.state).save(self.folder)
+        if self.state is not None:
+            Checkpoint(
+                config=config,
+                data=self.experiment.train.fingerprint,
+                iteration=self.iteration,
+                seconds=time.monotonic() - self.began,
+                history=self.history,
+                state={**self.state},
+            ).save(self.folder)
         self._saved, self.unsaved = time.monotonic(), False
         return synthetic
 

@@ -37,6 +37,8 @@ def test_given_settings_go_before_the_preset():
     paper = settings(preset="paper")
     assert (paper.distill.iterations, paper.distill.real_batch, paper.distill.width) == (20_000, 256, 128)
     assert paper.eval.eval_epochs == 1000
+    fifty = [settings(preset=p, distill=DistillConfig(ipc=50)).distill.image_lr for p in ("short", "paper")]
+    assert fifty == [5.0, 1.0], "as published in the longer"
     plain = DistillConfig(augmentation="none")
     assert settings(preset="paper", distill=plain).eval.eval_epochs == 300, "as published"
     assert settings(preset="paper", distill=DistillConfig(method="dc")).eval.eval_epochs == 300

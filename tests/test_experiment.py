@@ -101,14 +101,13 @@ def test_the_loop_is_given_the_settings(monkeypatch):
     monkeypatch.setattr(experiment, "distill", distill)
     prepared = prepare("--iterations 4 --image-lr 0.3 --image-momentum 0.2 --mim-weight 2")
     state = {"images": torch.zeros(1)}
-    assert prepared.distill(print, done=3, state=state) is prepared.start
+    assert prepared.distill(print, state=state) is prepared.start
     prepared.distill(print, with_mim=False)
     (_, start, options), (_, _, without) = calls
     assert start is prepared.start
     assert options.pop("mutual_information").weight == 2
     assert without.pop("mutual_information") is None
-    assert (options.pop("done"), options.pop("state")) == (3, state)
-    assert (without.pop("done"), without.pop("state")) == (0, None)
+    assert (options.pop("state"), without.pop("state")) == (state, None)
     assert options == without == {"iterations": 4, "lr": 0.3, "momentum": 0.2, "on_progress": print}
 
 

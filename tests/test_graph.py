@@ -158,7 +158,7 @@ def with_students(device="cpu", **from_there):
 
 def test_a_replayed_run_that_was_cut_off_goes_on_as_if_it_had_not_been(stand_in, short_students):
     whole, (first, _) = with_students()
-    rest, _ = with_students(done=10, state=first.state)
+    rest, _ = with_students(state=first.state)
     assert len(stand_in) == 4, "the rest is long enough to be recorded, too"
     assert torch.equal(rest, whole)
 
@@ -288,7 +288,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(device, short_stud
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     whole, (first, _) = with_students(device)
     state = {name: tensor.cpu() for name, tensor in first.state.items()}  # as it comes from a file
-    rest, _ = with_students(device, done=10, state=state)
+    rest, _ = with_students(device, state=state)
     torch.testing.assert_close(rest, whole, rtol=0, atol=5e-3)
 
 

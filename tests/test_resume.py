@@ -1,15 +1,18 @@
 """A run that was cut off goes on as if it had not been."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
-from commands import QUICK, files, parse
+from commands import QUICK, files, npz, parse
+from conftest import digits_problem
 
 from mim4dd import checkpoint, compare, distill, run, runner
 from mim4dd.errors import InputError
 from mim4dd.experiment import Experiment
-from mim4dd.objectives import gradient, own_networks
+from mim4dd.objectives import Matched, Objective, gradient, own_networks
 from mim4dd.synthetic import SyntheticSet
 
 RUN = ["--quick", "--iterations", "14", "--eval-epochs", "2"]  # looked at after 10 and 14
@@ -46,20 +49,22 @@ def test_the_rest_of_a_run_is_what_it_would_have_been(tmp_path, short_trainings,
         return experiment.distill(looks.append, **from_there), looks
 
     whole, (first, last) = distilled()
-    rest, (look,) = distilled(done=10, state=first.state)
+    rest, (only,) = distilled(state=first.state)
     assert torch.equal(rest.images, whole.images)
     assert torch.equal(rest.targets, whole.targets)
     assert rest.network_lr == whole.network_lr
-    assert (look.iteration, look.terms) == (last.iteration, last.terms)
-    assert look.state.keys() == last.state.keys()
-    assert all(torch.equal(look.state[name], value) for name, value in last.state.items())
+    assert (only.iteration, only.terms) == (last.iteration, last.terms)
+    assert only.state.keys() == last.state.keys()
+    assert all(torch.equal(only.state[name], value) for name, value in last.state.items())
     assert not torch.equal(whole.images, first.synthetic.images)
+
+
+look = runner.Keeper.__call__
 
 
 @pytest.fixture
 def cut_off_after_10(monkeypatch):
     """Runs that are interrupted at their first look, until undone."""
-    look = runner.Keeper.__call__
 
     def interrupt(keeper, progress):
         look(keeper, progress)
@@ -110,8 +115,7 @@ def test_a_run_is_resumed_by_its_folder(cut_off, tmp_path):
 def test_its_time_goes_on_too(cut_off):
     state = checkpoint.Checkpoint.load(cut_off)
     assert state.seconds > 0
-    later = checkpoint.Checkpoint(state.config, state.iteration, 1000.0, state.history, state.state)
-    later.save(cut_off)
+    dataclasses.replace(state, seconds=1000.0).save(cut_off)
     assert run.main(["--resume", str(cut_off)]) == 0
     assert json.loads((cut_off / "result.json").read_text())["seconds"]["distill"] > 1000
 
@@ -143,14 +147,15 @@ def test_a_run_cut_off_in_its_evaluation_is_not_distilled_again(tmp_path, monkey
     assert json.loads((tmp_path / "out" / "result.json").read_text())["iterations"] == 14
 
 
-def test_a_cell_of_a_comparison_goes_on_where_it_was_cut_off(tmp_path, cut_off_after_10, capsys):
+def test_a_cell_of_a_comparison_goes_on_where_it_was_cut_off(tmp_path, updates, cut_off_after_10, capsys):
     comparison = [*RUN, "--mim-weights", "0", "--seeds", "0", "--out", str(tmp_path)]
     assert compare.main(comparison) == 130
     error = capsys.readouterr().err
     assert "the same command goes on" in error
     assert "--resume" not in error
-    cut_off_after_10.undo()
+    cut_off_after_10.setattr(runner.Keeper, "__call__", look)
     assert compare.main(comparison) == 0
+    assert len(updates) == 14
     result = json.loads((tmp_path / "cells" / "dm-w0-ipc1-seed0" / "result.json").read_text())
     assert [look["iteration"] for look in result["history"]] == [10, 14]
 
@@ -165,6 +170,7 @@ def test_what_cannot_be_resumed_is_refused(cut_off, tmp_path, capsys):
         cut_off, capsys, "--iterations", "20"
     )
     assert "holds no state.safetensors: no run was cut off there" in refused(tmp_path, capsys)
+    assert "there is no such folder" in refused(tmp_path / "nowhere", capsys)
     path = cut_off / "state.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
@@ -172,7 +178,7 @@ def test_what_cannot_be_resumed_is_refused(cut_off, tmp_path, capsys):
     path.write_bytes(whole.replace(b"mim4dd-state-1", b"mim4dd-state-0"))
     assert "is of another version of mim4dd" in refused(cut_off, capsys)
     path.write_bytes(whole)
-    assert run.main(["--resume", str(cut_off)]) == 0
+    assert run.main(["--resume", str(path), "--memory-budget", "1"]) == 0
     capsys.readouterr()
     assert "that run is finished" in refused(cut_off, capsys)
 
@@ -192,4 +198,64 @@ def test_a_state_of_something_else_is_refused(change):
     else:
         state[name] = state[name][:16]  # a GPU's generators have so many bytes
     with pytest.raises(InputError, match=f"of other settings, code or device: see '{name}'"):
-        Experiment.prepare(config).distill(looks.append, done=10, state=state)
+        Experiment.prepare(config).distill(looks.append, state=state)
+
+
+def test_a_cell_whose_state_is_damaged_is_run_anew(tmp_path, updates, cut_off_after_10, capsys):
+    comparison = [*RUN, "--mim-weights", "0", "--seeds", "0", "--baselines", "--out", str(tmp_path)]
+    assert compare.main(comparison) == 130
+    (tmp_path / "cells" / "dm-w0-ipc1-seed0" / "state.safetensors").write_bytes(b"")
+    cut_off_after_10.setattr(runner.Keeper, "__call__", look)
+    assert compare.main(comparison) == 0
+    assert "start the run anew: that is done now" in capsys.readouterr().err
+    assert len(updates) == 10 + 14
+
+
+def test_a_run_is_resumed_from_anywhere_but_only_on_its_data(tmp_path, cut_off_after_10, capsys):
+    for name in ("there", "elsewhere"):
+        (tmp_path / name).mkdir()
+    npz(tmp_path / "there" / "data.npz")
+    cut_off_after_10.chdir(tmp_path / "there")
+    assert run.main([*RUN, "--dataset", "data.npz", "--out", "out"]) == 130
+    cut_off_after_10.setattr(runner.Keeper, "__call__", look)
+    cut_off_after_10.chdir(tmp_path / "elsewhere")
+    npz(tmp_path / "there" / "data.npz", x_train=np.full((40, 12, 12, 3), 7, np.uint8))
+    assert "data.npz has other images than the run in" in refused("../there/out", capsys)
+    npz(tmp_path / "there" / "data.npz")
+    assert run.main(["--resume", "../there/out"]) == 0
+
+
+def test_what_is_overwritten_is_not_gone_on_with(cut_off, monkeypatch, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Experiment, "prepare_term", interrupt)
+    assert run.main([*RUN, "--seed", "7", "--out", str(cut_off), "--overwrite"]) == 130
+    assert "--resume" not in capsys.readouterr().err
+
+
+def test_after_a_divergence_there_is_nothing_to_go_on_with(cut_off, monkeypatch, capsys):
+    def diverge(*_):
+        raise distill.DivergenceError("the base term became nan")
+
+    before = SyntheticSet.load(cut_off / "synthetic.safetensors").images
+    monkeypatch.setattr(distill, "_read", diverge)
+    assert run.main(["--resume", str(cut_off)]) == 1
+    assert "--resume" not in capsys.readouterr().err
+    assert files(cut_off) == ["synthetic.safetensors"]
+    assert torch.equal(SyntheticSet.load(cut_off / "synthetic.safetensors").images, before)
+
+
+def test_an_objective_that_does_not_tell_what_lasts_has_no_state():
+    class Silent(Objective):
+        def match(self, images, targets):
+            rows = images.flatten(1)
+            return Matched(rows.square().sum(), [rows], [rows.detach()], targets, targets)
+
+    _, start = digits_problem()
+    looks = []
+    settings = {"iterations": 10, "lr": 1e-4, "momentum": 0.0}
+    distill.distill(Silent(), start, on_progress=looks.append, **settings)
+    assert looks[0].state is None
+    with pytest.raises(InputError, match="does not tell what lasts"):
+        distill.distill(Silent(), start, state={}, **settings)

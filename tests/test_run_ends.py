@@ -183,6 +183,7 @@ def test_short_memory_keeps_the_last_good_set(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "the last good set, of iteration 10, is in" in error
     assert "out of memory" in error
+    assert f"to go on: python -m mim4dd.run --resume {out}" in error, "with another --memory-budget"
     assert SyntheticSet.load(out / "synthetic.safetensors").metadata["iterations"] == 10
 
 

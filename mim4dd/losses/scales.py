@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
     return _kept_numbers(values, dtype, device)
 
 
-@cache  # never given up: recorded steps read them
+@lru_cache(maxsize=4096)  # more than any program has in use: a recorded step reads them again
 def _kept_numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)

@@ -199,13 +199,15 @@ class Objective(ABC):
         Takes the images [n, C, H, W] and targets that are then matched, as constants.
         """
 
-    def lasting(self) -> Lasting:
+    def lasting(self) -> Lasting | None:
         """Return what lasts from one match to the next, so that a run can go on where it was cut off.
 
         By default the `generators`; networks that are trained meanwhile, and whatever else `prepare` keeps,
-        belong to it too.
+        belong to it too. None: nothing is known of that, and a run cannot go on.
         """
-        return {f"generator {k}": generator for k, generator in enumerate(self.generators or ())}
+        if self.generators is None:
+            return None
+        return {f"generator {k}": generator for k, generator in enumerate(self.generators)}
 
     @abstractmethod
     def match(self, images: Tensor, targets: Tensor) -> Matched:

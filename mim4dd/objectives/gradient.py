@@ -120,7 +120,8 @@ class GradientMatching(Objective):
             "weights": self.weights,
             "training": self.training,
             "statistics": self.statistics,
-            **super().lasting(),
+            "draws": self.draws,
+            "augmentations": self.augmentations,
         }
 
     def match(self, images: Tensor, targets: Tensor) -> Matched:

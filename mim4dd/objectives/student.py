@@ -76,7 +76,7 @@ def trajectory_distance(
         end = begin
         for _ in range(steps):
             end = end - step * _gradient(network, end, images, labels, create_graph=True)
-    return squared_distance(end, aim) / squared_distance(begin, aim)
+    return squared_distance(end, aim) / squared_distance(begin.detach(), aim)
 
 
 def follow(

@@ -146,7 +146,12 @@ class TrajectoryMatching(Objective):
 
     def lasting(self) -> Lasting:
         """All that is drawn from; the experts are in their file."""
-        return {"matches": self.matches, **super().lasting()}
+        return {
+            "matches": self.matches,
+            "draws": self.draws,
+            "augmentations": self.augmentations,
+            "training": self.training,
+        }
 
     def match(self, images: Tensor, targets: Tensor) -> Matched:
         """Return the distance for the synthetic images [n, C, H, W]; features only if the add-on wants them.

@@ -45,9 +45,12 @@ class _Through(Objective):
         self.base.prepare(images, targets)
         self.networks.renew(images, targets)
 
-    def lasting(self) -> Lasting:
+    def lasting(self) -> Lasting | None:
+        base = self.base.lasting()
+        if base is None:
+            return None
         own: Lasting = {f"draw {k}": draw for k, draw in enumerate(self.draws)}
-        return own | within("base", self.base.lasting()) | within("networks", self.networks.lasting())
+        return own | within("base", base) | within("networks", self.networks.lasting())
 
     def match(self, images: Tensor, targets: Tensor) -> Matched:
         problem = self.problem

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..checkpoint import NAME as STATE
-from ..checkpoint import Checkpoint
+from ..checkpoint import STATE, Checkpoint
 from ..config import Config, DistillConfig, MimConfig, settled, to_json
 from ..console import complain, with_accuracy
 from ..data import load
@@ -71,7 +70,12 @@ class Cell:
             return self._write(FAILED, {"failed": str(error)})
 
     def _outcome(self) -> dict[str, Any]:
-        checkpoint = Checkpoint.load(self.folder) if (self.folder / STATE).exists() else None
+        checkpoint = None
+        if (self.folder / STATE).exists():
+            try:
+                checkpoint = Checkpoint.load(self.folder)
+            except InputError as error:
+                complain(f"{error}: that is done now")
         return run(Experiment.prepare(self.config, _load), self.folder, checkpoint)
 
     def _write(self, name: str, outcome: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +99,12 @@ class BaselineCell(Cell):
         """
         ours = config.distill
         bare = DistillConfig(
-            ipc=ours.ipc, network=ours.network, width=ours.width, augmentation=ours.augmentation, init="noise"
+            ipc=ours.ipc,
+            network=ours.network,
+            width=ours.width,
+            augmentation=ours.augmentation,
+            init="noise",
+            image_lr=1.0,
         )
         settings = Config(
             data=config.data,
