@@ -79,8 +79,8 @@ class MimConfig:
     """The mutual-information term."""
 
     mim_weight: float | None = None
-    """Its weight; 0 leaves it out. Default, for info-nce: 300 for dm, 100 from ten images per class on, 1000
-    for dsa and ncfm; at one image per class 1000 for dc and 1 for mtt, else 0."""
+    """Its weight; 0 leaves it out. Default, for info-nce: 300 for dm, from ten images per class on 100, from
+    fifty on 30; 1000 for dsa and ncfm; at one image per class 1000 for dc and 1 for mtt, else 0."""
     mim_loss: Literal["info-nce", "nce"] = "info-nce"
     """info-nce: every real image is to find its class among the synthetic ones. nce: the published term, a
     critic of every pair."""

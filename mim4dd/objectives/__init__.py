@@ -73,7 +73,7 @@ METHODS = {
         augmented=True,
         learns_targets=False,
         iterations=lambda _: 20_000,
-        mim_weights={"info-nce": {1: 300.0, 10: 100.0}, "nce": {1: 100.0, 10: 1.0}},
+        mim_weights={"info-nce": {1: 300.0, 10: 100.0, 50: 30.0}, "nce": {1: 100.0, 10: 1.0}},
     ),
     "dc": Method(
         GradientMatching,
