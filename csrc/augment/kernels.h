@@ -17,12 +17,8 @@ void augment_cpu(const Call& call, torch::headeronly::ScalarType dtype);
 constexpr int kSums = 16;
 void augment_cuda(const Call& call, torch::headeronly::ScalarType dtype, void* sums, void* stream);
 
-template <typename InType, typename OutType, typename AccType>
-struct Types {
-  using In = InType;
-  using Out = OutType;
-  using Acc = AccType;
-};
+template <typename In, typename Out, typename Acc>
+struct Types {};
 
 // Calls `kernel` with the dtypes for images of `dtype`: read, written, and accumulated in.
 template <typename Kernel>
