@@ -65,6 +65,8 @@ def run(experiment: Experiment, folder: Path, checkpoint: Checkpoint | None = No
         f"{decimal(needed)}; {the_term(config)}",
         soft_wrap=True,
     )
+    if checkpoint:
+        console.print(f"{checkpoint.iteration} of {config.distill.iterations} updates are done already")
     if config.distill.soft_labels:
         console.print("For the soft labels a network is trained on the real images as well.")
     prepared(f"prepare {config.distill.method}", experiment.prepare_method())

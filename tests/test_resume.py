@@ -98,8 +98,9 @@ def cut_off(tmp_path, cut_off_after_10, capsys):
     return out
 
 
-def test_a_run_is_resumed_by_its_folder(cut_off, tmp_path):
+def test_a_run_is_resumed_by_its_folder(cut_off, tmp_path, capsys):
     assert run.main(["--resume", str(cut_off)]) == 0
+    assert "10 of 14 updates are done already" in capsys.readouterr().out
     whole = tmp_path / "whole"
     assert run.main([*RUN, "--out", str(whole)]) == 0
     assert files(cut_off) == files(whole), "nothing is left to go on with"
