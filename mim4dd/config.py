@@ -80,7 +80,7 @@ class MimConfig:
 
     mim_weight: float | None = None
     """Its weight; 0 leaves it out. Default, for info-nce: 300 for dm, from ten images per class on 100, from
-    fifty on 30; 1000 for dsa and ncfm; at one image per class 1000 for dc and 1 for mtt, else 0."""
+    fifty on 30; 1000 for dc, dsa and ncfm; 1 for mtt at one image per class, else 0."""
     mim_loss: Literal["info-nce", "nce"] = "info-nce"
     """info-nce: every real image is to find its class among the synthetic ones. nce: the published term, a
     critic of every pair."""

@@ -358,14 +358,14 @@ def test_the_table_says_which_images_accuracies_are_of(tmp_path, validation, spl
 
 def test_default_weights_are_those_of_run(monkeypatch):
     plan = compare.cells(
-        comparison("--methods", "dm", "dc", "--ipcs", "10", "1", "--seeds", "3", "--baselines")
+        comparison("--methods", "dm", "mtt", "--ipcs", "10", "1", "--seeds", "3", "--baselines")
     )
     assert [str(arm) + f" {arm.ipc}" for arm, _ in plan] == [
-        "dm, weight 0 10", "dm, weight 100 10", "dc, weight 0 10",
-        "dm, weight 0 1", "dm, weight 300 1", "dc, weight 0 1", "dc, weight 1000 1",
+        "dm, weight 0 10", "dm, weight 100 10", "mtt, weight 0 10",
+        "dm, weight 0 1", "dm, weight 300 1", "mtt, weight 0 1", "mtt, weight 1 1",
     ]  # fmt: skip
-    cell = plan[Arm("dc", 0.0, 10), 3]
-    assert (cell.config.distill.ipc, cell.config.seed, cell.config.distill.image_lr) == (10, 3, 0.1)
+    cell = plan[Arm("mtt", 0.0, 10), 3]
+    assert (cell.config.distill.ipc, cell.config.seed, cell.config.distill.image_lr) == (10, 3, 100)
 
 
 def test_baselines_are_the_same_whatever_the_methods():

@@ -176,7 +176,8 @@ def test_the_defaults_are_what_the_help_says():
 
     methods = "dm", "dc", "dsa", "mtt", "ncfm"
     assert [term_and_lr(m, 1) for m in methods] == [(300, 1), (1000, 0.1), (1000, 0.1), (1, 100), (1000, 0.1)]
-    assert [term_and_lr(m, 10)[0] for m in methods] == [100, 0, 1000, 0, 1000]
+    assert [term_and_lr(m, 10)[0] for m in methods] == [100, 1000, 1000, 0, 1000]
+    assert term_and_lr("dm", 50) == (30, 5)
 
 
 @pytest.mark.parametrize("dataset", ["digits", "mnist", "kmnist", "svhn", "fashion-mnist"])

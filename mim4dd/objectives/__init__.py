@@ -81,7 +81,7 @@ METHODS = {
         augmented=False,
         learns_targets=True,
         iterations=lambda ipc: 1000 * loops(ipc)[0],  # 1,000 networks
-        mim_weights={"info-nce": {1: 1000.0, 2: 0.0}, "nce": {1: 0.0}},
+        mim_weights={"info-nce": {1: 1000.0}, "nce": {1: 0.0}},
     ),
     "dsa": Method(
         GradientMatching,
