@@ -20,7 +20,7 @@ from .files import write
 from .networks import ARCHITECTURES
 from .networks.precision import Precision, configure, resolve
 from .runner import score_facts
-from .synthetic import SyntheticSet
+from .synthetic import IMAGES, SyntheticSet
 
 
 def score_saved(
@@ -60,7 +60,7 @@ def score_saved(
     for name in set(wanted) - set(ARCHITECTURES):
         raise unknown("architecture", name, ARCHITECTURES)
     if path.is_dir():
-        path = path / "synthetic.safetensors"
+        path = path / IMAGES
     saved = SyntheticSet.load(path)
     if "config" not in saved.metadata:
         raise InputError(f"{path} holds no settings to evaluate with; expected the set of a mim4dd run")

@@ -30,7 +30,7 @@ from .distill import DivergenceError, Progress
 from .errors import InputError
 from .evaluation import Score
 from .experiment import Experiment
-from .synthetic import SyntheticSet
+from .synthetic import IMAGES, SyntheticSet
 
 SAVE_EVERY = 60  # seconds between saves of a set in the making
 
@@ -130,7 +130,7 @@ class Keeper:
     def __init__(self, experiment: Experiment, folder: Path, checkpoint: Checkpoint | None = None) -> None:
         self.experiment = experiment
         self.folder = folder
-        self.path = folder / "synthetic.safetensors"
+        self.path = folder / IMAGES
         self.synthetic = experiment.start
         self.state: Mapping[str, Tensor] | None = None
         self.history: list[dict[str, float]] = []

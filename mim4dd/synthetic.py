@@ -21,6 +21,7 @@ from .errors import InputError
 from .files import atomic
 
 FORMAT = "mim4dd-synthetic-1"
+IMAGES = "synthetic.safetensors"  # in the folder of a run
 TENSORS = ("images", "labels", "mean", "std")
 OPTIONAL = ("soft_labels",)
 WHITENING = ("mean", "matrix")

@@ -23,9 +23,9 @@ from ..experiment import Experiment, resolved
 from ..files import write
 from ..presets import with_presets
 from ..runner import run, score_facts
-from ..synthetic import SyntheticSet
+from ..synthetic import IMAGES, SyntheticSet
 
-RESULT, FAILED, IMAGES = "result.json", "failed.json", "synthetic.safetensors"
+RESULT, FAILED = "result.json", "failed.json"
 IRRELEVANT = ("config", "out", "overwrite", "preset", "quick")  # to what comes out of settled settings
 _load = functools.lru_cache(maxsize=1)(load)  # the cells of a process share their data
 
