@@ -224,6 +224,9 @@ def test_a_saved_set_is_scored_by_its_own_settings_and_those_given(digits, tmp_p
     assert main([str(tmp_path), "--device", "cpu", *given.split()]) == 0
 
     assert loads == [("digits", Path("there"), None), ("digits", Path("here"), None)]
+    assert main([str(tmp_path), "--device", "cpu", "--dataset", "elsewhere"]) == 0
+    assert loads[2] == ("elsewhere", None, None), "the run's folder is that of another data set"
+    calls.pop()
     for images, labels, test, *_ in calls:
         assert torch.equal(images, saved.decoded)
         assert torch.equal(labels, torch.arange(10).repeat_interleave(8))

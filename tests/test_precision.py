@@ -52,8 +52,10 @@ def test_only_tf32_rounds_to_tf32(monkeypatch):
     """What torch allows its convolutions by default."""
     for name, allowed in (("fp32", False), ("tf32", True), ("bf16", False)):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not allowed)
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
         precision.configure(name)
         assert torch.backends.cudnn.allow_tf32 is allowed
+        assert torch.backends.cudnn.deterministic, "the same seed is to give the same set"
 
 
 @pytest.mark.parametrize("architecture", networks.ARCHITECTURES)
