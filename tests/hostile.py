@@ -48,6 +48,13 @@ def augmentation() -> int:
     return refused
 
 
+def drawing() -> None:
+    """Uniform numbers at their ends as well, and more rows that share a part than there are."""
+    uniform = draw(12, [0.0, 0.5, 1 - 2.0**-24], torch.float32, rows := random.randint(0, 9))
+    table = torch.randint(-40, 40, (11, 5)).float()
+    torch.ops.mim4dd.draw(uniform, table, random.randint(1, 11), random.choice([0, 1, rows, 100]))
+
+
 def layers(padding: int, relu: bool, pool: int) -> None:
     """The convolutions and normalisations of a network's blocks, with their first and second derivatives."""
     batch, few, channels, out = random.randint(1, 3), random.randint(1, 4), 32, random.choice([32, 64, 96])
@@ -80,9 +87,10 @@ def main() -> None:
     torch.manual_seed(0)
     refused = augmentation()
     for _ in range(SIZES):
+        drawing()
         layers(random.randint(0, 3), random.random() < 0.5, random.randint(1, 2))
     sys.stdout.write(
-        f"{CALLS} hostile calls survived, {refused} of them refused, and layers of {SIZES} sizes\n"
+        f"{CALLS} hostile calls survived, {refused} of them refused, and draws and layers of {SIZES} sizes\n"
     )
 
 

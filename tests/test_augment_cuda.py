@@ -61,6 +61,16 @@ def test_a_small_image_takes_one_launch_each_way(strategy):
     assert count in (None, 2), "None: the profiler sees nothing here"
 
 
+def test_drawing_takes_two_launches():
+    random = torch.Generator(DEVICE).manual_seed(0)
+
+    def step() -> None:
+        augment.sample(augment.DSA, 256, 32, generator=random, mode="each")
+
+    step()
+    assert measure.launches(step) in (None, 2), "None: the profiler sees nothing here"
+
+
 def test_bytes_rows_and_both_conventions_of_corners():
     x = torch.randint(0, 256, (6, 3, 9, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     on_cpu, on_gpu = drawn(augment.DSA, 2, (9, 12))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import random_params
 
-from mim4dd import augment
-from mim4dd.augment import AugmentParams, sampling
+from mim4dd import augment, extension
+from mim4dd.augment import AugmentParams, at_once, sampling
 
 PARTS = augment.DSA.split("_")
 
@@ -22,15 +22,17 @@ CHANGED_BY = {
 }
 
 
-@pytest.fixture(params=["on a CPU", "as on a GPU"], autouse=True)
+@pytest.fixture(params=["on a CPU", "as on a GPU", "as on a GPU without the extension"], autouse=True)
 def drawer(request, monkeypatch):
     """Draw what is wanted one after the other, or everything at once, as on a GPU."""
 
-    def at_once(parts, rows, size, generator, mode):
-        return sampling._at_once(tuple(parts), rows, size, [generator], mode)
+    def all_at_once(parts, rows, size, generator, mode):
+        return at_once.draw(tuple(parts), rows, size, [generator], mode)
 
-    if request.param == "as on a GPU":
-        monkeypatch.setattr(sampling, "_one_by_one", at_once)
+    if request.param != "on a CPU":
+        monkeypatch.setattr(sampling, "_one_by_one", all_at_once)
+    if request.param == "as on a GPU without the extension":
+        monkeypatch.setattr(extension, "available", lambda device="cpu": False)
 
 
 def part_of(params: AugmentParams) -> str:
@@ -119,13 +121,13 @@ def test_rows_from_several_generators_are_those_from_each(mode):
 
     together = (
         augment.sample_each(augment.DSA, 5, (12, 9), generators=generators(), mode=mode),
-        sampling._at_once(tuple(PARTS), 5, (12, 9), generators(), mode),
+        at_once.draw(tuple(PARTS), 5, (12, 9), generators(), mode),
     )
     alone = (
         [augment.sample(augment.DSA, 5, (12, 9), generator=random, mode=mode) for random in generators()],
-        [sampling._at_once(tuple(PARTS), 5, (12, 9), [random], mode) for random in generators()],
+        [at_once.draw(tuple(PARTS), 5, (12, 9), [random], mode) for random in generators()],
     )
-    assert len(sampling._at_once(tuple(PARTS), 0, (12, 9), generators(), mode)) == 0
+    assert len(at_once.draw(tuple(PARTS), 0, (12, 9), generators(), mode)) == 0
     for params, each in zip(together, alone, strict=True):
         for name, field in params.fields().items():
             assert torch.equal(field, torch.cat([drawn.fields()[name] for drawn in each]))

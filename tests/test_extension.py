@@ -96,7 +96,8 @@ def test_code_for_older_processors_is_right(capability, isa):
     assert done.returncode == 0, done.stdout
 
 
-def test_cuda_kernels_compile_without_spills(tmp_path, record_property):
+@pytest.mark.parametrize("source", ["augment", "draw"])
+def test_cuda_kernels_compile_without_spills(tmp_path, record_property, source):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc on PATH")
@@ -104,7 +105,7 @@ def test_cuda_kernels_compile_without_spills(tmp_path, record_property):
     options += ["--threads=2", "-Xptxas=-v", "-Xcompiler=-Wall,-Wextra", "-Werror=all-warnings", "-std=c++20"]
     include = Path(torch.__file__).parent / "include"
     done = subprocess.run(
-        [nvcc, *options, f"-I{include}", "-c", ROOT / "csrc/augment/cuda.cu", "-o", tmp_path / "cuda.o"],
+        [nvcc, *options, f"-I{include}", "-c", ROOT / f"csrc/{source}/cuda.cu", "-o", tmp_path / "cuda.o"],
         capture_output=True,
         text=True,
     )
@@ -120,15 +121,15 @@ def test_cuda_kernels_compile_without_spills(tmp_path, record_property):
         assert spilled == "0", f"{name} spills on {architecture}, using {registers} registers"
 
 
-def test_the_operator_registers_for_cuda():
-    """The same source as for the CPU; only a torch with CUDA can link and load it."""
+def test_the_operators_register_for_cuda():
+    """The same sources as for the CPU; only a torch with CUDA can link and load it."""
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no c++ on PATH")
     include = [Path(torch.__file__).parent / "include", pybind11.get_include(), sysconfig.get_path("include")]
     macros = ["MIM4DD_CUDA", "USE_CUDA", "TORCH_TARGET_VERSION=0x020a000000000000"]
     options = ["-std=c++20", "-fsyntax-only", *(f"-D{m}" for m in macros), *(f"-I{path}" for path in include)]
-    sources = [ROOT / "csrc/module.cpp", ROOT / "csrc/augment/ops.cpp"]
+    sources = [ROOT / "csrc/module.cpp", *(ROOT / f"csrc/{name}/ops.cpp" for name in ("augment", "draw"))]
     done = subprocess.run([compiler, *options, *sources], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from .. import extension
 from . import op, reference
 from .params import AugmentParams
-from .sampling import CROP, CUTOUT, DSA, ROTATE, pad_and_crop, parts_of, sample, sample_each
+from .sampling import pad_and_crop, sample, sample_each
+from .strategy import CROP, CUTOUT, DSA, ROTATE, parts_of
 
 __all__ = [
     "CROP",

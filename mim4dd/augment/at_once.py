@@ -1,0 +1,122 @@
+"""Drawing all parameters at once, as on a GPU, where every operator is a launch.
+
+A uniform number is drawn for everything that there is to draw, wanted or not; what they become is one pass,
+compiled where the extension is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import extension
+from .params import AugmentParams
+from .strategy import Range, Size, box_of, ranges
+
+# The order of csrc/draw/draw.h: numbers, then whole ones.
+NUMBERS = ("brightness", "saturation", "contrast", "scale_x", "scale_y", "degrees")
+COLUMNS = (*NUMBERS, "flip", "shift_y", "shift_x", "cut_y", "cut_x")
+FIRST_WHOLE = len(NUMBERS)
+FIRST_BOX = COLUMNS.index("cut_y")
+IDENTITY = {"saturation": 1.0, "contrast": 1.0, "scale_x": 1.0, "scale_y": 1.0, "cut_y": -1.0, "cut_x": -1.0}
+
+Drawn = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def draw(
+    parts: tuple[str, ...], batch: int, size: Size, generators: Sequence[torch.Generator], mode: str
+) -> AugmentParams:
+    """Draw `batch` rows from each generator; the arguments are those of `sample_each`."""
+    device = generators[0].device
+    blocks = [torch.rand(len(COLUMNS) + 1, batch, generator=r, device=device) for r in generators]
+    uniform = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+    together = {"single": batch, "each": 1, "all": 0}[mode]
+    numbers, shifts, cutout, flip = from_uniform(uniform, parts, size, together)
+    brightness, saturation, contrast, scale_x, scale_y, degrees = numbers.unbind()
+    shift_y, shift_x = shifts.unbind()
+    return AugmentParams(
+        brightness=brightness,
+        saturation=saturation,
+        contrast=contrast,
+        shift_y=shift_y,
+        shift_x=shift_x,
+        cutout=cutout,
+        flip=flip,
+        scale_x=scale_x,
+        scale_y=scale_y,
+        degrees=degrees,
+    )
+
+
+def from_uniform(
+    uniform: Tensor, parts: tuple[str, ...], size: Size, together: int, *, backend: str | None = None
+) -> Drawn:
+    """Return what uniform numbers become.
+
+    Args:
+        uniform: float32 [12, rows], from 0 to before 1: one for each of `COLUMNS`, and one for the part.
+        parts: of the strategy.
+        size: (height, width) of the images.
+        together: so many rows after one another have one part of the strategy; 0: every row has all of them.
+        backend: see `augment.apply`.
+
+    Returns:
+        float32 [6, rows], the NUMBERS; int64 [2, rows], the shifts; int64 [rows, 4], the boxes of cutout; and
+        bool [rows], the flips.
+
+    Raises:
+        RuntimeError: `backend="fused"` where the extension is not built.
+    """
+    if extension.resolve("augment.sample", backend, uniform.device) == "fused":
+        return torch.ops.mim4dd.draw(uniform, _table(parts, size, torch.device("cpu")), len(parts), together)
+    return _reference(uniform, _table(parts, size, uniform.device), len(parts), together)
+
+
+@functools.cache  # never given up, and made once: recorded steps read it, and may not copy from the host
+def _table(parts: tuple[str, ...], size: Size, device: torch.device) -> Tensor:
+    """Of each column [11, 5]: low, span, from a box's first pixel to its last, part, and value without it."""
+    of_column = {of.name: (k, of) for k, part in enumerate(parts) for of in ranges(part, size)}
+    extents = dict(zip(("cut_y", "cut_x"), (box - 1 for box in box_of(size)), strict=True))
+    rows = []
+    for column in COLUMNS:
+        identity = IDENTITY.get(column, 0.0)
+        k, of = of_column.get(column, (-1, Range(column, identity, identity)))
+        rows.append((of.low, of.high - of.low, extents.get(column, 0), k, identity))
+    return torch.tensor(rows, dtype=torch.float32, device=device)
+
+
+def _reference(uniform: Tensor, table: Tensor, parts: int, together: int) -> Drawn:
+    low, span, extent, part, identity = table.t()[:, :, None]
+    *_, choice = uniform
+    values = uniform[:-1] * span
+    values[FIRST_WHOLE:].floor_()  # of the product: it stays below the span, whatever is added to it
+    values += low
+    drawn = (part >= 0).expand_as(values)
+    if together:
+        chosen = (choice[::together] * parts).floor().repeat_interleave(together)
+        drawn = part == chosen
+    values = torch.where(drawn, values, identity)
+    ends = torch.where(drawn, values + extent, identity)
+    whole = values[FIRST_WHOLE:].long()
+    box = torch.stack([values[FIRST_BOX:], ends[FIRST_BOX:]], 2).permute(1, 0, 2).flatten(1).long()
+    return values[:FIRST_WHOLE], whole[1:3], box, whole[0].bool()
+
+
+def _register() -> None:
+    def fake(uniform: Tensor, table: Tensor, parts: int, together: int) -> Drawn:
+        rows = uniform.shape[1]
+        return (
+            uniform.new_empty(len(NUMBERS), rows),
+            uniform.new_empty(2, rows, dtype=torch.int64),
+            uniform.new_empty(rows, 4, dtype=torch.int64),
+            uniform.new_empty(rows, dtype=torch.bool),
+        )
+
+    torch.library.register_fake("mim4dd::draw", fake)
+
+
+if extension.available():
+    _register()

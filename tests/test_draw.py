@@ -1,0 +1,49 @@
+"""The compiled pass that makes parameters of uniform numbers."""
+
+import pytest
+import torch
+
+from mim4dd import augment, extension
+from mim4dd.augment import at_once
+
+DEVICES = ["cpu", *(["cuda"] if extension.available("cuda") and torch.cuda.is_available() else [])]
+PARTS = augment.DSA.split("_")
+
+pytestmark = pytest.mark.skipif(not extension.available(), reason="the extension is not built")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("together", [0, 1, 5, 300])
+@pytest.mark.parametrize("parts", [("color",), ("cutout", "flip"), ("crop", "scale", "rotate"), (*PARTS,)])
+def test_it_equals_the_reference(generator, parts, together, device):
+    """Also of the numbers at both ends of what `torch.rand` draws."""
+    uniform = torch.rand(12, 300, generator=generator)
+    uniform[:, ::5] = torch.randint(2, (12, 60), generator=generator) * (1 - 2.0**-24)
+    for size in [(28, 28), (9, 64), (1, 1)]:
+        compiled, expected = (
+            at_once.from_uniform(uniform.to(place), parts, size, together, backend=backend)
+            for place, backend in ((device, "fused"), ("cpu", "reference"))
+        )
+        for ours, theirs in zip(compiled, expected, strict=True):
+            torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-6, atol=1e-6)
+            assert ours.is_contiguous()
+
+
+def test_it_is_registered_as_torch_wants_it(generator):
+    table = at_once._table((*PARTS,), (28, 28), torch.device("cpu"))
+    torch.library.opcheck(torch.ops.mim4dd.draw, (torch.rand(12, 7, generator=generator), table, 6, 1))
+
+
+@pytest.mark.parametrize(
+    ("uniform", "table", "parts", "named"),
+    [
+        (torch.rand(11, 4), torch.zeros(11, 5), 6, "uniform"),
+        (torch.rand(4, 12).t(), torch.zeros(11, 5), 6, "uniform"),
+        (torch.rand(12, 4).double(), torch.zeros(11, 5), 6, "uniform"),
+        (torch.rand(12, 4), torch.zeros(5, 11), 6, "table"),
+        (torch.rand(12, 4), torch.zeros(11, 5), 0, "parts"),
+    ],
+)
+def test_it_refuses_what_it_would_misread(uniform, table, parts, named):
+    with pytest.raises(ValueError, match=f"mim4dd.augment.sample: {named}"):
+        torch.ops.mim4dd.draw(uniform, table, parts, 1)
