@@ -19,7 +19,7 @@ from .data import ImageSet
 from .networks import Network
 from .networks.memory import passing
 from .seeding import generator
-from .stacked import Batch, Stack
+from .stacked import Batch, Stack, set_lr
 
 OnNetwork = Callable[[float], None]
 
@@ -123,33 +123,27 @@ def train_on_real(network: Network, real: ImageSet, protocol: Protocol, generato
 def train(stack: Stack, sets: Sequence[tuple[Tensor, Tensor]], protocol: Protocol) -> None:
     """Train each network of a stack on its own images [n, C, H, W] and targets [n, ...]."""
 
-    def batch(index: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
-        own = [(images[i], targets[i]) for (images, targets), i in zip(sets, index, strict=True)]
-        images = augment.apply(torch.cat([x for x, _ in own]), params)
-        return images.unflatten(0, index.shape), torch.stack([y for _, y in own])
+    images, targets = (torch.stack(parts) for parts in zip(*sets, strict=True))
+    network = torch.arange(len(sets), device=images.device)[:, None]
 
-    count, *_, height, width = sets[0][0].shape
+    def batch(index: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
+        chosen = augment.apply(images[network, index].flatten(0, 1), params)
+        return chosen.unflatten(0, index.shape), targets[network, index]
+
+    _, count, _, height, width = images.shape
     _train(stack, batch, count, (height, width), protocol)
 
 
 def _train(stack: Stack, batch: Batch, count: int, size: tuple[int, int], protocol: Protocol) -> None:
     """Train a stack on batches of `count` images, every epoch in a new order."""
     stack.network.train()
-    optimizer = torch.optim.SGD(
-        stack.weights.values(),
-        lr=protocol.lr,
-        momentum=protocol.momentum,
-        weight_decay=protocol.weight_decay,
-    )
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [protocol.epochs // 2 + 1])
-    lr = None
-    for _ in range(protocol.epochs):
-        if schedule.get_last_lr() != lr:  # a new step, for a recorded one keeps its learning rate
-            lr = schedule.get_last_lr()
-            step = stack.step(optimizer, batch, protocol.augmentation, size)
+    optimizer = stack.sgd(protocol.lr, momentum=protocol.momentum, weight_decay=protocol.weight_decay)
+    step = stack.step(optimizer, batch, protocol.augmentation, size)
+    for epoch in range(protocol.epochs):
+        if epoch == protocol.epochs // 2 + 1:
+            set_lr(optimizer, protocol.lr / 10)
         for index in stack.epoch(count, protocol.batch):
             step(index)
-        schedule.step()
 
 
 @torch.no_grad()

@@ -26,9 +26,8 @@ from .data import ImageSet
 from .errors import InputError
 from .files import atomic, cache_folder, write
 from .networks import Network
-from .networks.flat import flatten
 from .seeding import generator
-from .stacked import Stack, Weights, at_once
+from .stacked import Stack, at_once
 
 FORMAT = "mim4dd-experts-2"
 LR = 0.01  # of plain SGD, as published
@@ -184,7 +183,7 @@ def _train_alone(recipe: Recipe, path: Path) -> Iterator[tuple[int, int]]:
         group = range(done, min(done + together, count))
         for snapshot, weights in enumerate(_paths(recipe, group)):
             for k, expert in enumerate(group):
-                table[expert, snapshot] = flatten(weight[k] for weight in weights.values()).cpu().numpy()
+                table[expert, snapshot] = weights[k].cpu().numpy()
             table.flush()
             yield group.start * snapshots + len(group) * snapshot, count * snapshots
         done = group.stop
@@ -193,21 +192,17 @@ def _train_alone(recipe: Recipe, path: Path) -> Iterator[tuple[int, int]]:
     finished.unlink()
 
 
-def _paths(recipe: Recipe, group: Sequence[int]) -> Iterator[Weights]:
-    """Yield the weights [len(group), ...] of a group of experts, at the start and after every interval.
-
-    They are trained in place: what is yielded is what it says until the next.
-    """
+def _paths(recipe: Recipe, group: Sequence[int]) -> Iterator[Tensor]:
+    """Yield the weights [len(group), all of one] of a group, at the start and after every interval."""
     network, real = recipe.network, recipe.real
     random = [generator(recipe.config.expert_seed, f"expert/{k}", real.images.device) for k in group]
     stack = Stack.initialised(network, random)
-    optimizer = torch.optim.SGD(stack.weights.values(), lr=LR)
-    step = stack.step(optimizer, real.labelled, recipe.augmentation, real.image_size)
+    step = stack.step(stack.sgd(LR), real.labelled, recipe.augmentation, real.image_size)
     batches = chain.from_iterable(stack.epoch(len(real), BATCH) for _ in repeat(None))
     for snapshot in range((recipe.config.expert_snapshots or 0) + 1):
         for index in islice(batches, recipe.interval if snapshot else 0):
             step(index)
-        yield stack.weights
+        yield stack.rows()
 
 
 def _table(path: Path, recipe: Recipe, shape: tuple[int, int, int]) -> np.memmap:

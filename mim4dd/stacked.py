@@ -8,19 +8,20 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, vmap
 
 from . import augment
 from .augment import AugmentParams
 from .graph import replayed
-from .networks import Network, initialise
+from .networks import Network, flat, initialise
 from .networks.memory import budget, per_image
 
 # Networks trained as one, at most. On a CPU a stack of five ConvNets took 1.08 times as long as one by one
 # (100 images a step, one thread of an EPYC); on an H100 0.68 times (bfloat16, 200 steps and their recording).
 AT_ONCE = {"cpu": 1, "cuda": 10}
 
-Weights = dict[str, Tensor]
+# Where an update is one kernel, whose learning rate is a tensor: a recorded step reads it anew.
+FUSED = {"cuda"}
 
 # Takes which images, int64 [K, b], their augmentation, and whatever the step was given beside them; returns
 # the images [K, b, C, H, W] and their targets [K, b, ...].
@@ -46,33 +47,47 @@ class Stack:
 
     Attributes:
         network: of their architecture; its own weights are of no account unless they are the stack's.
-        weights: [K, ...] by name, trained in place.
+        weights: all of theirs as one vector, see `mim4dd.networks.flat`, trained in place.
         random: a generator for each network, of all that is drawn for it.
     """
 
     network: Network
-    weights: Weights
+    weights: Tensor
     random: Sequence[torch.Generator]
 
     @classmethod
     def initialised(cls, network: Network, random: Sequence[torch.Generator]) -> Stack:
         """Return a stack of new networks, one per generator."""
-        starts: dict[str, list[Tensor]] = {name: [] for name, _ in network.named_parameters()}
+        starts = []
         for r in random:
             initialise(network, r)
-            for name, weight in network.named_parameters():
-                starts[name].append(weight.detach().clone())
-        return cls(network, {name: torch.stack(values) for name, values in starts.items()}, random)
+            starts.append(flat.flatten(network.parameters()))
+        return cls(network, flat.stack(starts, network), random)
 
     @classmethod
     def of(cls, network: Network, generator: torch.Generator) -> Stack:
         """Return a stack of one whose weights are the network's own: training it trains the network."""
-        return cls(network, {name: p.detach()[None] for name, p in network.named_parameters()}, [generator])
+        weights = flat.flatten(network.parameters())
+        for name, view in flat.unflatten(weights, network).items():
+            network.get_parameter(name).data = view
+        return cls(network, weights, [generator])
 
     def epoch(self, count: int, batch: int) -> Iterator[Tensor]:
         """Yield batches int64 [K, b] that go through `count` images once, for each network in its order."""
         orders = [torch.randperm(count, generator=r, device=r.device) for r in self.random]
         yield from torch.stack(orders).split(batch, 1)
+
+    def sgd(self, lr: float, *, momentum: float = 0.0, weight_decay: float = 0.0) -> torch.optim.SGD:
+        """Return an optimiser of the weights, whose learning rate is for `set_lr` to change."""
+        device = self.weights.device
+        fused = device.type in FUSED
+        return torch.optim.SGD(
+            [self.weights],
+            lr=torch.full((), lr, device=device) if fused else lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            fused=fused,
+        )
 
     def step(
         self, optimizer: torch.optim.Optimizer, batch: Batch, augmentation: str, size: tuple[int, int]
@@ -85,24 +100,52 @@ class Stack:
             augmentation: strategy string, see `augment.sample`; drawn for each network by itself.
             size: (height, width) of the images.
         """
-        gradients = _gradients(self.network, len(self.random))
 
         def step(index: Tensor, *data: Tensor) -> None:
             params = augment.sample_each(augmentation, index.shape[1], size, generators=self.random)
-            images, targets = batch(index, params, *data)
-            for name, by_weight in gradients(self.weights, images, targets).items():
-                self.weights[name].grad = by_weight
+            self.weights.grad = self._gradient(*batch(index, params, *data))
             optimizer.step()
 
         return replayed(step, self.random, self.random[0].device)
 
-    @torch.no_grad()
+    def _gradient(self, images: Tensor, targets: Tensor) -> Tensor:
+        """The gradient of the networks' cross entropies, each on its own images, by the weights."""
+        weights = self.weights.detach().requires_grad_()
+        with torch.enable_grad():
+            # A sum of means: what belongs to one network, the others do not change.
+            logits = self._logits(flat.unflatten_all(weights, self.network, len(images)), images).flatten(
+                0, 1
+            )
+            loss = F.cross_entropy(logits, targets.flatten(0, 1)) * len(images)
+            return torch.autograd.grad(loss, weights)[0]
+
+    def _logits(self, weights: dict[str, Tensor], images: Tensor) -> Tensor:
+        def logits(weights: dict[str, Tensor], images: Tensor) -> Tensor:
+            return functional_call(self.network, weights, (images,))
+
+        if len(images) > 1:
+            return vmap(logits)(weights, images)
+        # Without the stack, whose convolutions are grouped ones, and whose statistics cannot be kept.
+        return logits({name: weight.squeeze(0) for name, weight in weights.items()}, images[0])[None]
+
+    def rows(self) -> Tensor:
+        """Return the weights [K, all of one] of each as they are now."""
+        return flat.unstack(self.weights, self.network, len(self.random))
+
     def unstack(self) -> Iterator[Network]:
         """Yield the network with the weights of each of the stack in turn."""
-        for k in range(len(self.random)):
-            for name, parameter in self.network.named_parameters():
-                parameter.copy_(self.weights[name][k])
+        for weights in self.rows():
+            flat.load(self.network, weights)
             yield self.network
+
+
+def set_lr(optimizer: torch.optim.SGD, lr: float) -> None:
+    """Set the learning rate, also of steps that have been recorded."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def augmented_batch(
@@ -110,22 +153,3 @@ def augmented_batch(
 ) -> tuple[Tensor, Tensor]:
     """Return the images, augmented, and targets at an index [1, b]: the `Batch` of a single network."""
     return augment.apply(images[index[0]], params)[None], targets[index]
-
-
-def _gradients(network: Network, count: int) -> Callable[[Weights, Tensor, Tensor], Weights]:
-    """Return what computes the gradients [count, ...] of the cross entropy by stacked weights."""
-
-    def loss(weights: Weights, images: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(network, weights, (images,)), targets)
-
-    if count > 1:
-        return vmap(grad(loss))
-
-    def alone(weights: Weights, images: Tensor, targets: Tensor) -> Weights:
-        # Without the stack, whose convolutions are grouped ones, and whose statistics cannot be kept.
-        leaves = {name: weight[0].detach().requires_grad_() for name, weight in weights.items()}
-        with torch.enable_grad():
-            gradient = torch.autograd.grad(loss(leaves, images[0], targets[0]), [*leaves.values()])
-        return {name: by_weight[None] for name, by_weight in zip(leaves, gradient, strict=True)}
-
-    return alone

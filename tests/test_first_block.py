@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import derivatives
+from conftest import close, derivatives
+from torch.func import grad, vmap
 
 from mim4dd import extension
 from mim4dd.networks import ConvNet, normalisation
@@ -85,6 +86,38 @@ def test_gradients_that_nobody_wants_are_left_out():
         one = first_block(*inputs, EPS, **options).square().sum()
         (found,) = torch.autograd.grad(one, [inputs[k]])
         assert torch.equal(found, expected)
+
+
+def test_a_gradient_that_nobody_used_is_one_of_zeros():
+    """In the derivatives of the gradients: empty is zero, only faster."""
+    x, weight, scale, bias = (t.detach() for t in case((2, 3, 64, 16, 16, 1)))
+    tensors = x, weight.flatten(1).t().contiguous(), scale, bias
+    y, *moments = torch.ops.mim4dd.first_block(*tensors, EPS, 1, True, 2)
+    of_others = [torch.randn_like(t) for t in tensors[1:]]
+    without, with_zeros = (
+        torch.ops.mim4dd.first_block_backward_twice(of_x, *of_others, y, *tensors, *moments, 1, True, 2)
+        for of_x in (x.new_empty(0), torch.zeros_like(x))
+    )
+    for ours, theirs in zip(without, with_zeros, strict=True):
+        close(ours, theirs, 1e-5)
+
+
+def test_gradients_by_the_weights_are_differentiable_by_the_images():
+    """Batched by vmap or not, and without the gradient by the images, which nobody asked for."""
+    _, weight, scale, bias = (t.detach() for t in case((1, 1, 32, 8, 8, 1)))
+    images = torch.randn(3, 2, 1, 8, 8, requires_grad=True, generator=generator(0, "images"))
+    upstream = torch.randn(3, *weight.shape, generator=generator(0, "up"))
+
+    def loss(weight, images):
+        return first_block(images, weight, scale, bias, EPS, padding=1, relu=True, pool=2).square().sum()
+
+    batched = vmap(grad(loss), (None, 0))(weight, images)
+    (found,) = torch.autograd.grad(batched, images, upstream)
+    leaf = weight.clone().requires_grad_()
+    alone = [torch.autograd.grad(loss(leaf, own), leaf, create_graph=True)[0] for own in images]
+    (expected,) = torch.autograd.grad(torch.stack(alone), images, upstream)
+    close(batched, torch.stack(alone), 1e-5)
+    close(found, expected, 1e-5)
 
 
 def test_results_are_those_of_any_number_of_threads():

@@ -86,6 +86,7 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(graph, "_aside", lambda step, inputs, device: step(*inputs))
     for module in (distill, stacked):
         monkeypatch.setattr(module, "replayed", graph.Replayed)
+    monkeypatch.setattr(stacked, "FUSED", {"cpu"})
     # What a GPU's Adam does is not for CPUs, though it runs there.
     adams = importlib.import_module("torch.optim.adam")
     monkeypatch.setattr(adams, "_get_capturable_supported_devices", lambda **_: ["cpu"])
@@ -188,8 +189,8 @@ def trained(device="cpu", architecture="convnet", augmentation="crop"):
 @pytest.mark.parametrize("architecture", ["convnet", "convnet-bn"])
 def test_replayed_training_is_the_same(architecture, stand_in, monkeypatch):
     replayed = trained(architecture=architecture)
-    # Batches of 16, 12 by 6 with each learning rate; those of 2 are 4 at the first: one more than warm-up.
-    assert [index.shape[1] for _, (index,), *_ in stand_in] == [16, 2, 16]
+    # One for each size of a batch, whatever the learning rate.
+    assert [index.shape[1] for _, (index,), *_ in stand_in] == [16, 2]
     monkeypatch.setattr(graph, "WARM_UP", 10**9)
     assert torch.equal(replayed, trained(architecture=architecture))
 

@@ -56,9 +56,13 @@ def test_convolutions_by_groups(groups, size):
     agree(on_gpu._convolve_by_weight(grad_y, x, groups), by_weight)
 
 
+@pytest.mark.parametrize("used", [True, False])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_gradients_of_the_first_block(groups):
-    """Against those of the plain formula; every ReLU is open, for roundings may open one on one side only."""
+def test_gradients_of_the_first_block(groups, used):
+    """Against those of the plain formula; every ReLU is open, for roundings may open one on one side only.
+
+    Also where nobody used the gradient by the images.
+    """
     batch, channels, out, padding = 2, 2, 32 * groups, 1
     x, weight, scale, bias, grad_y, of_x, of_weight, of_scale, of_bias = random(
         (batch, channels * groups, 6, 9),
@@ -83,7 +87,7 @@ def test_gradients_of_the_first_block(groups):
         return reference(convolved, scale, bias, EPS, True, 2)
 
     first = torch.autograd.grad(plain(*leaves[1:]), leaves[1:], leaves[0], create_graph=True)
-    upstream = of_x, of_weight, of_scale, of_bias
+    upstream = of_x * used, of_weight, of_scale, of_bias
     mixture = sum((one * of.double()).sum() for one, of in zip(first, upstream, strict=True))
     twice = torch.autograd.grad(mixture, leaves[:4])
 
@@ -103,7 +107,7 @@ def test_gradients_of_the_first_block(groups):
         agree(some[3].sum(0), first[3])
 
     by_grad, by_x, by_taps, by_scale = on_gpu._first_block_backward_twice(
-        of_x, taps(of_weight), of_scale, of_bias, *given
+        of_x if used else of_x.new_empty(0), taps(of_weight), of_scale, of_bias, *given
     )
     agree(by_grad, twice[0])
     agree(by_x, twice[1])

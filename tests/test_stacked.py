@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import close, digits_problem
+from conftest import digits_problem
 
 from mim4dd import evaluation, networks, stacked
 from mim4dd.data import load
+from mim4dd.networks.flat import flatten, unflatten, unflatten_all
 from mim4dd.networks.memory import per_image
 from mim4dd.seeding import generator
 from mim4dd.stacked import Stack
@@ -32,16 +33,15 @@ def test_a_stack_is_trained_as_its_networks_are_alone(soft, device):
 
     def trained(group):
         stack = Stack.initialised(network, [generator(0, f"network/{k}", device) for k in group])
-        before = {name: weight.clone() for name, weight in stack.weights.items()}
+        before = stack.rows()
         evaluation.train(stack, [sets[k] for k in group], protocol)
-        assert all((stack.weights[name] != before[name]).any() for name in before if "weight" in name)
-        return stack.weights
+        changed = unflatten((stack.rows() != before).all(0), network)
+        assert all(weight.any() for name, weight in changed.items() if "weight" in name)
+        return stack.rows()
 
-    alone = [trained([k]) for k in range(3)]
-    for name, together in trained(range(3)).items():
-        expected = torch.cat([weights[name] for weights in alone])
-        torch.testing.assert_close(together, expected, rtol=1e-9, atol=1e-12)
-    assert not torch.equal(alone[0]["classifier.weight"], alone[1]["classifier.weight"])
+    alone = torch.cat([trained([k]) for k in range(3)])
+    torch.testing.assert_close(trained(range(3)), alone, rtol=1e-9, atol=1e-12)
+    assert not torch.equal(alone[0], alone[1])
 
 
 @pytest.mark.parametrize("architecture", ["convnet", "convnet-bn"])
@@ -90,4 +90,17 @@ def test_a_stack_of_a_network_trains_that_network():
     evaluation.train(stack, [(start.images, problem.labels)], evaluation.Protocol(1, "none"))
     assert not torch.equal(network.classifier.weight, before)
     assert [*stack.unstack()] == [network]
-    close(network.classifier.weight, stack.weights["classifier.weight"][0], 0)
+    assert torch.equal(flatten(network.parameters()), stack.weights)
+
+
+def test_each_weight_of_a_stack_is_one_tensor():
+    network = networks.create("convnet", 1, 10, (8, 8), width=8)
+    random = generator(0, "weights")
+    stack = Stack.initialised(network, [random, random])
+    first, second = (unflatten(row, network) for row in stack.rows())
+    for name, weight in unflatten_all(stack.weights, network, 2).items():
+        assert torch.equal(weight, torch.stack([first[name], second[name]]))
+        assert weight.untyped_storage().data_ptr() == stack.weights.untyped_storage().data_ptr()
+        assert weight.ndim == 5 or weight.is_contiguous()
+    for loaded, row in zip(stack.unstack(), stack.rows(), strict=True):
+        assert torch.equal(flatten(loaded.parameters()), row)

@@ -42,7 +42,7 @@ class Image {
 
   void run() {
     pad(call_.x, x_);
-    if (call_.pass == BlockCall::kBackwardTwice) pad(call_.of_x, of_x_);
+    if (call_.of_x) pad(call_.of_x, of_x_);
     for (first_ = 0; first_ < call_.out; first_ += call_.group) {
       convolve(c_, call_.weight, nullptr);
       NormCall norm = this->norm();
@@ -64,7 +64,7 @@ class Image {
         if (call_.by_weight) add_by_weight<false>(d_, x_);
         continue;
       }
-      convolve(u_, call_.of_weight, call_.weight);
+      convolve(u_, call_.of_weight, call_.of_x ? call_.weight : nullptr);
       norm.pass = NormCall::kBackwardTwice, norm.grad_x = e_, norm.grad_grad_out = out_cells_;
       norm.upstream = u_, norm.upstream_weight = call_.of_scale + first_, norm.upstream_bias = call_.of_bias + first_;
       norm.grad_weight = per_image(call_.by_scale);
@@ -73,7 +73,7 @@ class Image {
       add_by_tap(e_, call_.turned, first_ > 0);
       add_by_tap(d_, call_.of_turned, true);
       add_by_weight<false>(e_, x_);
-      add_by_weight<true>(d_, of_x_);
+      if (call_.of_x) add_by_weight<true>(d_, of_x_);
     }
     if (call_.pass != BlockCall::kForward && call_.by_x) sum_taps();
   }

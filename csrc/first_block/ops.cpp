@@ -145,7 +145,7 @@ Four backward_twice(const Tensor& of_x, const Tensor& of_weight, const Tensor& o
   BlockCall& call = block.call;
   block.read_statistics(mean, rstd);
   call.grad_y = block.read_y(grad);
-  call.of_x = block.read(of_x, {call.batch, call.in, call.height, call.width});
+  if (of_x.numel() > 0) call.of_x = block.read(of_x, {call.batch, call.in, call.height, call.width});
   call.of_weight = block.read(of_weight, {call.taps, call.out});
   call.of_scale = block.read(of_scale, {call.out});
   call.of_bias = block.read(of_bias, {call.out});

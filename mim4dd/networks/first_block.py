@@ -92,10 +92,13 @@ class _FirstBlock(torch.autograd.Function):
         *tensors, _, ctx.padding, ctx.relu, ctx.pool = inputs
         _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)  # for these two have none
         ctx.save_for_backward(*tensors, mean, rstd)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * 8
         want_x, want_taps = ctx.needs_input_grad[:2]
         options = (ctx.padding, ctx.relu, ctx.pool, want_x, want_taps)
         by_x, by_taps, by_scale, by_bias = _Backward.apply(grad, *ctx.saved_tensors, *options)
@@ -136,24 +139,28 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        *tensors, ctx.padding, ctx.relu, ctx.pool, ctx.want_x, ctx.want_taps = inputs
+        *tensors, ctx.padding, ctx.relu, ctx.pool, _, _ = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, of_x: Tensor, of_taps: Tensor, of_scale: Tensor, of_bias: Tensor
+        ctx: Any, of_x: Tensor | None, of_taps: Tensor | None, of_scale: Tensor | None, of_bias: Tensor | None
     ) -> tuple[Any, ...]:
-        grad, x, taps, *rest = ctx.saved_tensors
+        grad, x, taps, scale, bias, *kept = ctx.saved_tensors
         by_grad, by_x, by_taps, by_scale = torch.ops.mim4dd.first_block_backward_twice(
-            of_x if ctx.want_x else torch.zeros_like(x),
-            of_taps if ctx.want_taps else torch.zeros_like(taps),
-            of_scale,
-            of_bias,
+            x.new_empty(0) if of_x is None else of_x,
+            *(
+                torch.zeros_like(weight) if of is None else of
+                for of, weight in ((of_taps, taps), (of_scale, scale), (of_bias, bias))
+            ),
             grad,
             x,
             taps,
-            *rest,
+            scale,
+            bias,
+            *kept,
             ctx.padding,
             ctx.relu,
             ctx.pool,

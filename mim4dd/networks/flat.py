@@ -1,6 +1,7 @@
 """The weights of a network as one vector: one copy, update or sum takes the place of one for each weight.
 
-Those of a convolution lie with the channels last, as everything that convolves wants them.
+Those of a convolution lie with the channels last, as everything that convolves wants them. The vector of
+several networks holds the first weight of all, then the second of all, and so on: each is one tensor.
 """
 
 from __future__ import annotations
@@ -18,16 +19,25 @@ def flatten(weights: Iterable[Tensor]) -> Tensor:
 
 def unflatten(flat: Tensor, network: nn.Module) -> dict[str, Tensor]:
     """Return the weights by name, of the network's shapes and in its order, as views of the vector."""
-    named = dict(network.named_parameters())
-    parts = flat.split([weight.numel() for weight in named.values()])
-    return {name: _shaped(part, named[name].shape) for name, part in zip(named, parts, strict=True)}
+    return {name: weight.squeeze(0) for name, weight in unflatten_all(flat, network, 1).items()}
 
 
-def _shaped(part: Tensor, shape: torch.Size) -> Tensor:
-    if len(shape) != 4:
-        return part.view(shape)
-    outputs, inputs, *window = shape
-    return part.view(outputs, *window, inputs).permute(0, 3, 1, 2)
+def unflatten_all(flat: Tensor, network: nn.Module, count: int) -> dict[str, Tensor]:
+    """Return the weights [count, ...] of several networks likewise."""
+    parts = flat.split([count * size for size in _sizes(network)])
+    named = network.named_parameters()
+    return {name: _shaped(part, (count, *w.shape)) for part, (name, w) in zip(parts, named, strict=True)}
+
+
+def stack(rows: Iterable[Tensor], network: nn.Module) -> Tensor:
+    """Return one vector of those of several networks."""
+    return torch.cat([part.flatten() for part in torch.stack([*rows]).split(_sizes(network), 1)])
+
+
+def unstack(flat: Tensor, network: nn.Module, count: int) -> Tensor:
+    """Return the vectors [count, all of one] of several networks, as a copy."""
+    parts = flat.split([count * size for size in _sizes(network)])
+    return torch.cat([part.view(count, -1) for part in parts], 1)
 
 
 @torch.no_grad()
@@ -35,3 +45,14 @@ def load(network: nn.Module, flat: Tensor) -> None:
     """Give the network these weights, in place."""
     for weight, value in zip(network.parameters(), unflatten(flat, network).values(), strict=True):
         weight.copy_(value)
+
+
+def _sizes(network: nn.Module) -> list[int]:
+    return [weight.numel() for weight in network.parameters()]
+
+
+def _shaped(part: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if len(shape) != 5:
+        return part.view(shape)
+    count, outputs, inputs, *window = shape
+    return part.view(count, outputs, *window, inputs).movedim(-1, 2)

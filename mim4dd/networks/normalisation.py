@@ -76,10 +76,13 @@ class _InstanceNorm(torch.autograd.Function):
         x, weight, bias, _, ctx.relu, ctx.pool = inputs
         _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)  # for these two have none
         ctx.save_for_backward(x, weight, bias, mean, rstd)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * 6
         by_x, by_weight, by_bias = _Backward.apply(grad, *ctx.saved_tensors, ctx.relu, ctx.pool)
         return by_x, by_weight.sum(0), by_bias.sum(0), None, None, None
 

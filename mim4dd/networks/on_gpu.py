@@ -167,11 +167,15 @@ def _first_block_backward_twice(
     convolution = _FirstConvolution(x, taps, padding)
     y, rest = convolution(x, taps), (scale, bias, mean, rstd, relu, pool)
     by_y, *_ = normalisation.backward(grad, y, *rest)
-    of_y = convolution(of_x, taps) + convolution(x, of_taps)
+    of_y = convolution(x, of_taps)
+    if of_x.numel():
+        of_y += convolution(of_x, taps)
     of_channels = (of.expand_as(mean).contiguous() for of in (of_scale, of_bias))
     by_grad, twice_by_y, by_scale = normalisation.backward_twice(of_y, *of_channels, grad, y, *rest)
     by_x = convolution.by_x(twice_by_y, taps) + convolution.by_x(by_y, of_taps)
-    by_taps = convolution.by_taps(twice_by_y, x) + convolution.by_taps(by_y, of_x)
+    by_taps = convolution.by_taps(twice_by_y, x)
+    if of_x.numel():
+        by_taps += convolution.by_taps(by_y, of_x)
     return by_grad, by_x, by_taps, by_scale
 
 

@@ -100,8 +100,9 @@ class GradientMatching(Objective):
         self.outer, self.inner = loops(len(problem.labels) // problem.real.num_classes)
         self.calls = Count()
         self.stack = Stack.of(self.network.network, self.training)
-        optimizer = torch.optim.SGD(self.stack.weights.values(), lr=NETWORK_LR)
-        self.step = self.stack.step(optimizer, augmented_batch, problem.augmentation, problem.real.image_size)
+        self.step = self.stack.step(
+            self.stack.sgd(NETWORK_LR), augmented_batch, problem.augmentation, problem.real.image_size
+        )
 
     def prepare(self, images: Tensor, targets: Tensor) -> None:
         """Start with a new network, or train the one there is on the synthetic images."""

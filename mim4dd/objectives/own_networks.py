@@ -79,7 +79,7 @@ class TrainedOnReal(OwnNetworks):
             for done in range(steps[k]):
                 training.step(torch.randint(count, (1, REAL_BATCH), generator=random, device=device))
                 yield sum(steps[:k]) + done + 1, sum(steps)
-            self.weights[k] = flatten(network.parameters())
+            self.weights[k] = training.stack.weights
             self._finished = k + 1
 
     def renew(self, images: Tensor, targets: Tensor) -> None:
@@ -97,11 +97,10 @@ class TrainedOnSynthetic(OwnNetworks):
     def __init__(self, problem: Problem) -> None:
         network, device = problem.network(), problem.real.images.device
         self._matches = Count()
-        self._network = network
         self._lengths = generator(problem.seed, "mim/student/steps")  # on the CPU: they say what to do
         self._random = generator(problem.seed, "mim/student", device)
         self._training = _Training(problem, network, self._random, augmented_batch)
-        self.weights = flatten(network.parameters())[None]
+        self.weights = self._training.stack.weights[None]
 
     def renew(self, images: Tensor, targets: Tensor) -> None:
         """Train a new student every `STUDENT_EVERY` calls, the first one included."""
@@ -111,7 +110,6 @@ class TrainedOnSynthetic(OwnNetworks):
             for _ in range(int(torch.randint(least, most + 1, (), generator=self._lengths))):
                 for index in self._training.stack.epoch(len(images), STUDENT_BATCH):
                     self._training.step(index, images, targets)
-            self.weights[0] = flatten(self._network.parameters())
         self._matches.times += 1
 
     def lasting(self) -> Lasting:
@@ -131,7 +129,7 @@ class _Training:
         self.network = network.train()
         self.random = random
         self.stack = Stack.of(network, random)
-        self.optimizer = torch.optim.SGD(self.stack.weights.values(), lr=LR, momentum=MOMENTUM)
+        self.optimizer = self.stack.sgd(LR, momentum=MOMENTUM)
         self.step = self.stack.step(self.optimizer, batch, problem.augmentation, problem.real.image_size)
 
     def restart(self) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call
+from torch.func import functional_call, grad
 
 from ..networks.flat import flatten, unflatten
 
@@ -75,7 +75,7 @@ def trajectory_distance(
     else:
         end = begin
         for _ in range(steps):
-            end = end - step * _gradient(network, end, images, labels, create_graph=True)
+            end = end - step * _gradient(network, end, images, labels)
     return squared_distance(end, aim) / squared_distance(begin.detach(), aim)
 
 
@@ -137,7 +137,7 @@ class _Trajectory(torch.autograd.Function):
             # <a, g> holds all of its derivatives: by w the Hessian's part, by the data, and by the step.
             weights = weights.detach().requires_grad_()
             with torch.enable_grad():
-                gradient = _gradient(ctx.network, weights, *batch(*data), create_graph=True)
+                gradient = _gradient(ctx.network, weights, *batch(*data))
             by_weights, *by_data = torch.autograd.grad(gradient, [weights, *learned], adjoint)
             grad_step -= (adjoint * gradient.detach()).sum()
             for total, by in zip(grads, by_data, strict=True):
@@ -146,15 +146,14 @@ class _Trajectory(torch.autograd.Function):
         return None, None, None, grads[0], grads[1] if soft else None, grad_step
 
 
-def _gradient(
-    network: nn.Module, weights: Tensor, images: Tensor, targets: Tensor, *, create_graph: bool = False
-) -> Tensor:
-    """Gradient of the cross entropy with respect to the weights, as one vector."""
-    with torch.enable_grad():
-        weights = weights if create_graph else weights.detach()
-        weights = weights.requires_grad_()
-        loss = F.cross_entropy(functional_call(network, unflatten(weights, network), (images,)), targets)
-        return torch.autograd.grad(loss, weights, create_graph=create_graph)[0]
+def _gradient(network: nn.Module, weights: Tensor, images: Tensor, targets: Tensor) -> Tensor:
+    """Gradient of the cross entropy by the weights, as one vector, differentiable in all three."""
+
+    def loss(weights: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(network, unflatten(weights, network), (images,)), targets)
+
+    # Not by torch.autograd.grad, which has the first layer work out the gradient by the images as well.
+    return grad(loss)(weights)
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
