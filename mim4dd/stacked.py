@@ -112,12 +112,10 @@ class Stack:
         """The gradient of the networks' cross entropies, each on its own images, by the weights."""
         weights = self.weights.detach().requires_grad_()
         with torch.enable_grad():
-            # A sum of means: what belongs to one network, the others do not change.
-            logits = self._logits(flat.unflatten_all(weights, self.network, len(images)), images).flatten(
-                0, 1
-            )
-            loss = F.cross_entropy(logits, targets.flatten(0, 1)) * len(images)
-            return torch.autograd.grad(loss, weights)[0]
+            logits = self._logits(flat.unflatten_all(weights, self.network, len(images)), images)
+            mean = F.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1))
+            # Of K times the mean over all: the sum of the networks' own means.
+            return torch.autograd.grad(mean, weights, torch.full_like(mean, len(images)))[0]
 
     def _logits(self, weights: dict[str, Tensor], images: Tensor) -> Tensor:
         def logits(weights: dict[str, Tensor], images: Tensor) -> Tensor:
