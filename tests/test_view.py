@@ -222,7 +222,7 @@ def test_no_more_than_64_real_images_a_class_are_compared(problem, monkeypatch):
 
 @pytest.mark.parametrize("ipc", [1, 2])
 def test_a_single_image_of_a_class_is_augmented_as_those_of_the_others(ipc, monkeypatch):
-    """Equal images stay equal whatever their class; where a class has several they do not."""
+    """Equal images stay equal whatever their class, and those of two classes do not if a class has several."""
     monkeypatch.setattr(own_networks, "REAL_STEPS", 0)
     problem, _ = digits_problem(ipc)
     problem = dataclasses.replace(problem, width=16, layers=(0, 1), augmentation=augment.DSA)
