@@ -220,22 +220,6 @@ def test_no_more_than_64_real_images_a_class_are_compared(problem, monkeypatch):
     assert len(matched.real_features[-1]) == 640
 
 
-@pytest.mark.parametrize("ipc", [1, 2])
-def test_a_single_image_of_a_class_is_augmented_as_those_of_the_others(ipc, monkeypatch):
-    """Equal images stay equal whatever their class, and those of two classes do not if a class has several."""
-    monkeypatch.setattr(own_networks, "REAL_STEPS", 0)
-    problem, _ = digits_problem(ipc)
-    problem = dataclasses.replace(problem, width=16, layers=(0, 1), augmentation=augment.DSA)
-    objective = through(TrainedOnReal(problem), Plain(), problem)
-    image = torch.randn(1, 1, 8, 8, generator=generator(0, "image"))
-    images = image.expand(10 * ipc, -1, -1, -1).contiguous()
-    alike = []
-    for _ in range(5):
-        first, *others = objective(images, problem.labels).synthetic_features[0]
-        alike += [torch.allclose(first, other, atol=1e-4) for other in others]
-    assert all(alike) is (ipc == 1)
-
-
 def test_what_the_base_learns_is_learned_through_them(problem, monkeypatch, tmp_path):
     monkeypatch.setattr(own_networks, "REAL_STEPS", 0)
     _, start = digits_problem()

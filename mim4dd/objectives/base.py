@@ -80,19 +80,11 @@ class Problem:
         each = per_image(self.network(), image, gradients=gradients, transformed=gradients)
         return max(1, self.memory // each)
 
-    def class_augmentation(self, generator: torch.Generator, *, alike: bool = False) -> AugmentParams:
-        """Draw a row of parameters for every class, a part of the strategy for each, as DSA does.
-
-        Or the same for all of them.
-        """
+    def class_augmentation(self, generator: torch.Generator) -> AugmentParams:
+        """Draw a row of parameters for every class, a part of the strategy for each, as DSA does."""
         real = self.real
         return augment.sample(
-            self.augmentation,
-            real.num_classes,
-            real.image_size,
-            generator=generator,
-            siamese=alike,
-            mode="each",
+            self.augmentation, real.num_classes, real.image_size, generator=generator, mode="each"
         )
 
     def network(self) -> Network:
@@ -147,8 +139,6 @@ class Problem:
         per_class: int,
         draws: torch.Generator,
         augmentations: torch.Generator,
-        *,
-        alike: bool = False,
     ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         """Return features of synthetic images and of real ones, drawn and augmented alike, and their labels.
 
@@ -158,9 +148,8 @@ class Problem:
             per_class: how many real images to draw.
             draws: draws them.
             augmentations: draws the augmentation of every class.
-            alike: draw one for all classes.
         """
-        real, params = self.real, self.class_augmentation(augmentations, alike=alike)
+        real, params = self.real, self.class_augmentation(augmentations)
         index = real.sample(per_class, draws).flatten()
         real_maps = self.real_features(network, real.augmented(index, params, real.labels[index]))
         maps = self.features(network, augment.apply(images, params, rows=self.labels))

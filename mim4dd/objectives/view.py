@@ -16,9 +16,7 @@ def through(networks: OwnNetworks, base: Objective, problem: Problem) -> Objecti
     """Return a base method whose features for the add-on come from networks of the add-on's own.
 
     Every match looks through one of the networks, drawn anew, at real images of its own, augmented alike with
-    the synthetic ones: by class, or where a class has one synthetic image all in the same way, lest the
-    augmentation tells the classes apart. (With several that was seen to do harm, see docs/experiments.md.)
-    The loss is that of the base method, which is left as it is.
+    the synthetic ones by class. The loss is that of the base method, which is left as it is.
 
     Args:
         networks: to look through.
@@ -61,6 +59,4 @@ class _Through(Objective):
         self.networks.load_into(self.network, choice)
         problem.settle(self.network, statistics)
         per_class = min(problem.real_batch, REAL_BATCH)
-        alike = len(images) == problem.real.num_classes
-        seen = problem.siamese(self.network, images, per_class, draws, augmentations, alike=alike)
-        return Matched(loss, *seen)
+        return Matched(loss, *problem.siamese(self.network, images, per_class, draws, augmentations))
