@@ -71,9 +71,9 @@ if wanted tests; then
     # suite, which need more packages. Interrupted, pytest says what has failed by then.
     "$PYTHON" -c 'import xdist' 2> /dev/null && workers=(-n 8) || workers=()
     SIGNAL=INT within 230 "$PYTHON" -m pytest --noconftest "${workers[@]}" \
-        tests/test_{graph,stacked,on_gpu,augment_cuda,normalisation_kernels,first_block_kernels,kernels}.py || failed=1
+        tests/test_{graph,stacked,on_gpu,augment_cuda,draw,normalisation_kernels,first_block_kernels,kernels}.py || failed=1
 fi
-bench loop 130
+bench loop 150
 bench augment 60
 bench losses 90
 wanted profile && measure 30 "$PYTHON" -m bench.profile --method dm

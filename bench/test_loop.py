@@ -31,6 +31,7 @@ from mim4dd.stacked import Stack
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ROUNDS = {"cpu": 2, "cuda": 10}
+EVALUATIONS = {"cpu": 2, "cuda": 1}
 
 
 def versions(device: str) -> list[str]:
@@ -184,7 +185,7 @@ def test_loop(benchmark, device, step, name, monkeypatch):
         call()
         synchronise()
 
-    rounds = 2 if step == "evaluation" else ROUNDS[device]
+    rounds = EVALUATIONS[device] if step == "evaluation" else ROUNDS[device]
     benchmark.pedantic(timed, rounds=rounds, warmup_rounds=1)
     benchmark.extra_info |= {
         "torch": torch.__version__,
