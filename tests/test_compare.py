@@ -1,4 +1,4 @@
-"""Comparison: what is run, what is found again, and the numbers of the table."""
+"""Comparison: what is run, what is found again, and the numbers that come of it."""
 
 import json
 import shutil
@@ -12,9 +12,8 @@ from mim4dd.config import to_json
 from mim4dd.errors import InputError
 from mim4dd.experiment import Experiment
 from mim4dd.options import read
-from mim4dd.studies import cells, comparison_report
-from mim4dd.studies.comparison import Arm, rows
-from mim4dd.studies.paired import paired_difference
+from mim4dd.studies import cells
+from mim4dd.studies.comparison import Arm
 from mim4dd.synthetic import SyntheticSet
 
 QUICK = ["--quick", "--iterations", "0", "--eval-epochs", "20"]
@@ -314,46 +313,6 @@ def test_table_against_hand_computation(tmp_path, scored):
     halved = text.split("## Trained: mlp")[1]
     assert "| 1 | dm | 10 | 35.83 ± 8.04 | 3 | 3 | +5.83 [-3.65, +15.32] |" in halved
     assert Image.open(out / "compare.png").size[0] > 1000
-
-
-def test_one_seed_has_no_interval():
-    difference = paired_difference({0: 0.5, 1: 0.7}, {1: 0.6, 2: 0.1})
-    assert (difference.count, difference.interval, difference.clear) == (1, None, False)
-    assert str(difference) == "+10.00"
-    assert paired_difference({0: 0.5}, {1: 0.5}) is None
-
-
-def test_an_interval_without_0_is_clear():
-    assert paired_difference({0: 0.6, 1: 0.71, 2: 0.82}, {0: 0.5, 1: 0.6, 2: 0.7}).clear
-    assert not paired_difference({0: 0.6, 1: 0.6, 2: 0.9}, {0: 0.5, 1: 0.6, 2: 0.7}).clear
-    assert not paired_difference({0: 0.5, 1: 0.6}, {0: 0.5, 1: 0.6}).clear, "no difference at all"
-
-
-def test_picture_shows_every_mean_at_its_place():
-    arms = [Arm("random", None, 1), Arm("dm", 0.0, 1), Arm("dm", 10.0, 1), Arm("dm", 0.0, 10)]
-    outcomes = {
-        (a, s): {"accuracy_mean": 0.1 * (k + 1) + 0.01 * s} for k, a in enumerate(arms) for s in range(3)
-    }
-    outcomes[arms[2], 3] = {"failed": "it diverged"}
-    left, right = comparison_report.draw(rows(arms, outcomes)).axes
-    means = [container.lines[0].get_xdata()[0] for container in left.containers]
-    assert means == pytest.approx([11, 21, 31, 41])
-    assert [tick.get_text() for tick in left.get_yticklabels()] == [str(arm) for arm in arms]
-    (difference,) = right.containers
-    assert difference.lines[0].get_xdata()[0] == pytest.approx(10)
-    headings = [text.get_text() for text in left.texts]
-    assert headings == ["1 per class", "10 per class"]
-
-
-@pytest.mark.parametrize(("validation", "split"), [(0.0, "test"), (0.2, "validation")])
-def test_the_table_says_which_images_accuracies_are_of(tmp_path, validation, split):
-    arm = Arm("dm", 0.0, 1)
-    settings = {"data": {"dataset": "digits", "validation": validation}, "eval": {"eval_archs": []}}
-    outcomes = {(arm, 0): {"accuracy_mean": 0.5, "num_networks": 5}}
-    comparison_report.write(tmp_path, [arm], outcomes, 1, settings)
-    text = (tmp_path / "compare.md").read_text()
-    assert f"Accuracy on the {split} set: mean" in text
-    assert ("Each seed holds out a validation split" in text) == (split == "validation")
 
 
 def test_default_weights_are_those_of_run(monkeypatch):
