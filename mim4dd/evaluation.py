@@ -123,7 +123,7 @@ def train_on_real(network: Network, real: ImageSet, protocol: Protocol, generato
 def train(stack: Stack, sets: Sequence[tuple[Tensor, Tensor]], protocol: Protocol) -> None:
     """Train each network of a stack on its own images [n, C, H, W] and targets [n, ...]."""
 
-    images, targets = (torch.stack(parts) for parts in zip(*sets, strict=True))
+    images, targets = (_of_each(parts) for parts in zip(*sets, strict=True))
     network = torch.arange(len(sets), device=images.device)[:, None]
 
     def batch(index: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
@@ -132,6 +132,14 @@ def train(stack: Stack, sets: Sequence[tuple[Tensor, Tensor]], protocol: Protoco
 
     _, count, _, height, width = images.shape
     _train(stack, batch, count, (height, width), protocol)
+
+
+def _of_each(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack them, as a view if they are all the same."""
+    first, *others = tensors
+    if all(other is first for other in others):
+        return first.expand(len(tensors), *first.shape)
+    return torch.stack([*tensors])
 
 
 def _train(stack: Stack, batch: Batch, count: int, size: tuple[int, int], protocol: Protocol) -> None:

@@ -17,7 +17,8 @@ from .networks import Network, flat, initialise
 from .networks.memory import budget, per_image
 
 # Networks trained as one, at most. On a CPU a stack of five ConvNets took 1.08 times as long as one by one
-# (100 images a step, one thread of an EPYC); on an H100 0.68 times (bfloat16, 200 steps and their recording).
+# (100 images a step, one thread of an EPYC); on an H100 0.68 times (bfloat16, 200 steps and their recording),
+# before their weights were one vector.
 AT_ONCE = {"cpu": 1, "cuda": 10}
 
 # Where an update is one kernel, whose learning rate is a tensor: a recorded step reads it anew.
@@ -38,7 +39,7 @@ def at_once(network: Network, image: tuple[int, ...], batch: int, device: torch.
     most, free = AT_ONCE[device.type], budget(None, device)
     if free is None:
         return most
-    return max(1, min(most, free // (batch * per_image(network, image, gradients=True, transformed=True))))
+    return max(1, min(most, free // (batch * per_image(network, image, gradients=True))))
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Stack:
         fused = device.type in FUSED
         return torch.optim.SGD(
             [self.weights],
-            lr=torch.full((), lr, device=device) if fused else lr,
+            lr=torch.full((), lr, dtype=torch.float32, device=device) if fused else lr,
             momentum=momentum,
             weight_decay=weight_decay,
             fused=fused,

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import close
 
+from mim4dd import networks
 from mim4dd.networks import ConvNet
 from mim4dd.objectives import distribution_distance, gradient_distance, trajectory_distance
 
@@ -138,6 +139,26 @@ def test_constant_memory_is_exact(generator, steps):
     for constant, unrolled in zip(*results, strict=True):
         torch.testing.assert_close(constant, unrolled, rtol=1e-10, atol=1e-12)
     assert not any(value.requires_grad for value in start.values()), "the caller's weights stay as they are"
+
+
+@pytest.mark.parametrize("memory", ["constant", "unrolled"])
+def test_batch_normalisation_is_that_of_the_images(generator, memory):
+    """In training mode; the network's own statistics are neither used nor written."""
+    network = networks.create("convnet-bn", 1, 3, (8, 8), width=4).train()
+    networks.initialise(network, generator)
+    start = {name: weight.detach() for name, weight in network.named_parameters()}
+    target = {name: weight + 0.1 for name, weight in start.items()}
+    images = torch.randn(6, 1, 8, 8, generator=generator, requires_grad=True)
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+
+    def distance():
+        options = {"steps": 2, "step_size": 0.1, "memory": memory}
+        return trajectory_distance(network, start, target, images, torch.arange(6) % 3, **options)
+
+    distance().backward()
+    assert images.grad.abs().max() > 0
+    assert before.keys() == dict(network.named_buffers()).keys() != set()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
 
 
 def test_constant_memory_refuses_a_second_derivative(generator):

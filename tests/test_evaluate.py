@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from commands import npz, parse
 from conftest import close
 
-from mim4dd import augment, networks
+from mim4dd import augment, networks, stacked
 from mim4dd.config import to_json
 from mim4dd.data import load
 from mim4dd.evaluate import main
@@ -102,8 +102,10 @@ def test_training_set_may_change_with_the_network(digits):
     assert tuple(reported) == score.accuracies
 
 
-def test_networks_are_trained_by_plain_sgd(digits):
+@pytest.mark.parametrize("fused", [set(), {"cpu"}], ids=["on a CPU", "as on a GPU"])
+def test_networks_are_trained_by_plain_sgd(digits, fused, monkeypatch):
     """Three epochs of 300 images in batches of 256: momentum, weight decay and augmentation by hand."""
+    monkeypatch.setattr(stacked, "FUSED", fused)
     start = initialise(digits[0], 30, "real", generator(0, "init"))
     networks_ = [networks.create("convnet", 1, 10, (8, 8), width=8) for _ in range(2)]
     for network in networks_:

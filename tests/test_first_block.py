@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import close, derivatives
 from torch.func import grad, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mim4dd import extension
 from mim4dd.networks import ConvNet, normalisation
@@ -102,6 +103,18 @@ def test_a_gradient_that_nobody_used_is_one_of_zeros():
         close(ours, theirs, 1e-5)
 
 
+class Operators(TorchDispatchMode):
+    """Notes what is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.called.append((func.name(), args))
+        return func(*args, **(kwargs or {}))
+
+
 def test_gradients_by_the_weights_are_differentiable_by_the_images():
     """Batched by vmap or not, and without the gradient by the images, which nobody asked for."""
     _, weight, scale, bias = (t.detach() for t in case((1, 1, 32, 8, 8, 1)))
@@ -111,7 +124,10 @@ def test_gradients_by_the_weights_are_differentiable_by_the_images():
     def loss(weight, images):
         return first_block(images, weight, scale, bias, EPS, padding=1, relu=True, pool=2).square().sum()
 
-    batched = vmap(grad(loss), (None, 0))(weight, images)
+    with Operators() as operators:
+        batched = vmap(grad(loss), (None, 0))(weight, images)
+    (backward,) = (inputs for name, inputs in operators.called if name == "mim4dd::first_block_backward")
+    assert backward[-2:] == (False, True), "by the images it is not worked out"
     (found,) = torch.autograd.grad(batched, images, upstream)
     leaf = weight.clone().requires_grad_()
     alone = [torch.autograd.grad(loss(leaf, own), leaf, create_graph=True)[0] for own in images]

@@ -76,6 +76,8 @@ def test_any_layout(layout):
 def test_no_image_and_one_pixel():
     _, weight, bias = case((1, 5, 2, 2))
     assert instance_norm(torch.empty(0, 5, 4, 4).double(), weight, bias, EPS, pool=2).shape == (0, 5, 2, 2)
+    batched = torch.func.vmap(lambda x: instance_norm(x, weight, bias, EPS, pool=2))
+    assert batched(torch.empty(3, 0, 5, 4, 4).double()).shape == (3, 0, 5, 2, 2)
     assert instance_norm(torch.empty(2, 5, 1, 1).double(), weight, bias, EPS, pool=2).shape == (2, 5, 0, 0)
     alone = instance_norm(torch.rand(2, 5, 1, 1).double(), weight, bias, EPS)
     torch.testing.assert_close(alone[0, :, 0, 0], bias)

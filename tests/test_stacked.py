@@ -44,6 +44,21 @@ def test_a_stack_is_trained_as_its_networks_are_alone(soft, device):
     assert not torch.equal(alone[0], alone[1])
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("architecture", ["mlp", "lenet", "alexnet", "vgg11", "resnet18"])
+def test_any_architecture_is_trained_in_a_stack(architecture):
+    """An epoch of two batches, in float64."""
+    network = networks.create(architecture, 1, 10, (8, 8)).double()
+    random = generator(0, "images")
+    sets = [(torch.randn(12, 1, 8, 8, dtype=torch.float64, generator=random), torch.arange(12) % 10)] * 2
+    rows = []
+    for group in ([0], [1], [0, 1]):
+        stack = Stack.initialised(network, [generator(0, f"network/{k}") for k in group])
+        evaluation.train(stack, [sets[k] for k in group], evaluation.Protocol(1, "none", batch=8))
+        rows.append(stack.rows())
+    torch.testing.assert_close(rows[2], torch.cat(rows[:2]), rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("architecture", ["convnet", "convnet-bn"])
 def test_the_score_does_not_depend_on_how_many_are_trained_at_once(architecture, monkeypatch):
     real, test = load("digits")
@@ -73,7 +88,7 @@ def test_the_score_does_not_depend_on_how_many_are_trained_at_once(architecture,
 
 def test_as_many_are_trained_at_once_as_fit_in_memory(monkeypatch):
     network = networks.create("convnet", 1, 10, (8, 8), width=8)
-    batch = 256 * per_image(network, (1, 8, 8), gradients=True, transformed=True)
+    batch = 256 * per_image(network, (1, 8, 8), gradients=True)
     monkeypatch.setitem(stacked.AT_ONCE, "cpu", 10)
     for free, count in ((batch - 1, 1), (3 * batch, 3), (100 * batch, 10), (None, 10)):
         monkeypatch.setattr(stacked, "budget", lambda *_, free=free: free)

@@ -31,7 +31,8 @@ def draw(
 ) -> AugmentParams:
     """Draw `batch` rows from each generator; the arguments are those of `sample_each`."""
     device = generators[0].device
-    blocks = [torch.rand(len(COLUMNS) + 1, batch, generator=r, device=device) for r in generators]
+    shape = (len(COLUMNS) + 1, batch)
+    blocks = [torch.rand(shape, generator=r, dtype=torch.float32, device=device) for r in generators]
     uniform = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
     together = {"single": batch, "each": 1, "all": 0}[mode]
     numbers, shifts, cutout, flip = from_uniform(uniform, parts, size, together)
@@ -75,7 +76,7 @@ def from_uniform(
     return _reference(uniform, _table(parts, size, uniform.device), len(parts), together)
 
 
-@functools.cache  # never given up, and made once: recorded steps read it, and may not copy from the host
+@functools.cache  # never given up, and made once: recorded steps of the reference read it, and may not copy
 def _table(parts: tuple[str, ...], size: Size, device: torch.device) -> Tensor:
     """Of each column [11, 5]: low, span, from a box's first pixel to its last, part, and value without it."""
     of_column = {of.name: (k, of) for k, part in enumerate(parts) for of in ranges(part, size)}

@@ -65,7 +65,8 @@ def sample_each(
     parts = parts_of(strategy)
     if mode not in ("single", "each", "all"):
         raise ValueError(f"mim4dd.augment.sample: mode is {mode!r}, expected 'single', 'each' or 'all'")
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = (height, width)
     device = generators[0].device
     if not parts:
         return AugmentParams.identity(batch * len(generators), device=device)

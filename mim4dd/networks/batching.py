@@ -69,9 +69,9 @@ def takes_groups(device: torch.device) -> bool:
 def fold(tensor: Tensor, dim: int | None, axis: int | None, size: int) -> Tensor:
     """Merge the batch at `dim`, or `size` times the same if that is None, into an axis.
 
-    What is not given is empty, and stays so.
+    What is not given is empty, of one dimension, and stays so.
     """
-    if axis is None or not tensor.numel():
+    if axis is None or (not tensor.numel() and tensor.ndim - (dim is not None) == 1):
         return tensor
     if dim is None:
         tensor = tensor.unsqueeze(axis).expand(*tensor.shape[:axis], size, *tensor.shape[axis:])

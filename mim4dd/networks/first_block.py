@@ -134,7 +134,7 @@ class _Backward(torch.autograd.Function):
         by_x, *by_others = torch.ops.mim4dd.first_block_backward(
             grad, x, taps, scale, bias, mean, rstd, padding, relu, pool, want_x, want_taps
         )
-        by_taps, by_scale, by_bias = (by.sum(0) for by in by_others)
+        by_taps, by_scale, by_bias = (by.sum(0) if by.ndim > 1 else by for by in by_others)
         return by_x, by_taps, by_scale, by_bias
 
     @staticmethod

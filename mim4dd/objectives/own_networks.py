@@ -123,7 +123,7 @@ class TrainedOnSynthetic(OwnNetworks):
 
 
 class _Training:
-    """Trains a network with SGD; over and over by the same step, so that a GPU records it only once."""
+    """Trains a network with SGD; over and over by the same step, which a GPU records once."""
 
     def __init__(self, problem: Problem, network: Network, random: torch.Generator, batch: Batch) -> None:
         self.network = network.train()

@@ -33,7 +33,8 @@ def trajectory_distance(
     Differentiable in `images` and `step_size`, once, or with `memory="unrolled"` any number of times.
 
     Args:
-        network: its parameters' names are the keys of `start`; its own values are not used.
+        network: its parameters' names are the keys of `start`; its own values are not used. Whatever
+            `torch.func.grad` takes: no checkpointing, and no `autograd.Function` without `setup_context`.
         start: weights before the first step.
         target: weights to arrive at.
         images: float [n, C, H, W].
@@ -150,7 +151,10 @@ def _gradient(network: nn.Module, weights: Tensor, images: Tensor, targets: Tens
     """Gradient of the cross entropy by the weights, as one vector, differentiable in all three."""
 
     def loss(weights: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(network, unflatten(weights, network), (images,)), targets)
+        # Batch normalisation writes its statistics: into copies, for they are as little used as the weights.
+        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        logits = functional_call(network, buffers | unflatten(weights, network), (images,))
+        return F.cross_entropy(logits, targets)
 
     # Not by torch.autograd.grad, which has the first layer work out the gradient by the images as well.
     return grad(loss)(weights)
