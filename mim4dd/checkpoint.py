@@ -27,7 +27,7 @@ class Checkpoint:
 
     Attributes:
         config: its settings, none left open.
-        data: fingerprint of the training images.
+        data: fingerprint of the training images as they were loaded.
         iteration: updates done.
         seconds: that they took.
         history: a look at the loss every few updates.

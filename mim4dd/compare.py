@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .config import Config, DistillConfig, EvalConfig, MimConfig, check, settled, to_json
+from .config import FLOAT32_MAX, Config, DistillConfig, EvalConfig, MimConfig, check, settled, to_json
 from .console import about, complain, console, guarded, print_table
 from .devices import pick_device
 from .errors import InputError, unknown
@@ -156,6 +156,13 @@ def cells(comparison: Comparison) -> dict[Key, Cell]:
     }.items():
         if not values:
             raise InputError(f"{option} names nothing, expected one or more")
+    for option, numbers, least in (
+        ("--mim-weights", [w for w in comparison.mim_weights if not isinstance(w, str)], 0),
+        ("--ipcs", comparison.ipcs, 1),
+    ):
+        for number in numbers:
+            if not least <= number < FLOAT32_MAX:
+                raise InputError(f"{option} names {number}, expected numbers of at least {least}")
     for baseline in comparison.eval.baselines:
         if baseline not in REAL:  # from a file; the command line knows
             raise unknown("baseline for a comparison:", baseline, REAL)

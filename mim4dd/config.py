@@ -31,7 +31,7 @@ class DataConfig:
     data_dir: Path | None = None
     """Where the files of a named set lie; by default the usual folders, else they are fetched."""
     image_size: int | None = None
-    """Resize every image to this many pixels a side."""
+    """Make every image this many pixels a side: resized, and pictures cut to a square first."""
     zca: bool = False
     """Whiten the images (ZCA), as trajectory matching is often run on colour images."""
     validation: float = 0.0
@@ -116,7 +116,8 @@ class EvalConfig:
     """Epochs of each; default: 300, with --preset paper 1000 (without augmentation 300)."""
     baselines: tuple[Literal["random", "kmeans", "base", "full"], ...] = ("random",)
     """Compared at equal IPC: random real images, those nearest to k-means centres, the base method without
-    the mutual-information term; and the full data."""
+    the mutual-information term; and the full data: one network, trained on all images for a twentieth of the
+    epochs, at least 5."""
     eval_archs: tuple[str, ...] = ()
     """Architectures the distilled set is scored on as well, such as mlp,lenet,alexnet,vgg11,resnet18."""
 
@@ -213,6 +214,8 @@ def check(config: Config) -> None:
     for option, number in above_zero.items():
         if isinstance(number, int | float) and not 0 < number < FLOAT32_MAX:
             raise InputError(f"{option} is {number}, expected a positive number")
+    if config.eval.num_eval == 0 and config.eval.eval_archs:
+        raise InputError(f"--num-eval is 0, which scores nothing on --eval-archs {config.eval.eval_archs[0]}")
     if not 0 <= config.distill.image_momentum < 1:
         raise InputError(f"--image-momentum is {config.distill.image_momentum}, expected 0 up to 1")
     if config.mim.mim_loss != "nce" and config.mim.mim_noise_ratio != "calibrated":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import signal
@@ -23,19 +24,21 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+from safetensors import SafetensorError
 
 from .distill import DivergenceError
 from .errors import InputError
 from .evaluation import Score
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk or a quota
 console = Console(highlight=False, markup=False)
 
 
 def guarded(command: Callable[[], int | None]) -> int:
     """Run a command line; return its exit code.
 
-    1: diverged, or out of memory; 2: the user's mistake; 130: interrupted or terminated; 141: nobody reads
-    the output any more.
+    1: diverged, or no room in memory or on the disk; 2: the user's mistake; 130: interrupted or terminated;
+    141: nobody reads the output any more.
     """
     try:
         try:
@@ -51,6 +54,11 @@ def guarded(command: Callable[[], int | None]) -> int:
         return 2
     except DivergenceError as error:
         complain(str(error))
+        return 1
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in FULL:
+            raise
+        complain(f"a file could not be written ({error}); make room: what was saved before is as it was")
         return 1
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):

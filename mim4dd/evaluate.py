@@ -69,7 +69,16 @@ def score_saved(
     picked = resolve(precision, where)
     configure(picked)
     source = dataset or config.data.dataset
-    _, test = load(source, data_dir or (None if dataset else config.data.data_dir), config.data.image_size)
+    where_it_is = data_dir or (None if dataset else config.data.data_dir)
+    try:
+        train, test = load(source, where_it_is, config.data.image_size)
+    except InputError as error:
+        moved = "" if dataset else "; if the run's data moved, name it with --dataset"
+        raise InputError(f"{error}{moved}") from error
+    if not dataset and saved.metadata.get("data") not in (None, train.fingerprint):
+        raise InputError(
+            f"{source} has other images now than when {path} was made; name the run's data with --dataset"
+        )
     if test.class_names != saved.class_names or test.images.shape[1:] != saved.images.shape[1:]:
         raise InputError(
             f"{path} holds {len(saved.class_names)} classes of images {list(saved.images.shape[1:])}, but "

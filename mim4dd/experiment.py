@@ -46,6 +46,7 @@ class Experiment:
         problem: the real images and how they are looked at, on the device of the run.
         test: what accuracies are measured on, also there.
         start: the synthetic set before the first update.
+        data: fingerprint of the training images as they were loaded.
         centres: of the clusters that the add-on pairs images by, if it does.
     """
 
@@ -53,6 +54,7 @@ class Experiment:
     problem: Problem
     test: ImageSet
     start: SyntheticSet
+    data: str
     centres: Tensor | None = None
 
     @classmethod
@@ -66,6 +68,7 @@ class Experiment:
         config = resolved(config)
         precision.configure(config.precision)
         train, test = load(config.data.dataset, config.data.data_dir, config.data.image_size)
+        data = train.fingerprint
         if config.data.validation:
             train, test = train.split(config.data.validation, generator(config.seed, "validation"))
         train, test = train.to(device), test.to(device)
@@ -100,7 +103,7 @@ class Experiment:
         )
         if config.mim.mim_weight:
             problem = dataclasses.replace(problem, layers=_layers(problem, config))
-        experiment = cls(config, problem, test, start, centres)
+        experiment = cls(config, problem, test, start, data, centres)
         experiment.prepare_method()  # not begun yet, but what is wrong with it comes out
         return experiment
 

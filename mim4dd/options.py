@@ -27,13 +27,25 @@ def read(kind: type[T], prog: str, arguments: Sequence[str]) -> T:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path, nargs="?")  # without a path tyro complains
     path = first.parse_known_args(arguments)[0].config
-    return tyro.cli(
+    settings = tyro.cli(
         kind,
         prog=prog,
         args=arguments,
-        default=recast(kind, read_config(path)) if path else kind(),
+        default=recast(kind, read_config(path.expanduser())) if path else kind(),
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    return _at_home(settings)
+
+
+def _at_home(settings: T) -> T:
+    """Return settings with ~ of every path expanded, as no shell does in --out=~/there."""
+    values: dict[str, Any] = {}
+    for name, value in vars(settings).items():
+        if isinstance(value, Path):
+            values[name] = value.expanduser()
+        elif dataclasses.is_dataclass(value):
+            values[name] = _at_home(value)
+    return dataclasses.replace(settings, **values) if values else settings  # type: ignore[type-var]
 
 
 def recast(kind: type[T], settings: Any) -> T:

@@ -38,8 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = read(RunConfig, "python -m mim4dd.run", sys.argv[1:] if arguments is None else arguments)
         if settings.resume:
             folder, checkpoint = unfinished(settings)
-            budget = settings.memory_budget or checkpoint.config.memory_budget
-            experiment = Experiment.prepare(dataclasses.replace(checkpoint.config, memory_budget=budget))
+            config = checkpoint.config
+            if settings.memory_budget is not None:
+                config = dataclasses.replace(config, memory_budget=settings.memory_budget)
+                check(config)
+            experiment = Experiment.prepare(config)
         else:
             experiment = Experiment.prepare(filled(plain(settings)))
             folder, checkpoint = open_folder(experiment), None
@@ -60,7 +63,10 @@ def filled(config: Config) -> Config:
         InputError: settings that cannot be meant.
     """
     check(config)
-    return with_presets(config)
+    config = with_presets(config)
+    if "base" in config.eval.baselines and not config.mim.mim_weight:
+        raise InputError("--baselines base is the run itself, for its --mim-weight is 0: leave it out")
+    return config
 
 
 def unfinished(settings: RunConfig) -> tuple[Path, Checkpoint]:
@@ -95,7 +101,10 @@ def open_folder(experiment: Experiment) -> Path:
             return make_folder(Path("runs") / name, dataset)
         return _claimed(make_folder(Path("runs"), dataset), name)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not config.overwrite):
-        raise InputError(f"--out {folder} holds something already; give another folder, or --overwrite")
+        unfinished = f"--resume {shlex.quote(str(folder))} to go on, " if (folder / STATE).exists() else ""
+        raise InputError(
+            f"--out {folder} holds something already; give another folder, {unfinished}or --overwrite"
+        )
     return make_folder(folder, dataset)
 
 

@@ -51,7 +51,7 @@ def run(experiment: Experiment, folder: Path, checkpoint: Checkpoint | None = No
     config, train = experiment.config, experiment.train
     if checkpoint is None:
         remove(folder)  # of a run that is overwritten
-    elif checkpoint.data != train.fingerprint:
+    elif checkpoint.data != experiment.data:
         raise InputError(f"{config.data.dataset} has other images than the run in {folder}; start it anew")
     console.print(
         f"{experiment.name}: {len(train)} training images of {train.num_classes} classes, "
@@ -77,11 +77,14 @@ def run(experiment: Experiment, folder: Path, checkpoint: Checkpoint | None = No
         keeper.synthetic = with_progress("distil", experiment, distil, keeper)
         synthetic = keeper.save()
     except (KeyboardInterrupt, MemoryError, RuntimeError) as error:
-        if keeper.unsaved:
-            keeper.save()
-        if isinstance(error, DivergenceError):
-            remove(folder)  # it would only diverge again
-        complain(f"the last good set, of iteration {keeper.iteration}, is in {keeper.path}")
+        if keeper.iteration or not keeper.path.exists():
+            if keeper.unsaved:
+                keeper.save()
+            if isinstance(error, DivergenceError):
+                remove(folder)  # it would only diverge again
+            complain(f"the last good set, of iteration {keeper.iteration}, is in {keeper.path}")
+        else:
+            complain(f"{folder} still holds what was to be overwritten")
         raise
     distilled = time.monotonic()
     score, baselines = evaluations(experiment, keeper.synthetic)
@@ -157,6 +160,7 @@ class Keeper:
         config = self.experiment.config
         facts = {
             "dataset": self.experiment.name,
+            "data": self.experiment.data,
             "method": config.distill.method,
             "mim_weight": config.mim.mim_weight,
             "ipc": config.distill.ipc,
@@ -172,7 +176,7 @@ class Keeper:
         if self.state is not None:
             Checkpoint(
                 config=config,
-                data=self.experiment.train.fingerprint,
+                data=self.experiment.data,
                 iteration=self.iteration,
                 seconds=time.monotonic() - self.began,
                 history=self.history,

@@ -45,8 +45,8 @@ class SyntheticSet:
         whitening: what real images must go through to be like these; mean is 0 and std 1 then.
 
     Raises:
-        ValueError: images that are not [n, C, H, W] or that the factor does not divide, another number of
-            labels, a label that is no class (on the CPU), or soft labels of another shape.
+        ValueError: a tensor of another type or shape, a label that is no class (on the CPU), a factor below 1
+            or one that does not divide the images.
     """
 
     images: Tensor
@@ -65,6 +65,17 @@ class SyntheticSet:
             raise ValueError(
                 f"mim4dd.SyntheticSet: images are {list(self.images.shape)}, expected [n, C, H, W]"
             )
+        for name, dtype in (("images", torch.float32), ("labels", torch.int64)):
+            if (found := getattr(self, name).dtype) != dtype:
+                raise ValueError(f"mim4dd.SyntheticSet: {name} are {found}, expected {dtype}")
+        channels = self.images.shape[1]
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values.shape != (channels,) or not values.is_floating_point():
+                raise ValueError(
+                    f"mim4dd.SyntheticSet: {name} is {values.dtype} {list(values.shape)}, expected floats "
+                    f"[{channels}]: one per channel"
+                )
         if self.labels.shape != self.images.shape[:1]:
             raise ValueError(
                 f"mim4dd.SyntheticSet: labels are {list(self.labels.shape)}, expected [{len(self.images)}]: "
@@ -78,6 +89,8 @@ class SyntheticSet:
                     f"mim4dd.SyntheticSet: there is a label {wrong[0].item()}, expected 0 to {classes - 1}: "
                     f"class_names names {classes} classes"
                 )
+        if self.factor < 1:
+            raise ValueError(f"mim4dd.SyntheticSet: factor is {self.factor}, expected at least 1")
         if any(side % self.factor for side in self.images.shape[2:]):
             raise ValueError(
                 f"mim4dd.SyntheticSet: images {list(self.images.shape)} cannot hold {self.factor} x "
@@ -134,7 +147,11 @@ class SyntheticSet:
     def save(self, path: str | Path) -> None:
         """Write one .safetensors file, whole or not at all."""
         facts = {**self.metadata, **{name: getattr(self, name) for name in FACTS}}
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in self._tensors().items()}
+        if self.network_lr is not None:
+            facts["network_lr"] = float(self.network_lr)  # JSON knows no numbers of numpy
+        # Copies: safetensors refuses tensors that share memory, as mean and std may.
+        whole = torch.contiguous_format
+        tensors = {name: tensor.clone(memory_format=whole).cpu() for name, tensor in self._tensors().items()}
         if self.whitening:
             tensors |= {f"whitening.{name}": getattr(self.whitening, name).cpu() for name in WHITENING}
         with atomic(Path(path)) as temporary:
@@ -142,11 +159,13 @@ class SyntheticSet:
 
     @classmethod
     def load(cls, path: str | Path) -> SyntheticSet:
-        """Read what `save` wrote.
+        """Read what `save` wrote; of a run's folder, the synthetic.safetensors in it.
 
         Raises:
             InputError: no such file, a corrupted one, or one that mim4dd did not write.
         """
+        if Path(path).is_dir():
+            path = Path(path) / IMAGES
         try:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}

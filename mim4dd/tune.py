@@ -188,11 +188,9 @@ class Search:
 
 def _study(folder: Path, settings: dict[str, Any]) -> optuna.Study:
     """Return the study kept in `folder`, a new one if there is none."""
-    try:
-        import optuna
-        from optuna.storages.journal import JournalFileBackend
-    except ImportError as error:
-        raise InputError("python -m mim4dd.tune needs Optuna; pip install optuna") from error
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     log = folder / "trials.log"
     try:

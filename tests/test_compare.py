@@ -3,8 +3,10 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from commands import npz
 from PIL import Image
 
 from mim4dd import compare
@@ -204,6 +206,20 @@ def test_cells_that_were_removed_are_run_again(finished, scored):
     assert facts(finished)["cells"] == 2
 
 
+def test_results_of_other_images_are_refused(tmp_path, capsys):
+    path, out = tmp_path / "data.npz", str(tmp_path / "out")
+    command = [*QUICK, "--dataset", npz(path), "--mim-weights", "0", "--out", out, "--seeds", "0"]
+    assert compare.main(command) == 0
+    npz(path, x_train=np.full((40, 12, 12, 3), 7, np.uint8))
+    cells._load.cache_clear()  # as a new process begins
+    for seeds in (["0"], ["0", "1"]):
+        assert compare.main([*command[:-1], *seeds]) == 2
+        assert f"holds a run on other images of {path}; give another --out" in capsys.readouterr().err
+    npz(path)
+    cells._load.cache_clear()
+    assert compare.main([*command, "1"]) == 0
+
+
 def test_an_unreadable_result_is_refused(finished, capsys):
     (finished / "cells" / NAMES[2] / "result.json").write_text("{")
     assert compare.main([*QUICK, *GRID, "--out", str(finished)]) == 2
@@ -375,8 +391,8 @@ def test_time_left_goes_by_the_cells_like_it():
         (["--methods"], "--methods names nothing"),
         (["--seeds"], "--seeds names nothing"),
         (["--ipcs", "1", "1000"], "fewer than the 1000 asked for"),
-        (["--ipcs", "0"], "--ipc is 0, expected a number of at least 1"),
-        (["--mim-weights", "0", "-1"], "--mim-weight is -1.0"),
+        (["--ipcs", "0"], "--ipcs names 0, expected numbers of at least 1"),
+        (["--mim-weights", "0", "-1"], "--mim-weights names -1.0, expected numbers of at least 0"),
         (["--mim-layers", "7"], "there is no layer 7"),
         (["--num-eval", "0"], "--num-eval is 0: nothing to compare"),
         (["--eval-archs", "mlp,vgg"], "unknown architecture in --eval-archs: 'vgg'"),

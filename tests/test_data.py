@@ -169,6 +169,12 @@ def test_a_path_may_lie_in_the_home_folder(tmp_path, monkeypatch):
     assert data.name_of("~/set.npz") == "set"
 
 
+def test_a_dot_in_the_name_of_a_folder_starts_no_suffix(tmp_path):
+    (tmp_path / "set-1.5").mkdir()
+    (tmp_path / "set-1.5.npz").touch()
+    assert data.name_of(str(tmp_path / "set-1.5")) == data.name_of(str(tmp_path / "set-1.5.npz")) == "set-1.5"
+
+
 def test_fingerprint_tells_everything_apart():
     images = make_set(4, 5)
     others = [

@@ -4,13 +4,14 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import npz, parse
+from commands import QUICK, npz, parse
 from conftest import close
 
-from mim4dd import augment, networks, stacked
+from mim4dd import augment, networks, run, stacked
 from mim4dd.config import to_json
 from mim4dd.data import load
 from mim4dd.evaluate import main
@@ -276,3 +277,24 @@ def test_a_run_is_found_by_its_folder_and_a_set_without_settings_refused(finishe
     assert "holds no settings to evaluate with" in capsys.readouterr().err
     assert main([str(tmp_path)]) == 2
     assert "synthetic.safetensors: no such file" in capsys.readouterr().err
+
+
+def test_the_data_of_a_run_may_move_but_not_change(tmp_path, monkeypatch, capsys):
+    for name in ("there", "elsewhere"):
+        (tmp_path / name).mkdir()
+    path, brief = tmp_path / "there" / "data.npz", ["--num-eval", "1", "--eval-epochs", "1"]
+    npz(path)
+    monkeypatch.chdir(tmp_path / "there")
+    assert run.main([*QUICK, "--dataset", "data.npz", "--num-eval", "0", "--out", "out"]) == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["../there/out", *brief]) == 2
+    assert (
+        "no such file or folder; if the run's data moved, name it with --dataset" in capsys.readouterr().err
+    )
+    assert main(["../there/out", *brief, "--dataset", "../there/data.npz"]) == 0
+    monkeypatch.chdir(tmp_path / "there")
+    assert main(["out", *brief]) == 0
+    npz(path, x_train=np.full((40, 12, 12, 3), 7, np.uint8))
+    assert main(["out", *brief]) == 2
+    assert "data.npz has other images now than when out/synthetic" in capsys.readouterr().err
+    assert main(["out", *brief, "--dataset", "data.npz"]) == 0, "whoever names the data means them"

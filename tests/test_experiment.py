@@ -252,10 +252,10 @@ def test_only_the_term_has_maps_kept(monkeypatch, brief_students):
 
 def test_the_base_baseline_is_a_run_without_the_term(evaluated, brief_students):
     def distilled(options=""):
-        prepared = prepare("--iterations 3 --baselines base" + options)
+        prepared = prepare("--iterations 3" + options)
         return prepared, prepared.distill(lambda _: None)
 
-    prepared, ours = distilled()
+    prepared, ours = distilled(" --baselines base")
     runner.evaluations(prepared, ours)
     (base, _), (scored, _) = (call[0](0) for call in evaluated)
     assert torch.equal(base, distilled(" --mim-weight 0")[1].images)

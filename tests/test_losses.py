@@ -330,6 +330,15 @@ def test_bad_input_is_named():
         ((a[0], k, la, lk), {}, r"anchors is \[3\]"),
         ((a, k[:, :2], la, lk), {}, r"anchors is \[4, 3\] and keys is \[5, 2\]"),
         ((a, k.long(), la, lk), {}, "keys has dtype torch.int64"),
+        ((a.numpy(), k, la, lk), {}, "anchors is of type ndarray, expected a tensor of float16 or bfloat16"),
+        ((a, k.tolist(), la, lk), {}, "keys is of type list, expected a tensor of float16 or bfloat16"),
+        (
+            (a.to(torch.float8_e4m3fn), k, la, lk),
+            {},
+            "anchors has dtype torch.float8_e4m3fn, expected .*float64",
+        ),
+        ((a, k, la.numpy(), lk), {}, "anchor_labels is of type ndarray, expected a tensor of int32 or int64"),
+        ((a, k, la, lk.tolist()), {}, "key_labels is of type list, expected a tensor of int32 or int64"),
         ((a, k, la[:3], lk), {}, r"anchor_labels is \[3\], expected \[4\]"),
         ((a, k, la, lk.float()), {}, "key_labels has dtype torch.float32"),
         ((a, k.to("meta"), la, lk), {}, "anchors is on cpu and keys on meta"),
@@ -374,9 +383,21 @@ def test_bad_input_is_named():
     for negatives in (-1, 0.0, math.inf):
         with pytest.raises(ValueError, match=f"negatives is {negatives}, expected a positive number"):
             mim4dd.nce_loss(a, k, la, lk, negatives=negatives)
+    for loss in (mim4dd.nce_loss, calibrated_noise_ratio):
+        with pytest.raises(ValueError, match="negatives is a tensor, .* expected a positive number or None"):
+            loss(a, k, la, lk, negatives=torch.tensor(3.0))
     for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss, calibrated_noise_ratio):
         with pytest.raises(ValueError, match=r"exclude_self .* anchors is \[4, 3\] and keys is \[5, 3\]"):
             loss(a, k, la, lk, exclude_self=True)
+    for loss, side in (
+        (mim4dd.info_nce_loss, a),
+        (mim4dd.info_nce_losses, [a, a]),
+        (functools.partial(mim4dd.info_nce_loss, positives="any", symmetric=True), a),
+    ):
+        with pytest.raises(ValueError, match="exclude_self is True, but without labels .*; give labels"):
+            loss(side, side, exclude_self=True)
+    with pytest.raises(ValueError, match="exclude_self is True, but without labels .*; give labels"):
+        mim4dd.InfoNCELoss(exclude_self=True)(a, a)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The add-on: `MutualInformation` over feature maps."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,18 +79,22 @@ def test_mutual_information_is_calibrated_once_per_layer(generator):
         assert not fixed.state_dict()
 
 
+def projected(generator, projection="random", layers="all", sizes=(36, 24)):
+    return MutualInformation(
+        layers=layers,
+        projection=projection,
+        projection_size=5,
+        feature_sizes=sizes,
+        generator=generator,
+        noise_ratio=1.0,
+    )
+
+
 @pytest.mark.parametrize("projection", ["random", "trained"])
 def test_projection_embeds_every_layer(generator, projection):
     synthetic, real = maps(generator, 6), maps(generator, 20)
     labels = torch.arange(6) % 3, torch.arange(20) % 3
-    term = MutualInformation(
-        layers="all",
-        projection=projection,
-        projection_size=5,
-        feature_sizes=(36, 24),
-        generator=generator,
-        noise_ratio=1.0,
-    )
+    term = projected(generator, projection)
     shapes = [tuple(p.shape) for p in term.projections.values()]
     assert shapes == [(36, 5), (24, 5)]
     assert all(p.requires_grad == (projection == "trained") for p in term.parameters())
@@ -97,6 +103,31 @@ def test_projection_embeds_every_layer(generator, projection):
         for s, r, p in zip(synthetic, real, term.projections.values(), strict=True)
     )
     torch.testing.assert_close(term(synthetic, real, *labels), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_projection_takes_maps_of_any_dtype(generator, dtype):
+    synthetic, real = maps(generator, 6), maps(generator, 20)
+    labels = torch.arange(6) % 3, torch.arange(20) % 3
+    term = projected(generator, "trained")
+    cast = [[m.to(dtype) for m in side] for side in (synthetic, real)]
+    loss = term(*cast, *labels)
+    torch.testing.assert_close(loss.float(), term(synthetic, real, *labels), rtol=2e-2, atol=2e-2)
+    gradients = torch.autograd.grad(loss, [*term.parameters()])
+    assert all(g.dtype == torch.float32 and g.any() for g in gradients)
+
+
+def test_maps_that_are_not_those_of_the_projection_are_refused(generator):
+    synthetic, real = maps(generator, 6), maps(generator, 20)
+    labels = torch.arange(6) % 3, torch.arange(20) % 3
+    for layers in ("all", "last", [0]):
+        with pytest.raises(ValueError, match="there are 2 maps, but feature_sizes has 1; expected one size"):
+            projected(generator, layers=layers, sizes=[36])(synthetic, real, *labels)
+    with pytest.raises(ValueError, match="synthetic map 1 has 24 features an image, expected 25"):
+        projected(generator, sizes=(36, 25))(synthetic, real, *labels)
+    with pytest.raises(ValueError, match="real map 0 has 27 features an image, expected 36"):
+        projected(generator)(synthetic, [real[0][:, :3], real[1]], *labels)
+    projected(generator, layers="last", sizes=(1, 24))(synthetic, real, *labels)
 
 
 def test_mutual_information_pulls_images_to_their_class(generator):
@@ -124,6 +155,11 @@ def test_layer_indices():
         layer_indices([3], 3)
     with pytest.raises(ValueError, match="layers is 'first'"):
         layer_indices("first", 3)
+    for layers in (0, None):
+        with pytest.raises(
+            ValueError, match=f"layers is {layers}, expected 'all', 'last' or a list of indices"
+        ):
+            layer_indices(layers, 3)
 
 
 def test_mutual_information_names_bad_input(generator):
@@ -141,6 +177,23 @@ def test_mutual_information_names_bad_input(generator):
     labels = torch.arange(2)
     with pytest.raises(ValueError, match="2 synthetic maps, but 1 real ones"):
         MutualInformation()(maps(generator, 2), maps(generator, 2)[:1], labels, labels)
+    for name in ("weight", "layer_decay"):
+        for value in (math.inf, -math.inf, math.nan):
+            with pytest.raises(ValueError, match=f"{name} is {value}, expected a finite number"):
+                MutualInformation(**{name: value})
+    rows = torch.randn(2, 3, generator=generator)
+    with pytest.raises(ValueError, match="layers is 0, expected 'all', 'last' or a list of indices"):
+        MutualInformation(layers=0)(rows, rows, labels, labels)
+    for wrong, message in (
+        (rows[:, 0], r"map 0 is \[2\], expected \[rows, ...\]"),
+        (rows[0, 0], r"map 0 is \[\], expected \[rows, ...\]"),
+        (rows.to(torch.float8_e5m2), "map 0 has dtype torch.float8_e5m2, expected a tensor of float16"),
+        ([rows.numpy()], "map 0 is of type ndarray, expected a tensor of float16"),
+    ):
+        with pytest.raises(ValueError, match=f"synthetic {message}"):
+            MutualInformation()(wrong, rows, labels, labels)
+        with pytest.raises(ValueError, match=f"real {message}"):
+            MutualInformation()(rows, wrong, labels, labels)
 
 
 @pytest.mark.parametrize("loss", ["nce", "info_nce"])

@@ -37,6 +37,11 @@ def test_digits():
     assert hashlib.sha256(test.images.numpy().tobytes()).hexdigest()[:16] == "f0a4b86e853e4076"
 
 
+def test_a_set_without_files_needs_no_data_dir(tmp_path):
+    with pytest.raises(InputError, match=f"--data-dir {tmp_path} is for sets of files, and digits has none"):
+        load("digits", tmp_path)
+
+
 def idx(array: np.ndarray) -> bytes:
     return bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 

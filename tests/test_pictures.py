@@ -125,14 +125,16 @@ def test_folder_mistakes(tmp_path):
         load(str(tmp_path))
     (tmp_path / "test" / "z").rename(tmp_path / "test" / "a")
     (tmp_path / "train" / "b").mkdir()
-    with pytest.raises(InputError, match="class 'b' has no training image"):
+    with pytest.raises(
+        InputError, match="train/b: class 'b' has no training image; fill or remove the folder"
+    ):
         load(str(tmp_path))
     file = tmp_path / "train" / "b" / "0.jpg"
     file.write_bytes((tmp_path / "train" / "a" / "0.png").read_bytes()[:200])
     with pytest.raises(InputError, match=r"0\.jpg: not a readable picture"):
         load(str(tmp_path))
     file.write_bytes(b"hello")
-    with pytest.raises(InputError, match=r"0\.jpg: not a readable picture"):
+    with pytest.raises(InputError, match=r"0\.jpg: not a readable picture \(cannot identify image file\);"):
         load(str(tmp_path))
     file.unlink()
     Image.fromarray(np.zeros((10, 10), np.uint16)).save(file.with_suffix(".png"))
@@ -216,6 +218,10 @@ def test_parquet_label_column(tmp_path):
         load(write_parquet(path, 10, labels, columns=("img", "target"), other=[0] * 10))
     with pytest.raises(InputError, match="label column of integers: expected one, found none"):
         load(write_parquet(path, 10, [0.5] * 10))
+    with pytest.raises(
+        InputError, match="found none in .*'label'.; 'label' holds string, not integers; conv"
+    ):
+        load(write_parquet(path, 10, ["cat", "dog"] * 5))
     with pytest.raises(InputError, match="rows without a label"):
         load(write_parquet(path, 10, [None, *labels[1:]]))
     with pytest.raises(InputError, match="label 1 but only 1 class names"):
@@ -237,11 +243,15 @@ def test_parquet_mistakes(tmp_path):
     pq.write_table(table.set_column(0, "img", pa.array(rows)), path)
     with pytest.raises(InputError, match=r"a\.parquet: img of row 7: not a readable picture"):
         load(str(path))
+    rows[7] = {"bytes": None, "path": "7.png"}
+    pq.write_table(table.set_column(0, "img", pa.array(rows)), path)
+    with pytest.raises(InputError, match=r"a\.parquet: img of row 7 has no bytes, only a path; write"):
+        load(str(path))
     pq.write_table(table.slice(0, 0), path)
     with pytest.raises(InputError, match="no rows"):
         load(str(path))
     pq.write_table(table.select(["label"]), path)
-    with pytest.raises(InputError, match="image column, a struct with 'bytes': expected one, found none"):
+    with pytest.raises(InputError, match="image column of structs with 'bytes': expected one, found none"):
         load(str(path))
     pq.write_table(table, path)
     content = path.read_bytes()

@@ -64,6 +64,24 @@ def test_floats_up_to_255_and_any_range(tmp_path):
     np.testing.assert_allclose(test.images, shifted, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, bool])
+@pytest.mark.parametrize("test_dtype", [np.uint8, np.float32])
+def test_masks_of_0_and_1_are_white_where_they_are_1(tmp_path, dtype, test_dtype):
+    masks = pixels(10, 12, 12) % 2
+    train, test = load(save(tmp_path, x_train=masks.astype(dtype), x_test=masks[:4].astype(test_dtype)))
+    assert train.images.dtype == test.images.dtype == torch.float32
+    assert np.array_equal(train.images[:, 0], masks)
+    assert np.array_equal(test.images[:, 0], masks[:4])
+    assert train.mean.item() == pytest.approx(masks.mean())
+
+
+@pytest.mark.parametrize("dark", ["x_train", "x_test"])
+def test_dark_bytes_beside_bright_ones_are_bytes(tmp_path, dark):
+    arrays = {"x_train": pixels(10, 12, 12), "x_test": pixels(4, 12, 12)}
+    train, test = load(save(tmp_path, **arrays | {dark: arrays[dark] % 2}))
+    assert train.images.dtype == test.images.dtype == torch.uint8
+
+
 def test_constant_channel_gives_no_nan(tmp_path):
     images = pixels(10, 8, 8, 2)
     images[..., 1] = 77

@@ -170,6 +170,7 @@ def test_what_cannot_be_resumed_is_refused(cut_off, tmp_path, capsys):
     assert "goes on with the settings of that run; leave out all others" in refused(
         cut_off, capsys, "--iterations", "20"
     )
+    assert "--memory-budget is -1.0, expected a positive" in refused(cut_off, capsys, "--memory-budget", "-1")
     assert "holds no state.safetensors: no run was cut off there" in refused(tmp_path, capsys)
     assert "there is no such folder" in refused(tmp_path / "nowhere", capsys)
     path = cut_off / "state.safetensors"

@@ -1,5 +1,6 @@
 """How a run ends that cannot go on: bad input, divergence, interruption; and what it leaves."""
 
+import errno
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from conftest import write_pictures
 
 from mim4dd import run, runner
 from mim4dd.checkpoint import Checkpoint
+from mim4dd.console import guarded
 from mim4dd.distill import Progress
 from mim4dd.experiment import Experiment
+from mim4dd.files import cache_folder
 from mim4dd.synthetic import SyntheticSet
 
 
@@ -32,9 +35,22 @@ def test_results_are_never_overwritten_silently(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs/digits-dm-ipc1-0/result.json").read_bytes() == before
     assert run.main([*named, "--seed", "5", "--overwrite"]) == 0
     assert (tmp_path / "runs/digits-dm-ipc1-0/result.json").read_bytes() != before
+    folder = tmp_path / "runs" / "digits-dm-ipc1-0"
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
     assert run.main([*named, "--iterations", "20", "--image-lr", "3e38", "--overwrite"]) == 1
-    left = files(tmp_path / "runs" / "digits-dm-ipc1-0")
-    assert left == ["synthetic.safetensors"], "nothing tells of another set"
+    assert "still holds what was to be overwritten" in capsys.readouterr().err
+    assert {name: (folder / name).read_bytes() for name in files(folder)} == before
+    look = runner.Keeper.__call__
+
+    def interrupt(keeper, progress):
+        look(keeper, progress)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.Keeper, "__call__", interrupt)
+    assert run.main([*named, "--iterations", "20", "--overwrite"]) == 130
+    assert files(folder) == ["state.safetensors", "synthetic.safetensors"], "nothing tells of another set"
+    assert run.main(named) == 2
+    assert "give another folder, --resume runs/digits-dm-ipc1-0 to go on, or" in capsys.readouterr().err
 
 
 def test_two_runs_at_once_get_a_folder_each(tmp_path, monkeypatch):
@@ -70,6 +86,8 @@ def test_too_little_memory_is_told(tmp_path, capsys):
             "unknown architecture in --eval-archs: 'resnet', did you mean resnet18",
         ),
         (["--config", "missing.json"], "--config missing.json cannot be read"),
+        (["--num-eval", "0", "--eval-archs", "mlp"], "--num-eval is 0, which scores nothing on --eval-archs"),
+        (["--baselines", "base", "--mim-weight", "0"], "--baselines base is the run itself"),
     ],
 )
 def test_bad_input_exits_with_2_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):
@@ -130,6 +148,30 @@ def test_out_is_not_to_become_a_class(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run.main([*QUICK, "--dataset", "data"]) == 2
     assert "all images are of one class 'pets', expected two or more" in capsys.readouterr().err
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    """Also where no shell expands it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MIM4DD_CACHE", "~/cache")
+    assert cache_folder() == tmp_path / "cache"
+    settings = parse([*QUICK, "--out=~/out", "--data-dir=~/data", "--experts=~/experts"])
+    paths = settings.out, settings.data.data_dir, settings.trajectory.experts
+    assert paths == (tmp_path / "out", tmp_path / "data", tmp_path / "experts")
+
+
+def test_a_full_disk_is_told(capsys):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x")
+
+    assert guarded(full) == 1
+    assert "No space left on device: 'runs/x'); make room: what was saved" in capsys.readouterr().err
+
+    def other():
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output"):
+        guarded(other)
 
 
 def test_unknown_option_exits_with_2_without_traceback():

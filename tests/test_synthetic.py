@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import close
@@ -38,6 +39,25 @@ def test_round_trip(tmp_path, digits):
     assert read.class_names == digits.class_names
     assert read.metadata == {"seed": 3, "config": {"a": [1]}}
     assert (read.factor, read.network_lr) == (2, 0.02)
+
+
+def test_one_tensor_for_mean_and_std_and_a_number_of_numpy_are_saved(tmp_path, digits):
+    half = torch.full((1,), 0.5)
+    start = initialise(digits, 1, "real", generator(0, "init"))
+    written = replace(start, mean=half, std=half, network_lr=np.float32(0.25))
+    written.save(tmp_path / "set.safetensors")
+    read = SyntheticSet.load(tmp_path / "set.safetensors")
+    assert read.mean.item() == read.std.item() == 0.5
+    assert read.network_lr == 0.25
+
+
+def test_a_folder_stands_for_the_set_in_it(tmp_path, digits):
+    with pytest.raises(InputError, match=r"synthetic\.safetensors: no such file"):
+        SyntheticSet.load(tmp_path)
+    start = initialise(digits, 1, "real", generator(0, "init"))
+    start.save(tmp_path / "synthetic.safetensors")
+    for path in (tmp_path, str(tmp_path)):
+        assert torch.equal(SyntheticSet.load(path).images, start.images)
 
 
 def test_a_save_that_fails_leaves_the_old_set(tmp_path, digits, monkeypatch):
@@ -82,6 +102,23 @@ def test_soft_labels_that_do_not_fit_are_refused(tmp_path, digits):
             "label 10, expected 0 to 9: class_names names 10 classes",
         ),
         (lambda images, labels: {"labels": labels - 1}, "label -1, expected 0 to 9"),
+        (
+            lambda images, labels: {"images": images.double()},
+            "images are torch.float64, expected torch.float32",
+        ),
+        (lambda images, labels: {"labels": labels.int()}, "labels are torch.int32, expected torch.int64"),
+        (
+            lambda images, labels: {"mean": torch.zeros(3)},
+            r"mean is torch.float32 \[3\], expected floats \[1\]",
+        ),
+        (
+            lambda images, labels: {"std": torch.tensor(1.0)},
+            r"std is torch.float32 \[\], expected floats \[1\]",
+        ),
+        (
+            lambda images, labels: {"std": torch.ones(1).int()},
+            r"std is torch.int32 \[1\], expected floats \[1\]",
+        ),
     ],
 )
 def test_images_and_labels_that_do_not_fit_are_refused(tmp_path, digits, change, message):
@@ -101,6 +138,9 @@ def test_images_that_the_factor_does_not_divide_are_refused(digits):
     start = initialise(digits, 2, "real", generator(0, "init"))
     with pytest.raises(ValueError, match=r"images \[20, 1, 8, 8\] cannot hold 3 x 3 others"):
         replace(start, factor=3)
+    for factor in (0, -1):
+        with pytest.raises(ValueError, match=f"factor is {factor}, expected at least 1"):
+            replace(start, factor=factor)
 
 
 def test_dataset_trains_as_it_is(digits):

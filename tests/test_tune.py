@@ -295,7 +295,7 @@ def test_what_is_said_of_the_best():
         (["--seeds", "0", "0"], "--seeds is 0 0, expected each seed once"),
         (["--noise-ratios"], "--noise-ratios names nothing"),
         (["--noise-ratios", "-1"], "--mim-noise-ratio is -1.0"),
-        (["--weights", "0", "1"], "--weights is 0.0 1.0, expected a range of positive numbers"),
+        (["--weights", "0", "1"], "--weights is 0.0 1.0, expected two positive numbers, the smaller first"),
         (["--temperatures", "2", "1"], "--temperatures is 2.0 1.0"),
         (["--layers", "first"], "--mim-layers is 'first'"),
         (["--layers", "last", "0,7"], "there is no layer 7"),

@@ -291,6 +291,8 @@ def _class_names(raw: Raw, names: tuple[str, ...] | None) -> tuple[str, ...]:
 def name_of(dataset: str) -> str:
     """Return a data set's name for people and files: of a path, the last part."""
     path = Path(dataset).expanduser()
+    if path.is_dir():
+        return path.resolve().name  # whole, for what follows a dot is no suffix
     return path.resolve().stem if path.exists() else dataset
 
 

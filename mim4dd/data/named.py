@@ -39,6 +39,8 @@ class Named:
 
     def load(self, name: str, data_dir: Path | None) -> readers.Pair:
         """Find the files, fetching them if there is no `data_dir`, and read them. Raises `InputError`."""
+        if data_dir and not self.files:
+            raise InputError(f"--data-dir {data_dir} is for sets of files, and {name} has none; leave it out")
         folder = Path(data_dir).expanduser() if data_dir else None
         return self.read(*self._locate(name, folder)) if self.files else self.read()
 

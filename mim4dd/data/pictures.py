@@ -30,6 +30,9 @@ def read_folder(path: Path, image_size: int | None) -> Pair:
     if root == path and (reserved := next((name for name in TEST_NAMES if name in classes), None)):
         raise InputError(f"{path / reserved} is a test set only beside {path / 'train'}; rename one of them")
     train = _folder_part(root, classes, image_size)
+    if len(empty := np.setdiff1d(np.arange(len(classes)), train.labels)):
+        name = classes[empty[0]]
+        raise InputError(f"{root / name}: class {name!r} has no training image; fill or remove the folder")
     candidates = [path / name for name in TEST_NAMES if root != path and (path / name).is_dir()]
     if not candidates:
         return train, None
@@ -109,12 +112,9 @@ def _parquet_part(paths: list[Path], image_size: int | None) -> Raw:
         schema = pq.read_schema(paths[0])
     structs = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
     integers = [f.name for f in schema if pa.types.is_integer(f.type)]
-    picture = _choose(
-        structs, ("image", "img"), f"{paths[0]}: image column, a struct with 'bytes'", schema.names
-    )
-    label = _choose(
-        integers, ("label", "labels", "fine_label"), f"{paths[0]}: label column of integers", schema.names
-    )
+    types = {f.name: str(f.type) for f in schema}
+    picture = _choose(structs, ("image", "img"), paths[0], "structs with 'bytes'", types)
+    label = _choose(integers, ("label", "labels", "fine_label"), paths[0], "integers", types)
     labels: list[np.ndarray] = []
 
     def rows(file: Path, source: pq.ParquetFile) -> Iterator[tuple[str, bytes]]:
@@ -125,6 +125,11 @@ def _parquet_part(paths: list[Path], image_size: int | None) -> Raw:
                     raise InputError(f"{file}: column {label!r} has rows without a label")
                 labels.append(batch.column(label).to_numpy())
                 for data in batch.column(picture).field("bytes").to_pylist():
+                    if data is None:
+                        raise InputError(
+                            f"{file}: {picture} of row {row} has no bytes, only a path; write the file anew "
+                            "with the pictures in it"
+                        )
                     yield f"{file}: {picture} of row {row}", data
                     row += 1
 
@@ -138,15 +143,20 @@ def _parquet_part(paths: list[Path], image_size: int | None) -> Raw:
     return Raw(images, np.concatenate(labels), _hub_names(schema.metadata, label), str(paths[0]))
 
 
-def _choose(found: list[str], preferred: tuple[str, ...], what: str, columns: list[str]) -> str:
-    """The first preferred name, else the only one found."""
+def _choose(
+    found: list[str], preferred: tuple[str, ...], path: Path, kind: str, types: dict[str, str]
+) -> str:
+    """The first preferred name, else the only one found, among columns of the kind."""
     if name := next((name for name in preferred if name in found), None):
         return name
-    if len(found) != 1:
-        raise InputError(
-            f"{what}: expected one, found {found or 'none'} in {columns}; call it {preferred[0]!r}"
-        )
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    other = next((name for name in preferred if name in types), None)
+    advice = (
+        f"{other!r} holds {types[other]}, not {kind}; convert it" if other else f"call it {preferred[0]!r}"
+    )
+    what = f"{path}: {preferred[0]} column of {kind}"
+    raise InputError(f"{what}: expected one, found {found or 'none'} in {[*types]}; {advice}")
 
 
 def _hub_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:

@@ -12,7 +12,9 @@ CHUNK = 4096  # images converted to floats at a time
 
 
 def to_unit(train: Tensor, test: Tensor, source: str) -> tuple[Tensor, Tensor]:
-    """Bring floats to [0, 1]: as they are, from [0, 255], or from the training images' range; uint8 stays."""
+    """Bring floats to [0, 1]: as they are, from [0, 255], or from the training images' range; bytes stay."""
+    if max(float(train.max()), float(test.max())) <= 1:  # as of masks: whole numbers, but not of 0 to 255
+        train, test = train.float(), test.float()
     if train.dtype == test.dtype == torch.uint8:
         return train, test
     if torch.uint8 in (train.dtype, test.dtype) and min(float(train.max()), float(test.max())) <= 1:

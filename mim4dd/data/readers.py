@@ -10,6 +10,7 @@ import gzip
 import io
 import math
 import pickle
+import re
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ def reading(path: Path | str, kind: str) -> Iterator[None]:
     except (InputError, MemoryError):
         raise
     except Exception as error:  # damaged bytes make decoders raise nearly anything
-        reason = str(error) or type(error).__name__
+        reason = re.sub(r" ?<[^<>]* at 0x\w+>", "", str(error)) or type(error).__name__  # objects' addresses
         raise InputError(
             f"{path}: not a readable {kind} ({reason}); damaged or incomplete, get it again"
         ) from error

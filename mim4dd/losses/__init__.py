@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_features, check_labels, check_positive, check_self, resolve_backend
+from .checks import (
+    check_features,
+    check_labels,
+    check_negatives,
+    check_positive,
+    check_self,
+    resolve_backend,
+)
 from .contrastive import contrastive_losses
 from .form import LossForm
 from .reference import CHUNK_PAIRS, unit_rows
@@ -158,7 +165,7 @@ def info_nce_loss(
         temperature: positive; a 0-d tensor gets its gradient, as in `nce_loss`.
         positives: "each" or "any".
         symmetric: add the same loss with the roles of anchors and keys exchanged.
-        exclude_self: leave out the pairs (i, i), where anchors and keys are the same rows.
+        exclude_self: leave out the pairs (i, i), where anchors and keys are the same rows; takes labels.
         backend: "reference", "fused", or None for the best that runs here.
 
     Returns:
@@ -231,8 +238,7 @@ def calibrated_noise_ratio(
     )
     check_self("calibrated_noise_ratio", exclude_self, anchors, keys)
     check_positive("calibrated_noise_ratio", temperature=temperature)
-    if negatives is not None:
-        check_positive("calibrated_noise_ratio", negatives=negatives)
+    check_negatives("calibrated_noise_ratio", negatives)
     m, n = len(anchors), len(keys)
     with torch.no_grad(), torch.autocast(anchors.device.type, enabled=False):
         units, other_units = unit_rows(anchors), unit_rows(keys)
@@ -270,6 +276,11 @@ def _info_nce_losses(
     if positives not in names:
         raise ValueError(f"mim4dd.{function}: positives is {positives!r}, expected 'each' or 'any'")
     if anchors and keys and anchor_labels is None and key_labels is None:
+        if exclude_self:
+            raise ValueError(
+                f"mim4dd.{function}: exclude_self is {exclude_self}, but without labels the only positive of "
+                "anchor i is key i, which it leaves out; give labels"
+            )
         first, other = anchors[0], keys[0]
         check_features(function, first, other)
         if len(first) != len(other):
@@ -301,8 +312,7 @@ def _losses(
             f"{len(noise_ratios)}; expected the same number, at least 1"
         )
     check_positive(function, temperature=temperature)
-    if form.negatives is not None:
-        check_positive(function, negatives=form.negatives)
+    check_negatives(function, form.negatives)
     for ratio in noise_ratios:
         check_positive(function, noise_ratio=ratio)
     for a, k in zip(anchors, keys, strict=True):

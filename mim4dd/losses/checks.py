@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 
 import torch
@@ -10,14 +11,25 @@ from torch import Tensor
 
 from ..obstacles import kernel_obstacle
 
+FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LABEL_DTYPES = (torch.int32, torch.int64)
+
+
+def check_tensor(function: str, name: str, value: object, dtypes: Sequence[torch.dtype]) -> None:
+    """A tensor of one of these dtypes."""
+    if isinstance(value, Tensor) and value.dtype in dtypes:
+        return
+    found = f"has dtype {value.dtype}" if isinstance(value, Tensor) else f"is of type {type(value).__name__}"
+    expected = " or ".join([str(dtype).removeprefix("torch.") for dtype in dtypes])
+    raise ValueError(f"mim4dd.{function}: {name} {found}, expected a tensor of {expected}; convert it")
+
 
 def check_features(function: str, anchors: Tensor, keys: Tensor) -> None:
     """Both [rows, width], floating, of one width, on one device."""
     for name, value in (("anchors", anchors), ("keys", keys)):
+        check_tensor(function, name, value, FEATURE_DTYPES)
         if value.ndim != 2:
             raise ValueError(f"mim4dd.{function}: {name} is {list(value.shape)}, expected [rows, width]")
-        if not value.is_floating_point():
-            raise ValueError(f"mim4dd.{function}: {name} has dtype {value.dtype}, expected a floating dtype")
     if anchors.shape[1] != keys.shape[1]:
         raise ValueError(
             f"mim4dd.{function}: features differ in width, anchors is {list(anchors.shape)} and keys is "
@@ -36,8 +48,7 @@ def check_labels(
     for name, labels, rows in (("anchor_labels", anchor_labels, anchors), ("key_labels", key_labels, keys)):
         if labels is None:
             raise ValueError(f"mim4dd.{function}: {name} is None, but the labels of the other side are given")
-        if labels.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"mim4dd.{function}: {name} has dtype {labels.dtype}, expected int32 or int64")
+        check_tensor(function, name, labels, LABEL_DTYPES)
         if labels.shape != rows.shape[:1]:
             raise ValueError(
                 f"mim4dd.{function}: {name} is {list(labels.shape)}, expected [{len(rows)}], one label a row"
@@ -59,6 +70,18 @@ def check_self(function: str, exclude_self: bool, anchors: Tensor, keys: Tensor)
             f"mim4dd.{function}: exclude_self leaves out the pair of anchor i and key i, but anchors is "
             f"{list(anchors.shape)} and keys is {list(keys.shape)}; expected as many keys as anchors"
         )
+
+
+def check_negatives(function: str, negatives: object) -> None:
+    """None or a positive number; not a tensor, whose gradient would be dropped."""
+    if negatives is None:
+        return
+    if not isinstance(negatives, Real | torch.SymFloat | torch.SymInt):
+        value = "a tensor, which would get no gradient" if isinstance(negatives, Tensor) else repr(negatives)
+        raise ValueError(
+            f"mim4dd.{function}: negatives is {value}, expected a positive number or None; give a float"
+        )
+    check_positive(function, negatives=negatives)
 
 
 def check_positive(function: str, **values: object) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..losses import calibrated_noise_ratio, info_nce_losses, nce_losses
 from ..losses.calibration import register_calibration
+from ..losses.checks import FEATURE_DTYPES, check_tensor
 
 
 class MutualInformation(nn.Module):
@@ -27,9 +30,9 @@ class MutualInformation(nn.Module):
 
     Args:
         loss: "nce" or "info_nce".
-        weight: the factor of the whole term.
+        weight: the factor of the whole term, finite.
         layers: "all", "last", or the indices of the maps to compare (negative ones count from the end).
-        layer_decay: the factor from a layer to the one before it.
+        layer_decay: the factor from a layer to the one before it, finite.
         temperature: of the critic.
         noise_ratio: of the critic of "nce", or "calibrated": measured per layer on the first batch, then
             frozen in the buffer `noise_ratios`, float [layers], which is empty until then.
@@ -37,13 +40,13 @@ class MutualInformation(nn.Module):
         projection: "none", or a linear map of every layer into a common space: "random" (fixed) or "trained"
             (its parameters are the module's; give them to an optimiser).
         projection_size: width of that space.
-        feature_sizes: features per image of every map; needed for a projection.
+        feature_sizes: features per image of every map, compared or not; needed for a projection.
         generator: draws the projection; needed for one.
         symmetric: add the term with the roles of real and synthetic exchanged.
 
     Raises:
-        ValueError: an unknown option, one that the loss does not have, or a projection without its sizes and
-            generator.
+        ValueError: an unknown option, one that the loss does not have, a factor that is not finite, or a
+            projection without its sizes and generator.
     """
 
     def __init__(
@@ -79,6 +82,9 @@ class MutualInformation(nn.Module):
             raise ValueError(
                 f"mim4dd.MutualInformation: projection is {projection!r}, expected none, random or trained"
             )
+        for name, factor in (("weight", weight), ("layer_decay", layer_decay)):
+            if not math.isfinite(factor):
+                raise ValueError(f"mim4dd.MutualInformation: {name} is {factor}, expected a finite number")
         self.loss = loss
         self.weight = weight
         self.layers = layers
@@ -90,6 +96,7 @@ class MutualInformation(nn.Module):
         self.noise_ratios: Tensor
         if loss == "nce" and noise_ratio == "calibrated":
             register_calibration(self, "noise_ratios")
+        self.feature_sizes = tuple(feature_sizes)
         self.projections = nn.ParameterDict()
         if projection != "none":
             if generator is None or not feature_sizes:
@@ -115,8 +122,8 @@ class MutualInformation(nn.Module):
         Args:
             synthetic_features: one map [M, ...] per layer, or a single one.
             real_features: maps [N, ...] likewise.
-            synthetic_labels: int [M].
-            real_labels: int [N].
+            synthetic_labels: int32 or int64 [M].
+            real_labels: int32 or int64 [N].
 
         Raises:
             ValueError: maps, labels or layers do not fit, or a map to compare is empty.
@@ -127,16 +134,18 @@ class MutualInformation(nn.Module):
             raise ValueError(
                 f"mim4dd.MutualInformation: {len(synthetic)} synthetic maps, but {len(real)} real ones"
             )
+        if self.projections and len(synthetic) != len(self.feature_sizes):
+            # A map without a matrix would be compared as it is, and "last" might mean another one.
+            raise ValueError(
+                f"mim4dd.MutualInformation: there are {len(synthetic)} maps, but feature_sizes has "
+                f"{len(self.feature_sizes)}; expected one size for every map, give all of them"
+            )
         layers = layer_indices(self.layers, len(synthetic))
         if not layers:
             raise ValueError("mim4dd.MutualInformation: there is no map to compare, expected at least one")
         for k in layers:
-            # Two empty maps have cosines, all 0: the term would be a constant that nothing lowers.
-            if not synthetic[k].shape[1:].numel() or not real[k].shape[1:].numel():
-                raise ValueError(
-                    f"mim4dd.MutualInformation: map {k} is empty: name it in Problem.layers, or leave it out "
-                    "of the term's layers"
-                )
+            self._check_map("synthetic", k, synthetic[k])
+            self._check_map("real", k, real[k])
         ours, theirs = ([self._embed(k, maps[k]) for k in layers] for maps in (synthetic, real))
         losses = self._losses(ours, theirs, synthetic_labels, real_labels)
         decay = [self.weight * self.layer_decay ** (len(synthetic) - 1 - k) for k in layers]
@@ -170,9 +179,30 @@ class MutualInformation(nn.Module):
             symmetric=self.symmetric,
         )
 
+    def _check_map(self, side: str, k: int, features: Tensor) -> None:
+        """Floating [rows, ...], not empty, and as wide as its matrix is, if it has one."""
+        check_tensor("MutualInformation", f"{side} map {k}", features, FEATURE_DTYPES)
+        if features.ndim < 2:
+            raise ValueError(
+                f"mim4dd.MutualInformation: {side} map {k} is {list(features.shape)}, expected [rows, ...]; "
+                "give it an axis of features"
+            )
+        width = features.shape[1:].numel()
+        # Two empty maps have cosines, all 0: the term would be a constant that nothing lowers.
+        if not width:
+            raise ValueError(
+                f"mim4dd.MutualInformation: map {k} is empty: name it in Problem.layers, or leave it out "
+                "of the term's layers"
+            )
+        if self.projections and width != self.feature_sizes[k]:
+            raise ValueError(
+                f"mim4dd.MutualInformation: {side} map {k} has {width} features an image, expected "
+                f"{self.feature_sizes[k]}, its feature size; give feature_sizes of these maps"
+            )
+
     def _embed(self, k: int, features: Tensor) -> Tensor:
         features = features.flatten(1)
-        return features @ self.projections[str(k)] if str(k) in self.projections else features
+        return features @ self.projections[str(k)].to(features.dtype) if self.projections else features
 
     def _critic_ratios(
         self, synthetic: Sequence[Tensor], real: Sequence[Tensor], *labels: Tensor
@@ -192,13 +222,14 @@ def layer_indices(layers: str | Sequence[int], num_layers: int) -> list[int]:
     """Return the indices, ascending, that "all", "last" or a list of possibly negative ones mean.
 
     Raises:
-        ValueError: no such layer.
+        ValueError: no such layer, or one index that is in no list.
     """
-    if isinstance(layers, str):
-        named = {"all": range(num_layers), "last": range(num_layers)[-1:]}
-        if layers not in named:
-            raise ValueError(f"mim4dd: layers is {layers!r}, expected 'all', 'last' or a list of indices")
+    given: Any = layers  # what is no list, one index too, is refused by name
+    named = {"all": range(num_layers), "last": range(num_layers)[-1:]}
+    if isinstance(layers, str) and layers in named:
         return list(named[layers])
+    if isinstance(layers, str) or not isinstance(given, Iterable):
+        raise ValueError(f"mim4dd: layers is {layers!r}, expected 'all', 'last' or a list of indices")
     wrong = [k for k in layers if not -num_layers <= k < num_layers]
     if wrong:
         raise ValueError(f"mim4dd: there is no layer {wrong[0]}, the network has {num_layers}")

@@ -46,14 +46,18 @@ class Cell:
         """Return what an earlier run left: a result, or {"failed": why}; None if it did not get to the end.
 
         Raises:
-            InputError: the folder holds a run of other settings, finished or not, or no readable one.
+            InputError: the folder holds a run of other settings or images, or no readable one.
         """
-        outcome = outcome_in(self.folder)
-        if outcome is not None:
-            refuse_others(self.folder, outcome["config"], self.config)
-        elif (self.folder / IMAGES).exists():
-            started = SyntheticSet.load(self.folder / IMAGES)
-            refuse_others(self.folder, started.metadata["config"], self.config)
+        outcome = facts = outcome_in(self.folder)
+        if facts is None and (self.folder / IMAGES).exists():
+            facts = SyntheticSet.load(self.folder / IMAGES).metadata
+        if facts is not None:
+            refuse_others(self.folder, facts["config"], self.config)
+            if facts.get("data") not in (None, _fingerprint(self.config)):  # older ones do not tell
+                raise InputError(
+                    f"{self.folder} holds a run on other images of {self.config.data.dataset}; give another "
+                    "--out, or remove that folder"
+                )
         return outcome
 
     def run(self) -> dict[str, Any]:
@@ -79,7 +83,8 @@ class Cell:
         return run(Experiment.prepare(self.config, _load), self.folder, checkpoint)
 
     def _write(self, name: str, outcome: dict[str, Any]) -> dict[str, Any]:
-        outcome = {**outcome, "version": __version__, "config": to_json(resolved(self.config))}
+        config = to_json(resolved(self.config))
+        outcome = {**outcome, "data": _fingerprint(self.config), "version": __version__, "config": config}
         write(self.folder / name, json.dumps(outcome, indent=2))
         return outcome
 
@@ -155,6 +160,12 @@ def outcome_in(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is not a result of mim4dd ({error!r}); remove its folder") from error
     return outcome
+
+
+def _fingerprint(config: Config) -> str:
+    """That of the training images that the settings name."""
+    train, _ = _load(config.data.dataset, config.data.data_dir, config.data.image_size)
+    return train.fingerprint
 
 
 def rehearse(config: Config) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,6 +105,8 @@ def check_tuning(tuning: Tuning) -> None:
     Raises:
         InputError: naming the option, its value and what was expected.
     """
+    if find_spec("optuna") is None:
+        raise InputError("python -m mim4dd.tune needs Optuna; pip install optuna")
     if not tuning.data.validation:
         raise InputError("--validation is 0: settings are never chosen on the test set; hold out 0.1, say")
     if tuning.eval.num_eval == 0:
@@ -116,7 +119,7 @@ def check_tuning(tuning: Tuning) -> None:
     for option in RANGES:
         low, high = getattr(tuning, option)
         if not 0 < low <= high < float("inf"):
-            raise InputError(f"--{option} is {low} {high}, expected a range of positive numbers")
+            raise InputError(f"--{option} is {low} {high}, expected two positive numbers, the smaller first")
     if len(set(tuning.seeds)) < len(tuning.seeds):
         raise InputError(f"--seeds is {' '.join(map(str, tuning.seeds))}, expected each seed once")
     for layers, ratio in itertools.product(tuning.layers, tuning.noise_ratios):
