@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .calibration import calibrated_noise_ratio
 from .checks import (
     check_features,
     check_labels,
@@ -24,7 +25,6 @@ from .checks import (
 )
 from .contrastive import contrastive_losses
 from .form import LossForm
-from .reference import CHUNK_PAIRS, unit_rows
 from .scales import one_dtype, scales_of
 
 __all__ = ["calibrated_noise_ratio", "info_nce_loss", "info_nce_losses", "nce_loss", "nce_losses"]
@@ -214,50 +214,6 @@ def info_nce_losses(
     """
     options = (temperature, positives, symmetric, exclude_self, backend)
     return _info_nce_losses("info_nce_losses", anchors, keys, anchor_labels, key_labels, *options)
-
-
-def calibrated_noise_ratio(
-    anchors: Tensor,
-    keys: Tensor,
-    anchor_labels: Tensor,
-    key_labels: Tensor,
-    *,
-    temperature: float | Tensor = 0.1,
-    negatives: float | None = None,
-    exclude_self: bool = False,
-) -> Tensor:
-    """The noise ratio at which the critic starts at its prior 1 / (1 + negatives): a 0-d tensor, detached.
-
-    It is negatives * mean_ij exp(cosine_ij / temperature) over these features; `negatives=None` takes the
-    mean number of other-label keys per anchor. Shapes and errors as in `nce_loss`; on the CPU also a
-    ValueError if the ratio is not finite: of empty sides, or at too low a temperature.
-    """
-    check_features("calibrated_noise_ratio", anchors, keys)
-    anchor_labels, key_labels = check_labels(
-        "calibrated_noise_ratio", anchors, keys, anchor_labels, key_labels
-    )
-    check_self("calibrated_noise_ratio", exclude_self, anchors, keys)
-    check_positive("calibrated_noise_ratio", temperature=temperature)
-    check_negatives("calibrated_noise_ratio", negatives)
-    m, n = len(anchors), len(keys)
-    with torch.no_grad(), torch.autocast(anchors.device.type, enabled=False):
-        units, other_units = unit_rows(anchors), unit_rows(keys)
-        total, num_negatives = units.new_zeros(()), units.new_zeros(())
-        step = max(1, CHUNK_PAIRS // max(1, n))
-        for start in range(0, m, step):
-            chunk = slice(start, start + step)
-            critic = (units[chunk] @ other_units.T / temperature).exp_()
-            negative = anchor_labels[chunk, None] != key_labels[None, :]
-            if exclude_self:
-                critic.diagonal(start).fill_(0)
-                negative.diagonal(start).fill_(False)
-            total += critic.sum()
-            num_negatives += negative.sum()
-        mean = total / (m * (n - exclude_self))
-        ratio = mean * ((num_negatives / m).clamp_min(1) if negatives is None else negatives)
-    # Empty sides have no mean, and at a temperature below about 1/88 that of like features has no float32.
-    check_positive("calibrated_noise_ratio", ratio=ratio)
-    return ratio
 
 
 def _info_nce_losses(
