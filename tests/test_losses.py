@@ -246,7 +246,7 @@ def test_calibrated_critic_starts_at_its_prior(monkeypatch):
     plain = calibrated_noise_ratio(a, k, la, lk, temperature=0.5)
     mean_negatives = torch.tensor([(lk != label).sum() for label in la]).double().mean()
     torch.testing.assert_close(plain, noise_ratio / 7 * mean_negatives)
-    monkeypatch.setattr(losses, "CHUNK_PAIRS", 450)  # two rows at a time
+    monkeypatch.setattr(losses.calibration, "CHUNK_PAIRS", 450)  # two rows at a time
     torch.testing.assert_close(calibrated_noise_ratio(a, k, la, lk, temperature=0.5), plain)
     others = (F.normalize(a) @ F.normalize(a).T / 0.5).exp()[~torch.eye(6, dtype=torch.bool)].mean()
     alone = calibrated_noise_ratio(a, a, la, la, temperature=0.5, negatives=7.0, exclude_self=True)
