@@ -60,8 +60,8 @@ class DistillConfig:
     real_batch: int | None = None
     """Real images per class and iteration; default: 128, with --preset paper 256."""
     image_lr: float | None = None
-    """Learning rate of the images; default: 1 for dm, 5 from fifty images per class on unless --preset is
-    paper, 100 for mtt, 0.1 for the others."""
+    """Learning rate of the images; default: 1 for dm, 100 for mtt, 0.1 for the others; from fifty images per
+    class on, unless --preset is paper, 5 for dm and 0.5 for ncfm."""
     image_momentum: float = 0.5
     """Momentum of the images' updates."""
     network: str = "convnet"
@@ -80,7 +80,8 @@ class MimConfig:
 
     mim_weight: float | None = None
     """Its weight; 0 leaves it out. Default, for info-nce: 300 for dm, from ten images per class on 100, from
-    fifty on 30; 1000 for dc, dsa and ncfm; 1 for mtt at one image per class, else 0."""
+    fifty on 30; 1000 for dc, dsa and ncfm, from fifty on 300 for ncfm; 1 for mtt at one image per class,
+    else 0."""
     mim_loss: Literal["info-nce", "nce"] = "info-nce"
     """info-nce: every real image is to find its class among the synthetic ones. nce: the published term, a
     critic of every pair."""

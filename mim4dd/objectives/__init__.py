@@ -102,10 +102,10 @@ METHODS = {
     ),
     "ncfm": Method(
         CharacteristicMatching,
-        image_lr={1: 0.1},
+        image_lr={1: 0.1, 50: 0.5},
         augmented=True,
         learns_targets=False,
         iterations=lambda _: 20_000,
-        mim_weights={"info-nce": {1: 1000.0}, "nce": {1: 0.0}},
+        mim_weights={"info-nce": {1: 1000.0, 50: 300.0}, "nce": {1: 0.0}},
     ),
 }
