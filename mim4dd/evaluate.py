@@ -51,6 +51,7 @@ def score_saved(
         precision: what the networks compute in; auto: the fastest for a ConvNet.
         out: a new JSON file for the accuracies.
     """
+    path, out = path.expanduser(), out and out.expanduser()
     for option, value in (("--num-eval", num_eval), ("--eval-epochs", eval_epochs)):
         if value is not None and value < 1:
             raise InputError(f"{option} is {value}, expected at least 1")
