@@ -34,11 +34,9 @@ def write(path: Path, content: str | bytes) -> None:
 def cache_folder() -> Path:
     """Return where data, experts and launch configurations are kept: $MIM4DD_CACHE, or the user's cache."""
     own = os.environ.get("MIM4DD_CACHE")
-    return (
-        Path(own).expanduser()
-        if own
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mim4dd"
-    )
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mim4dd"
 
 
 def make_folder(folder: Path, dataset: str) -> Path:

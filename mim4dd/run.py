@@ -101,9 +101,9 @@ def open_folder(experiment: Experiment) -> Path:
             return make_folder(Path("runs") / name, dataset)
         return _claimed(make_folder(Path("runs"), dataset), name)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not config.overwrite):
-        unfinished = f"--resume {shlex.quote(str(folder))} to go on, " if (folder / STATE).exists() else ""
+        go_on = f"--resume {shlex.quote(str(folder))} to go on, " if (folder / STATE).exists() else ""
         raise InputError(
-            f"--out {folder} holds something already; give another folder, {unfinished}or --overwrite"
+            f"--out {folder} holds something already; give another folder, {go_on}or --overwrite"
         )
     return make_folder(folder, dataset)
 

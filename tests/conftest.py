@@ -101,6 +101,19 @@ def derivatives(function, inputs: list[torch.Tensor], twice: int) -> list[torch.
     return [out, *first, *torch.autograd.grad(mixed, [*inputs[:twice], upstream])]
 
 
+def labelled_features(
+    m: int, n: int, d: int, classes: int, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, ...]:
+    """Anchors [m, d], keys [n, d], and a label for each."""
+    g = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(m, d, generator=g, dtype=dtype),
+        torch.randn(n, d, generator=g, dtype=dtype),
+        torch.randint(classes, (m,), generator=g),
+        torch.randint(classes, (n,), generator=g),
+    )
+
+
 def params_with(batch: int, **fields: torch.Tensor) -> AugmentParams:
     """The identity but for these fields."""
     return dataclasses.replace(AugmentParams.identity(batch), **fields)

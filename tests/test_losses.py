@@ -1,17 +1,15 @@
-import copy
 import functools
 import math
-import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close
+from conftest import close, labelled_features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mim4dd
-from mim4dd import losses, obstacles
+from mim4dd import obstacles
 from mim4dd.losses import calibrated_noise_ratio
 
 
@@ -34,16 +32,6 @@ def test_equals_the_golden_file(golden, case, name, dtype):
     gradients = torch.autograd.grad(loss, (anchors, keys))
     for actual, wanted in zip((loss, *gradients), expected.values(), strict=True):
         close(actual, wanted)
-
-
-def batch(m: int, n: int, d: int, classes: int, seed: int = 0, dtype: torch.dtype = torch.float64):
-    g = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(m, d, generator=g, dtype=dtype),
-        torch.randn(n, d, generator=g, dtype=dtype),
-        torch.randint(classes, (m,), generator=g),
-        torch.randint(classes, (n,), generator=g),
-    )
 
 
 def nce_by_hand(anchors, keys, anchor_labels, key_labels, temperature, noise_ratio, negatives=None):
@@ -73,7 +61,7 @@ def nce_by_hand(anchors, keys, anchor_labels, key_labels, temperature, noise_rat
 )
 @settings(max_examples=50, deadline=None)
 def test_nce_equals_the_formula(m, n, d, classes, negatives, symmetric, seed):
-    a, k, la, lk = batch(m, n, d, classes, seed)
+    a, k, la, lk = labelled_features(m, n, d, classes, seed)
     loss = mim4dd.nce_loss(
         a, k, la, lk, temperature=0.3, noise_ratio=2.5, negatives=negatives, symmetric=symmetric
     )
@@ -86,7 +74,7 @@ def test_nce_equals_the_formula(m, n, d, classes, negatives, symmetric, seed):
 @given(m=st.integers(1, 6), n=st.integers(1, 7), classes=st.integers(1, 3), seed=st.integers(0, 1000))
 @settings(max_examples=30, deadline=None)
 def test_info_nce_equals_the_formula(m, n, classes, seed):
-    a, k, la, lk = batch(m, n, 5, classes, seed)
+    a, k, la, lk = labelled_features(m, n, 5, classes, seed)
     log_p = ((F.normalize(a) @ F.normalize(k).T) / 0.2).log_softmax(1)
     rows = [-log_p[i, lk == la[i]].mean() for i in range(m) if (lk == la[i]).any()]
     expected = torch.stack(rows).mean() if rows else torch.tensor(0.0, dtype=torch.float64)
@@ -96,7 +84,7 @@ def test_info_nce_equals_the_formula(m, n, classes, seed):
 @given(m=st.integers(0, 6), n=st.integers(0, 7), classes=st.integers(1, 3), seed=st.integers(0, 1000))
 @settings(max_examples=30, deadline=None)
 def test_any_positive_is_the_probability_of_the_label(m, n, classes, seed):
-    a, k, la, lk = batch(m, n, 5, classes, seed)
+    a, k, la, lk = labelled_features(m, n, 5, classes, seed)
     p = ((F.normalize(a) @ F.normalize(k).T) / 0.2).softmax(1)
     rows = [-p[i, lk == la[i]].sum().log() for i in range(m) if (lk == la[i]).any()]
     expected = torch.stack(rows).mean() if rows else torch.tensor(0.0, dtype=torch.float64)
@@ -115,7 +103,7 @@ def test_one_near_positive_is_enough_for_any():
 
 
 def test_without_labels_it_is_cross_entropy_on_the_diagonal():
-    a, k, _, _ = batch(8, 8, 6, 1)
+    a, k, _, _ = labelled_features(8, 8, 6, 1)
     z = (F.normalize(a) @ F.normalize(k).T) / 0.1
     target = torch.arange(8)
     torch.testing.assert_close(mim4dd.info_nce_loss(a, k), F.cross_entropy(z, target))
@@ -125,7 +113,7 @@ def test_without_labels_it_is_cross_entropy_on_the_diagonal():
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_gradcheck_of_features_temperature_and_noise_ratio(symmetric):
-    a, k, la, lk = batch(4, 5, 3, 2)
+    a, k, la, lk = labelled_features(4, 5, 3, 2)
     t, r = (torch.tensor(value, dtype=torch.float64) for value in (0.5, 1.7))
     inputs = [value.requires_grad_() for value in (a, k, t, r)]
 
@@ -153,7 +141,7 @@ def test_gradcheck_of_features_temperature_and_noise_ratio(symmetric):
 @pytest.mark.parametrize("transform", ["create_graph", "torch.func"])
 def test_gradients_to_be_differentiated_are_those_of_one_tensor_in_two_places(transform):
     """Features that are anchors and keys, and those of a layer that is made of another's."""
-    a, _, labels, _ = batch(6, 1, 4, 3)
+    a, _, labels, _ = labelled_features(6, 1, 4, 3)
 
     def loss(x):
         maps = [x, (x @ x.T).tanh()]
@@ -171,7 +159,7 @@ def test_gradients_to_be_differentiated_are_those_of_one_tensor_in_two_places(tr
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_features_give_a_float32_loss(dtype):
-    a, k, la, lk = batch(6, 9, 16, 3, dtype=torch.float32)
+    a, k, la, lk = labelled_features(6, 9, 16, 3, dtype=torch.float32)
     for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss):
         leaf = a.to(dtype).requires_grad_()
         value = loss(leaf, k.to(dtype), la, lk)
@@ -181,7 +169,7 @@ def test_half_precision_features_give_a_float32_loss(dtype):
 
 
 def test_pairs_with_itself_left_out_are_as_if_they_were_not_there():
-    a, k, _, _ = batch(6, 6, 5, 2)
+    a, k, _, _ = labelled_features(6, 6, 5, 2)
     la = torch.arange(6) % 3
     kept = ~torch.eye(6, dtype=torch.bool)
     rows = [(a[i : i + 1], k[kept[i]], la[i : i + 1], la[kept[i]]) for i in range(6)]
@@ -200,7 +188,7 @@ def test_pairs_with_itself_left_out_are_as_if_they_were_not_there():
 
 @pytest.mark.parametrize("positives", ["each", "any"])
 def test_an_anchor_with_no_positive_but_itself_does_not_count(positives):
-    a, k, _, _ = batch(6, 6, 5, 1)
+    a, k, _, _ = labelled_features(6, 6, 5, 1)
     labels = torch.tensor([0, 0, 1, 2, 2, 3])  # the third and the last are alone
     p = (F.normalize(a) @ F.normalize(k).T / 0.2).fill_diagonal_(-torch.inf).softmax(1)
     expected = -(p[0, 1] * p[1, 0] * p[3, 4] * p[4, 3]).log() / 4
@@ -225,7 +213,7 @@ def test_large_logits_do_not_overflow():
 
 
 def test_zero_rows_have_neither_direction_nor_gradient():
-    a, k, la, lk = batch(3, 4, 5, 2)
+    a, k, la, lk = labelled_features(3, 4, 5, 2)
     a[1], k[2] = 0, 0
     a.requires_grad_()
     k.requires_grad_()
@@ -237,87 +225,8 @@ def test_zero_rows_have_neither_direction_nor_gradient():
         assert gradients[0][0].any()
 
 
-def test_calibrated_critic_starts_at_its_prior(monkeypatch):
-    a, k, _, _ = batch(6, 200, 16, 1)
-    la, lk = torch.arange(6) % 3, torch.arange(200) % 3
-    noise_ratio = calibrated_noise_ratio(a, k, la, lk, temperature=0.5, negatives=7.0)
-    h = (F.normalize(a) @ F.normalize(k).T / 0.5).exp()
-    assert (h.mean() / (h.mean() + noise_ratio)).item() == pytest.approx(1 / 8, rel=1e-6)
-    plain = calibrated_noise_ratio(a, k, la, lk, temperature=0.5)
-    mean_negatives = torch.tensor([(lk != label).sum() for label in la]).double().mean()
-    torch.testing.assert_close(plain, noise_ratio / 7 * mean_negatives)
-    monkeypatch.setattr(losses.calibration, "CHUNK_PAIRS", 450)  # two rows at a time
-    torch.testing.assert_close(calibrated_noise_ratio(a, k, la, lk, temperature=0.5), plain)
-    others = (F.normalize(a) @ F.normalize(a).T / 0.5).exp()[~torch.eye(6, dtype=torch.bool)].mean()
-    alone = calibrated_noise_ratio(a, a, la, la, temperature=0.5, negatives=7.0, exclude_self=True)
-    torch.testing.assert_close(alone, others * 7)
-
-
-def test_calibration_of_one_label_counts_one_negative():
-    a, k, _, _ = batch(6, 9, 16, 1)
-    zeros = torch.zeros(9, dtype=torch.int64)
-    mean = (F.normalize(a) @ F.normalize(k).T / 0.5).exp().mean()
-    torch.testing.assert_close(calibrated_noise_ratio(a, k, zeros[:6], zeros, temperature=0.5), mean)
-
-
-def test_module_freezes_its_calibration_and_keeps_it_in_its_state():
-    first, second = batch(6, 20, 8, 3, seed=1), batch(6, 20, 8, 3, seed=2)
-    loss = mim4dd.NCELoss(noise_ratio="calibrated")
-    loss(*first)
-    frozen = loss.noise_ratio.clone()
-    torch.testing.assert_close(frozen, calibrated_noise_ratio(*first))
-    value = loss(*second)
-    assert torch.equal(loss.noise_ratio, frozen)
-    torch.testing.assert_close(value, mim4dd.nce_loss(*second, noise_ratio=frozen))
-    other = mim4dd.NCELoss(noise_ratio="calibrated")
-    new = other.state_dict()
-    other.load_state_dict(loss.state_dict())
-    torch.testing.assert_close(other(*second).float(), value.float())
-    other.load_state_dict(new)
-    other(*second)
-    torch.testing.assert_close(other.noise_ratio.double(), calibrated_noise_ratio(*second))
-
-
-@pytest.mark.parametrize("measured", [False, True])
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [(mim4dd.NCELoss(noise_ratio="calibrated"), "noise_ratio"), (mim4dd.MutualInformation(), "noise_ratios")],
-)
-def test_calibration_goes_where_its_module_goes(module, name, measured):
-    first = copy.deepcopy(module)
-    if measured:
-        first(*batch(6, 20, 8, 3, dtype=torch.float32))
-    ratio = getattr(first, name)
-    assert bool(ratio.numel()) == measured
-    other = pickle.loads(pickle.dumps(module)).to(torch.float64)
-    other.load_state_dict(first.state_dict())
-    for moved in (other, copy.deepcopy(first).to(torch.float64)):
-        assert torch.equal(getattr(moved, name), ratio.double())
-    assert getattr(first.to("meta"), name).is_meta
-
-
-def test_calibration_is_in_full_precision_under_autocast():
-    """float16 holds no sum of e^10."""
-    a, k, la, lk = batch(64, 64, 256, 4)
-    features = a.abs().float(), k.abs().float(), la, lk
-    plain = calibrated_noise_ratio(*features)
-    for dtype in (torch.float16, torch.bfloat16):
-        with torch.autocast("cpu", dtype):
-            assert torch.equal(calibrated_noise_ratio(*features), plain)
-
-
-def test_a_batch_that_calibrates_nothing_is_refused_and_forgotten():
-    a, k, la, lk = batch(6, 20, 8, 3)
-    loss = mim4dd.NCELoss(noise_ratio="calibrated")
-    with pytest.raises(ValueError, match="calibrated_noise_ratio: ratio is nan, expected a positive number"):
-        loss(a[:0], k, la[:0], lk)
-    assert loss(a, k, la, lk).isfinite()
-    with pytest.raises(ValueError, match="calibrated_noise_ratio: ratio is inf"):
-        calibrated_noise_ratio(a.float().abs(), k.float().abs(), la, lk, temperature=0.005)
-
-
 def test_modules_learn_a_temperature():
-    a, k, la, lk = batch(6, 9, 8, 3)
+    a, k, la, lk = labelled_features(6, 9, 8, 3)
     temperature = torch.nn.Parameter(torch.tensor(0.2, dtype=torch.float64))
     for module in (mim4dd.NCELoss(temperature=temperature), mim4dd.InfoNCELoss(temperature=temperature)):
         assert [*module.parameters()] == [temperature]
@@ -325,7 +234,7 @@ def test_modules_learn_a_temperature():
 
 
 def test_bad_input_is_named():
-    a, k, la, lk = batch(4, 5, 3, 2)
+    a, k, la, lk = labelled_features(4, 5, 3, 2)
     wrong = [
         ((a[0], k, la, lk), {}, r"anchors is \[3\]"),
         ((a, k[:, :2], la, lk), {}, r"anchors is \[4, 3\] and keys is \[5, 2\]"),

@@ -53,7 +53,8 @@ class Cell:
             facts = SyntheticSet.load(self.folder / IMAGES).metadata
         if facts is not None:
             refuse_others(self.folder, facts["config"], self.config)
-            if facts.get("data") not in (None, _fingerprint(self.config)):  # older ones do not tell
+            data = facts.get("data")  # older ones do not tell
+            if data and data != _fingerprint(self.config):
                 raise InputError(
                     f"{self.folder} holds a run on other images of {self.config.data.dataset}; give another "
                     "--out, or remove that folder"

@@ -1,0 +1,91 @@
+"""Noise ratios that are measured: what they are, and that a module keeps its own."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import labelled_features
+
+import mim4dd
+from mim4dd.losses import calibrated_noise_ratio, calibration
+
+
+def test_calibrated_critic_starts_at_its_prior(monkeypatch):
+    a, k, _, _ = labelled_features(6, 200, 16, 1)
+    la, lk = torch.arange(6) % 3, torch.arange(200) % 3
+    noise_ratio = calibrated_noise_ratio(a, k, la, lk, temperature=0.5, negatives=7.0)
+    h = (F.normalize(a) @ F.normalize(k).T / 0.5).exp()
+    assert (h.mean() / (h.mean() + noise_ratio)).item() == pytest.approx(1 / 8, rel=1e-6)
+    plain = calibrated_noise_ratio(a, k, la, lk, temperature=0.5)
+    mean_negatives = torch.tensor([(lk != label).sum() for label in la]).double().mean()
+    torch.testing.assert_close(plain, noise_ratio / 7 * mean_negatives)
+    monkeypatch.setattr(calibration, "CHUNK_PAIRS", 450)  # two rows at a time
+    torch.testing.assert_close(calibrated_noise_ratio(a, k, la, lk, temperature=0.5), plain)
+    others = (F.normalize(a) @ F.normalize(a).T / 0.5).exp()[~torch.eye(6, dtype=torch.bool)].mean()
+    alone = calibrated_noise_ratio(a, a, la, la, temperature=0.5, negatives=7.0, exclude_self=True)
+    torch.testing.assert_close(alone, others * 7)
+
+
+def test_calibration_of_one_label_counts_one_negative():
+    a, k, _, _ = labelled_features(6, 9, 16, 1)
+    zeros = torch.zeros(9, dtype=torch.int64)
+    mean = (F.normalize(a) @ F.normalize(k).T / 0.5).exp().mean()
+    torch.testing.assert_close(calibrated_noise_ratio(a, k, zeros[:6], zeros, temperature=0.5), mean)
+
+
+def test_module_freezes_its_calibration_and_keeps_it_in_its_state():
+    first, second = labelled_features(6, 20, 8, 3, seed=1), labelled_features(6, 20, 8, 3, seed=2)
+    loss = mim4dd.NCELoss(noise_ratio="calibrated")
+    loss(*first)
+    frozen = loss.noise_ratio.clone()
+    torch.testing.assert_close(frozen, calibrated_noise_ratio(*first))
+    value = loss(*second)
+    assert torch.equal(loss.noise_ratio, frozen)
+    torch.testing.assert_close(value, mim4dd.nce_loss(*second, noise_ratio=frozen))
+    other = mim4dd.NCELoss(noise_ratio="calibrated")
+    new = other.state_dict()
+    other.load_state_dict(loss.state_dict())
+    torch.testing.assert_close(other(*second).float(), value.float())
+    other.load_state_dict(new)
+    other(*second)
+    torch.testing.assert_close(other.noise_ratio.double(), calibrated_noise_ratio(*second))
+
+
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(mim4dd.NCELoss(noise_ratio="calibrated"), "noise_ratio"), (mim4dd.MutualInformation(), "noise_ratios")],
+)
+def test_calibration_goes_where_its_module_goes(module, name, measured):
+    first = copy.deepcopy(module)
+    if measured:
+        first(*labelled_features(6, 20, 8, 3, dtype=torch.float32))
+    ratio = getattr(first, name)
+    assert bool(ratio.numel()) == measured
+    other = pickle.loads(pickle.dumps(module)).to(torch.float64)
+    other.load_state_dict(first.state_dict())
+    for moved in (other, copy.deepcopy(first).to(torch.float64)):
+        assert torch.equal(getattr(moved, name), ratio.double())
+    assert getattr(first.to("meta"), name).is_meta
+
+
+def test_calibration_is_in_full_precision_under_autocast():
+    """float16 holds no sum of e^10."""
+    a, k, la, lk = labelled_features(64, 64, 256, 4)
+    features = a.abs().float(), k.abs().float(), la, lk
+    plain = calibrated_noise_ratio(*features)
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(calibrated_noise_ratio(*features), plain)
+
+
+def test_a_batch_that_calibrates_nothing_is_refused_and_forgotten():
+    a, k, la, lk = labelled_features(6, 20, 8, 3)
+    loss = mim4dd.NCELoss(noise_ratio="calibrated")
+    with pytest.raises(ValueError, match="calibrated_noise_ratio: ratio is nan, expected a positive number"):
+        loss(a[:0], k, la[:0], lk)
+    assert loss(a, k, la, lk).isfinite()
+    with pytest.raises(ValueError, match="calibrated_noise_ratio: ratio is inf"):
+        calibrated_noise_ratio(a.float().abs(), k.float().abs(), la, lk, temperature=0.005)
