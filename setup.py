@@ -7,6 +7,7 @@ CMAKE_ARGS="..."  passed to CMake
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,7 @@ class CMakeBuild(build_ext):
                 f"-DMIM4DD_TORCH={Path(torch.__file__).parent}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-                *os.environ.get("CMAKE_ARGS", "").split(),
+                *shlex.split(os.environ.get("CMAKE_ARGS", "")),
             ]
             target_of = ["cmake", "--build", ".", "--target", ext.name.split(".")[-1]]
             for command in (configure, target_of):

@@ -68,13 +68,20 @@ bench() {
 
 if wanted tests; then
     # Side by side where pytest-xdist is, for they compile some 300 kernels; without the fixtures of the whole
-    # suite, which need more packages. Interrupted, pytest says what has failed by then.
-    "$PYTHON" -c 'import xdist' 2> /dev/null && workers=(-n 8) || workers=()
-    SIGNAL=INT within 230 "$PYTHON" -m pytest --noconftest "${workers[@]}" \
-        tests/test_{graph,stacked,on_gpu,augment_cuda,draw,normalisation_kernels,first_block_kernels,kernels}.py || failed=1
+    # suite, which need more packages. The log names every test as it ends, also if the time is up before.
+    options=()
+    "$PYTHON" -c 'import xdist' 2> /dev/null && options+=(-n 8)
+    "$PYTHON" -c 'import pytest_timeout' 2> /dev/null && options+=(--timeout 60)
+    log=build/gpu-tests.log
+    SIGNAL=INT within 200 "$PYTHON" -m pytest --noconftest -vv "${options[@]}" \
+        tests/test_{draw,stacked,graph,on_gpu,augment_cuda,normalisation_kernels,first_block_kernels,kernels}.py \
+        > $log 2>&1 || failed=1
+    echo "$log: $(grep -c ' PASSED\|PASSED ' $log) passed"
+    grep -E '^E  |FAILED|ERROR' $log | sort -u | head -50
+    tail -n 1 $log
 fi
-bench loop 150
-bench augment 60
-bench losses 90
+bench loop 170
+bench augment 50
+bench losses 70
 wanted profile && measure 30 "$PYTHON" -m bench.profile --method dm
 exit $failed

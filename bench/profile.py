@@ -46,7 +46,7 @@ def _count_compiled() -> None:
     def _(x, weight, turned, groups=1, *, out_shape, **_):  # type: ignore[no-untyped-def]
         return plain_sum(out_shape, x[1] // groups)
 
-    @register_flop_formula(ops.convolve_by_weight)
+    @register_flop_formula(ops.convolve_grad_weight)
     def _(grad, x, groups=1, *, out_shape, **_):  # type: ignore[no-untyped-def]
         return plain_sum(grad, x[1] // groups)
 

@@ -1,4 +1,4 @@
-// Looks at the processor once.
+// Asks the processor once.
 #include "isa.h"
 
 #include <cstdlib>

@@ -1,4 +1,4 @@
-// The instruction sets that CPU kernels are compiled for, and which of them runs.
+// The instruction sets that CPU kernels are compiled for, and the choice of the one that runs.
 #pragma once
 
 namespace mim4dd {
@@ -10,7 +10,7 @@ Isa isa();
 
 }  // namespace mim4dd
 
-// That version of a function.
+// The version of a function for isa().
 #ifdef MIM4DD_X86
 #define MIM4DD_BEST(function)                                      \
   (mim4dd::isa() == mim4dd::Isa::kAvx512 ? mim4dd::avx512::function \

@@ -1,7 +1,7 @@
 """Triton kernels of the contrastive losses, and of the ConvNet's blocks.
 
-They take tensors and know nothing of distillation. `contrast` is the door to the losses; `skinny`, `narrow`
-and `wide` are the ways through, chosen by the number of pairs and of features. `first_block` and
+They take tensors and know nothing of distillation. `contrast` is the entry point of the losses; `skinny`,
+`narrow` and `wide` are its implementations, chosen by the number of pairs and of features. `first_block` and
 `normalisation` are what `mim4dd.networks` runs on a GPU.
 """
 
@@ -19,7 +19,7 @@ from mim4dd.losses.form import LossForm, saved_dtype
 
 from . import narrow, skinny, wide
 from .autotune import tuned
-from .launch import precision_of
+from .launch import on_device_of, precision_of
 
 __all__ = ["contrast"]
 
@@ -53,9 +53,8 @@ def contrast(
         aligned = [_aligned(value) for value in features]
         labels = anchor_labels.contiguous(), key_labels.contiguous()
         call = partial(_contrast, form, scales, *labels, aligned[:layers], aligned[layers:], wanted)
-        guard = torch.cuda.device(scales.device) if scales.is_cuda else nullcontext()
         unchanged = torch.autocast(scales.device.type, enabled=False)
-        with guard, unchanged, _tuned(form, aligned, m, n, wanted, call):
+        with on_device_of(scales), unchanged, _tuned(form, aligned, m, n, wanted, call):
             results = call()
     else:
         results = [scales.new_zeros(layers), torch.zeros_like(scales)]

@@ -2,7 +2,7 @@
 
 Off by default, as the table is chosen for the sizes of use and a search delays the first call of every kind.
 The file is launch-<device>-triton-<version>-<table>.json in $MIM4DD_CACHE (default: ~/.cache/mim4dd), shared
-by processes; delete it to search anew in the next one. Of another table, or damaged, it is of no account.
+by processes; delete it to search anew in the next one. A file of another table, or a damaged one, is ignored.
 """
 
 import hashlib
@@ -66,9 +66,10 @@ def tuned(
 
 def _read(path: Path) -> Known:
     try:
-        return json.loads(path.read_text())
+        known = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return {}
+    return known if isinstance(known, dict) else {}
 
 
 def _add(path: Path, new: Known) -> Known:

@@ -1,12 +1,11 @@
 """The first block of a ConvNet in one pass: a 3x3 convolution of few channels and all that follows.
 
-The convolution's output, four times as large as the block's, is worked out anew for every pass over an image
+The convolution's output, four times as large as the block's, is computed again for every pass over an image
 and never written. See csrc/first_block/image.cpp for the formulas.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ import triton
 from torch import Tensor
 
 from .first_block_kernels import backward_kernel, forward_kernel
+from .launch import on_device_of
 
 
 class Tile(NamedTuple):
@@ -55,8 +55,8 @@ def forward(
         pool: 1, or 2 for windows of 2x2; a last odd row or column counts in the statistics only.
 
     Returns:
-        The block's output [B, O, (H + 2 padding - 2) // pool, (W + 2 padding - 2) // pool], of the type of x
-        and channels last, and each channel's mean and inverse deviation, float32 [B, O].
+        The block's output [B, O, (H + 2 padding - 2) // pool, (W + 2 padding - 2) // pool], of x's type with
+        channels last, and each channel's mean and inverse deviation, float32 [B, O].
     """
     batch, channels = x.shape[0], taps.shape[1]
     down, across = _map_size(x, padding)
@@ -72,7 +72,7 @@ def forward(
     mean, rstd = (torch.empty(batch, channels, dtype=torch.float32, device=x.device) for _ in range(2))
     if batch:
         x, grid, given, options = _call(x, taps, padding, relu, pool)
-        with _guard(x):
+        with on_device_of(x):
             forward_kernel[grid](
                 x, taps, scale.contiguous(), bias.contiguous(), out, mean, rstd, eps, *given, **options
             )
@@ -80,7 +80,7 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
+    grad_out: Tensor,
     x: Tensor,
     taps: Tensor,
     scale: Tensor,
@@ -91,34 +91,34 @@ def backward(
     relu: bool,
     pool: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of each image by taps [B, 9 * I, O], scale [B, O] and bias [B, O], float32.
-
-    Of what is named as in `forward`, it is what that was given or returned.
+    """Return each image's gradients of taps [B, 9 * I, O], scale [B, O] and bias [B, O], float32.
 
     Args:
-        grad: that by the block's output, of its shape and type.
-        x, taps, scale, bias, mean, rstd, padding, relu, pool: see `forward`.
+        grad_out: the gradient of the block's output, of its shape and type.
+        x, taps, scale, bias, mean, rstd, padding, relu, pool: what `forward` was given and returned.
     """
     batch, channels = x.shape[0], taps.shape[1]
-    by_taps = torch.empty(batch, *taps.shape, dtype=torch.float32, device=x.device)
-    by_scale, by_bias = (torch.empty(batch, channels, dtype=torch.float32, device=x.device) for _ in range(2))
+    grad_taps = torch.empty(batch, *taps.shape, dtype=torch.float32, device=x.device)
+    grad_scale, grad_bias = (
+        torch.empty(batch, channels, dtype=torch.float32, device=x.device) for _ in range(2)
+    )
     if batch:
-        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_out = grad_out.contiguous(memory_format=torch.channels_last)
         x, grid, given, options = _call(x, taps, padding, relu, pool)
-        with _guard(x):
+        with on_device_of(x):
             backward_kernel[grid](
-                grad, x, taps, scale.contiguous(), bias.contiguous(),
-                mean.contiguous(), rstd.contiguous(), by_taps, by_scale, by_bias, *given, **options,
+                grad_out, x, taps, scale.contiguous(), bias.contiguous(),
+                mean.contiguous(), rstd.contiguous(), grad_taps, grad_scale, grad_bias, *given, **options,
             )  # fmt: skip
-    return by_taps, by_scale, by_bias
+    return grad_taps, grad_scale, grad_bias
 
 
 def _call(
     x: Tensor, taps: Tensor, padding: int, relu: bool, pool: int
 ) -> tuple[Tensor, tuple[int, int], tuple[int, ...], dict[str, Any]]:
-    """What both kernels are launched with: x, the grid, numbers and constants."""
+    """Return what both kernels are launched with: x, the grid, numbers and constants."""
     if sum((size - 1) * stride for size, stride in zip(x.shape[2:], x.stride()[2:], strict=True)) >= 1 << 31:
-        x = x.contiguous()  # offsets within a channel are of 32 bits
+        x = x.contiguous()  # offsets within a channel have 32 bits
     rows, channels = taps.shape
     per_group = channels // (x.shape[1] // (rows // 9))
     precision = _precision(x.dtype)
@@ -156,7 +156,3 @@ def _precision(dtype: torch.dtype) -> str:
         return "half"
     # Not `allow_tf32`, which raises where a program has set the precision of convolutions alone.
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
-
-
-def _guard(x: Tensor) -> AbstractContextManager[None]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

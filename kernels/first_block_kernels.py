@@ -1,7 +1,7 @@
 """The kernels of `first_block`: one program works on BLOCK_C channels of one image.
 
 Tiles have channels as rows and pixels as columns: what belongs to a channel is then the same along a row, and
-the gradient by the convolution's output is the left operand of the next product, without leaving registers.
+the gradient of the convolution's output is the left operand of the next product, without leaving registers.
 """
 
 import triton
@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .pairs import dot
 
-# Added to a row of the image, it lies outside.
+# A row of the image plus this lies outside.
 FAR = tl.constexpr(1 << 16)
 STEEP = tl.constexpr(2.0**60)
 
@@ -30,10 +30,10 @@ def _operands(
     X, TAPS, per_group, x_image, x_channel, x_row, x_column, tap_row, tap_column,
     IN: tl.constexpr, PADDING: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The program's channels, its weights [BLOCK_C, BLOCK_K], and of each tap [BLOCK_K, 1] the address, row
+    """The program's channels, its weights [BLOCK_C, BLOCK_K], and for each tap [BLOCK_K, 1] the address, row
     and column in x that pixel (0, 0) of the convolution's map sees, and what is seen outside of x.
 
-    Past the taps is one that always sees 1, with weight 0: its products are sums.
+    After the taps comes one that always sees 1, with weight 0: its products are sums.
     """
     first = tl.program_id(1) * BLOCK_C
     channels = first + tl.arange(0, BLOCK_C)
@@ -70,23 +70,23 @@ def _convolved(
 
 @triton.jit
 def _positive_part(value):
-    """Not-a-number stays what it is, as in torch's ReLU."""
+    """The ReLU; not-a-number passes, as in torch's."""
     return tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _line(SCALE, BIAS, channels, mean, rstd):
-    """The factor and summand, [BLOCK_C, 1] each, that make of the convolution's output the ReLU's input."""
+    """The factor and summand, [BLOCK_C, 1] each, that turn the convolution's output into the ReLU's input."""
     factor = tl.load(SCALE + channels) * rstd
     return factor[:, None], (tl.load(BIAS + channels) - mean * factor)[:, None]
 
 
 @triton.jit
-def _gradients(GRAD, row, column, channels, num_channels, DOWN: tl.constexpr, ACROSS: tl.constexpr):
-    """Gradients by the cells of a row and column each, [BLOCK_C, BLOCK_P], 0 outside."""
+def _gradients(GRAD_OUT, row, column, channels, num_channels, DOWN: tl.constexpr, ACROSS: tl.constexpr):
+    """The gradients of the output's cells at these rows and columns, [BLOCK_C, BLOCK_P]; 0 outside."""
     inside = (row < DOWN) & (column < ACROSS)
     cells = tl.where(inside, row * ACROSS + column, 0)
-    image = GRAD + tl.cast(tl.program_id(0), tl.int64) * (DOWN * ACROSS) * num_channels
+    image = GRAD_OUT + tl.cast(tl.program_id(0), tl.int64) * (DOWN * ACROSS) * num_channels
     return tl.load(
         image + channels[:, None] + (cells * num_channels)[None, :], mask=inside[None, :], other=0.0
     )
@@ -107,9 +107,9 @@ def forward_kernel(
     )  # fmt: skip
     NUM_PIXELS: tl.constexpr = DOWN * ACROSS
     slots = tl.arange(0, BLOCK_P)
-    # The variance is taken around a mean of some pixels, so that it is no small difference of large numbers.
-    # As the weight of the tap that always sees 1 it is taken off by the product; rounded, it is the same in
-    # TF32 and bfloat16.
+    # The variance is taken around the mean of some pixels: it must be no small difference of large numbers.
+    # That mean is the weight of the tap that always sees 1, so the product subtracts it; it is rounded to be
+    # the same number in TF32 and bfloat16.
     pixels = slots * (NUM_PIXELS // BLOCK_P | 1) % NUM_PIXELS
     _, y = _convolved(
         weights, address, row_of_tap, column_of_tap, outside, pixels // ACROSS, pixels % ACROSS,
@@ -118,7 +118,7 @@ def forward_kernel(
     middle = (tl.sum(y, 1) / BLOCK_P).to(tl.bfloat16).to(tl.float32)
     is_one = (tl.arange(0, BLOCK_K) == 9 * IN)[None, :]
     off_middle = tl.where(is_one, -middle[:, None], weights.to(tl.float32)).to(weights.dtype)
-    # Of every slot of the tile its own sums, for what crosses lanes is slow.
+    # Every slot of the tile has its own sums, since operations across lanes are slow.
     seen = tl.zeros((BLOCK_K, BLOCK_P), dtype=tl.float32)
     squares = tl.zeros((BLOCK_C, BLOCK_P), dtype=tl.float32)
     for start in range(0, NUM_PIXELS, BLOCK_P):
@@ -140,7 +140,7 @@ def forward_kernel(
     tl.store(RSTD + first + channels, rstd)
 
     factor, summand = _line(SCALE, BIAS, channels, mean, rstd)
-    # The mean over a window is a sum of parts that are all as much smaller.
+    # The mean over a window is the sum of its pixels, each divided by their number.
     factor *= 1.0 / (POOL * POOL)
     summand *= 1.0 / (POOL * POOL)
     CELLS_ACROSS: tl.constexpr = ACROSS // POOL
@@ -167,13 +167,13 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["per_group", "x_image", "x_channel", "x_row", "tap_row", "tap_column"])
 def backward_kernel(
-    GRAD, X, TAPS, SCALE, BIAS, MEAN, RSTD, BY_TAPS, BY_SCALE, BY_BIAS, num_channels, per_group,
+    GRAD_OUT, X, TAPS, SCALE, BIAS, MEAN, RSTD, GRAD_TAPS, GRAD_SCALE, GRAD_BIAS, num_channels, per_group,
     x_image, x_channel, x_row, x_column, tap_row, tap_column,
     IN: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
     PADDING: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """BY_TAPS [batch, taps, num_channels]; BY_SCALE and BY_BIAS [batch, num_channels]."""
+    """GRAD_TAPS [batch, taps, num_channels]; GRAD_SCALE and GRAD_BIAS [batch, num_channels]."""
     channels, weights, address, row_of_tap, column_of_tap, outside = _operands(
         X, TAPS, per_group, x_image, x_channel, x_row, x_column, tap_row, tap_column,
         IN, PADDING, BLOCK_K, BLOCK_C,
@@ -187,18 +187,19 @@ def backward_kernel(
     NUM_WINDOWS: tl.constexpr = (DOWN + POOL - 1) // POOL * WINDOWS_ACROSS
     slots = tl.arange(0, BLOCK_P)
     if RELU:
-        # Cut off at 0 and 1, a step: one instruction, and no predicates to run out of.
+        # A steep line clamped to 0 and 1 is a step: one instruction, and it takes no predicate registers.
         step_factor = factor * STEEP
         step_summand = summand * STEEP
-    # What each tap sees, summed: as it is, times the gradient d behind the ReLU, and times the convolution's
-    # output y. As y is linear in what its taps see, the sum of d y follows from these: one pass is enough.
+    # The sums of what each tap sees: as it is, times the gradient d before the ReLU, and times the
+    # convolution's output y. As y is linear in what its taps see, the sum of d y follows from these: one pass
+    # is enough.
     seen = tl.zeros((BLOCK_K, BLOCK_P), dtype=tl.float32)
     seen_d = tl.zeros((BLOCK_C, BLOCK_K), dtype=tl.float32)
     seen_y = tl.zeros((BLOCK_C, BLOCK_K), dtype=tl.float32)
     for start in range(0, NUM_WINDOWS, BLOCK_P):
         row = (start + slots) // WINDOWS_ACROSS
         column = (start + slots) % WINDOWS_ACROSS
-        grad = _gradients(GRAD, row, column, channels, num_channels, DOWN // POOL, ACROSS // POOL)
+        grad = _gradients(GRAD_OUT, row, column, channels, num_channels, DOWN // POOL, ACROSS // POOL)
         for place in range(0, POOL * POOL):
             patches, y = _convolved(
                 weights, address, row_of_tap, column_of_tap, outside,
@@ -212,16 +213,16 @@ def backward_kernel(
             seen_y = dot(y.to(patches.dtype), patches, seen_y, PRECISION)
     seen_d *= 1.0 / (POOL * POOL)
     taps = tl.arange(0, BLOCK_K)
-    by_bias = tl.sum(tl.where((taps == 9 * IN)[None, :], seen_d, 0.0), 1)
-    tl.store(BY_BIAS + first + channels, by_bias)
-    by_scale = rstd * (tl.sum(weights.to(tl.float32) * seen_d, 1) - mean * by_bias)
-    tl.store(BY_SCALE + first + channels, by_scale)
+    grad_bias = tl.sum(tl.where((taps == 9 * IN)[None, :], seen_d, 0.0), 1)
+    tl.store(GRAD_BIAS + first + channels, grad_bias)
+    grad_scale = rstd * (tl.sum(weights.to(tl.float32) * seen_d, 1) - mean * grad_bias)
+    tl.store(GRAD_SCALE + first + channels, grad_scale)
 
     # With scale r (d - mean(d) - n mean(d n)) in place of d.
-    on_y = -by_scale * rstd / (DOWN * ACROSS)
-    on_one = -by_bias / (DOWN * ACROSS) - on_y * mean
-    by_taps = factor * (seen_d + seen_y * on_y[:, None] + on_one[:, None] * tl.sum(seen, 1)[None, :])
+    on_y = -grad_scale * rstd / (DOWN * ACROSS)
+    on_one = -grad_bias / (DOWN * ACROSS) - on_y * mean
+    grad_taps = factor * (seen_d + seen_y * on_y[:, None] + on_one[:, None] * tl.sum(seen, 1)[None, :])
     tl.store(
-        BY_TAPS + first * (9 * IN) + channels[:, None] + (taps * num_channels)[None, :], by_taps,
+        GRAD_TAPS + first * (9 * IN) + channels[:, None] + (taps * num_channels)[None, :], grad_taps,
         mask=(taps < 9 * IN)[None, :],
     )  # fmt: skip

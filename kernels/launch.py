@@ -1,18 +1,25 @@
-"""Which tile a kernel runs with: a small table per kernel, chosen by precision, shared memory and grid size.
+"""How a kernel is launched: on which device, and with which tile.
 
-The first entry that fits the device and still gives every multiprocessor a program wins; if none does, the
-last that fits. `tests/test_kernels_compiled.py` compiles every entry: no spills, within its shared memory.
+The tiles of a kernel are a small table, from which precision, shared memory and grid size choose. The first
+entry that fits the device and still gives every multiprocessor a program wins; if none does, the last that
+fits. `tests/test_kernels_compiled.py` compiles every entry: no spills, within its shared memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Return the context to launch kernels in: on the tensor's GPU, where Triton takes the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,26 @@
-"""Instance normalisation, then ReLU, then average pooling by two, with the gradient and the gradient of that.
+"""Instance normalisation, then ReLU, then average pooling by two, with first and second derivatives.
 
-Maps are [B, C, H, W] of float32, bfloat16 or float16, copied unless channels come last in memory; they are
-returned like that, of x's dtype. Weight and bias are float32 [C]; mean, the inverse deviation `rstd` and the
-gradients by, or of those by, weight and bias are float32 [B, C], image by image. `pool` is 1, or 2
-for windows of 2x2: a last odd row or column is normalised but not pooled. Sums are in float32.
+Maps are [B, C, H, W] of float32, bfloat16 or float16, copied unless their channels come last in memory; the
+returned ones have x's dtype and channels last. Weight and bias are float32 [C]. The mean, the inverse
+deviation `rstd`, and every gradient of weight and bias (`grad_weight`, `grad_grad_weight`, ...) are float32
+[B, C], image by image. `pool` is 1, or 2 for windows of 2x2: a last odd row or column is normalised but not
+pooled. Sums are in float32.
 """
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from .launch import on_device_of
 from .normalisation_kernels import backward_kernel, backward_twice_kernel, forward_kernel
 
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool, pool: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The outcome [B, C, H // pool, W // pool], mean and rstd."""
+    """Return the output [B, C, H // pool, W // pool], mean and rstd."""
     x = _channels_last(x)
     out, mean, rstd = _map_like(x, pool), _per_image(x), _per_image(x)
     affine = _contiguous(weight, bias)
@@ -28,7 +29,7 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
+    grad_out: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -37,21 +38,21 @@ def backward(
     relu: bool,
     pool: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From the gradient `grad` of the outcome those by x, weight and bias."""
-    grad, x = _channels_last(grad), _channels_last(x)
-    by_x, by_weight, by_bias = _map_like(x), _per_image(x), _per_image(x)
+    """Return the gradients of x, weight and bias, given that of the output."""
+    grad_out, x = _channels_last(grad_out), _channels_last(x)
+    grad_x, grad_weight, grad_bias = _map_like(x), _per_image(x), _per_image(x)
     _launch(
         backward_kernel, x, relu, pool,
-        grad, x, *_contiguous(weight, bias, mean, rstd), by_x, by_weight, by_bias, x.shape[1],
+        grad_out, x, *_contiguous(weight, bias, mean, rstd), grad_x, grad_weight, grad_bias, x.shape[1],
     )  # fmt: skip
-    return by_x, by_weight, by_bias
+    return grad_x, grad_weight, grad_bias
 
 
 def backward_twice(
-    of_x: Tensor,
-    of_weight: Tensor,
-    of_bias: Tensor,
-    grad: Tensor,
+    grad_grad_x: Tensor,
+    grad_grad_weight: Tensor,
+    grad_grad_bias: Tensor,
+    grad_out: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -60,15 +61,15 @@ def backward_twice(
     relu: bool,
     pool: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From the gradients of what `backward` returned those by grad, x and weight."""
-    of_x, grad, x = _channels_last(of_x), _channels_last(grad), _channels_last(x)
-    by_grad, by_x, by_weight = _map_like(x, pool), _map_like(x), _per_image(x)
+    """Return the gradients of grad_out, x and weight, given those of what `backward` returned."""
+    grad_grad_x, grad_out, x = _channels_last(grad_grad_x), _channels_last(grad_out), _channels_last(x)
+    grad_grad_out, grad_x, grad_weight = _map_like(x, pool), _map_like(x), _per_image(x)
     _launch(
         backward_twice_kernel, x, relu, pool,
-        of_x, *_contiguous(of_weight, of_bias), grad, x, *_contiguous(weight, bias, mean, rstd),
-        by_grad, by_x, by_weight, x.shape[1],
+        grad_grad_x, *_contiguous(grad_grad_weight, grad_grad_bias), grad_out,
+        x, *_contiguous(weight, bias, mean, rstd), grad_grad_out, grad_x, grad_weight, x.shape[1],
     )  # fmt: skip
-    return by_grad, by_x, by_weight
+    return grad_grad_out, grad_x, grad_weight
 
 
 def _channels_last(value: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ def _launch(kernel: Any, x: Tensor, relu: bool, pool: int, *arguments: Any) -> N
     windows = triton.cdiv(height, pool) * triton.cdiv(width, pool)
     block, block_c, warps = _blocks(windows, pool, channels, kernel is backward_twice_kernel)
     exact = height % pool == 0 and width % pool == 0 and windows % block == 0
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with on_device_of(x):
         kernel[(batch * triton.cdiv(channels, block_c),)](
             *arguments, H=height, W=width, RELU=relu, POOL=pool, EXACT=exact, BLOCK=block, BLOCK_C=block_c,
             num_warps=warps,
@@ -108,10 +109,11 @@ def _launch(kernel: Any, x: Tensor, relu: bool, pool: int, *arguments: Any) -> N
 
 
 def _blocks(windows: int, pool: int, channels: int, twice: bool) -> tuple[int, int, int]:
-    """Windows and channels of a block, and the warps for it, as measured on an H100.
+    """Return the windows and channels of a block, and its number of warps: the fastest on an H100.
 
-    Few channels, as what is read again comes from a cache if the maps of all programs fit there, but whole
-    sectors of memory. The gradients of gradients have more values of a pixel in registers, and fewer pixels.
+    Channels are few, as what is read again comes from a cache if the maps of all programs fit there, but
+    enough to read whole sectors of memory. The second derivative keeps more values of each pixel in
+    registers, and so takes fewer pixels.
     """
     pixels = triton.next_power_of_2(windows) * pool**2
     if pixels > 256:

@@ -1,9 +1,10 @@
 """The kernels of `normalisation`: maps with channels last, each program some channels of one image.
 
-Formulas: csrc/normalisation/image.cpp. A map is walked in blocks of windows: what is pooled into one pixel,
-or one pixel where nothing is. A block is a tile [windows, channels] for each pixel of a window. Windows cover
-a last odd row or column, too, but have no pixel in the pooled map there. Every map is gone through twice,
-first for sums. What fits one block is read once: the compiler unites equal reads, as it does equal terms.
+Formulas: csrc/normalisation/image.cpp. A map is processed in blocks of windows. A window is what is pooled
+into one pixel, or a single pixel without pooling; a block is a tile [windows, channels] for each pixel of a
+window. Windows cover a last odd row or column, too, but have no pixel in the pooled map there. Every map is
+gone through twice, first for sums. What fits one block is read once: the compiler merges equal reads, as it
+does equal terms.
 """
 
 import triton
@@ -12,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def _own(C, BLOCK_C: tl.constexpr):
-    """The image and channels of this program: what is next to each other is worked on at the same time."""
+    """The image and channels of this program; neighbouring channels are processed at the same time."""
     blocks = tl.cdiv(C, BLOCK_C)
     image = tl.program_id(0) // blocks
     return image.to(tl.int64), tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -21,7 +22,7 @@ def _own(C, BLOCK_C: tl.constexpr):
 @triton.jit
 def _inside(start, k: tl.constexpr, ACROSS: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
             POOL: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Of the windows from `start` on, ACROSS in a row of them, where pixel k is in the map and whether."""
+    """Where pixel k of each window from `start` on is in the map, and whether; a row has ACROSS windows."""
     windows = start + tl.arange(0, BLOCK)
     row = windows // ACROSS * POOL + k // POOL
     column = windows % ACROSS * POOL + k % POOL
@@ -46,10 +47,10 @@ def _read(MAP, start, channels, C, ACROSS: tl.constexpr, H: tl.constexpr, W: tl.
 
 
 @triton.jit
-def _read_slope(GRAD, start, channels, C, ACROSS: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+def _read_grad_out(GRAD_OUT, start, channels, C, ACROSS: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
                 POOL: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """The slope by each pixel of a window; 0 where a window is not whole."""
-    (grad,) = _read(GRAD, start, channels, C, ACROSS, H // POOL, W // POOL, 1, EXACT, BLOCK)
+    """The gradient of each pixel of a window before pooling; 0 where a window is not whole."""
+    (grad,) = _read(GRAD_OUT, start, channels, C, ACROSS, H // POOL, W // POOL, 1, EXACT, BLOCK)
     return grad * (1.0 / (POOL * POOL))
 
 
@@ -81,11 +82,11 @@ def _affine(centred, scale, bias):
 
 
 @triton.jit
-def _through(slope, centred, scale, bias, RELU: tl.constexpr):
-    """The slope by what the ReLU was given; not-a-number passes, as in torch's."""
+def _through(grad, centred, scale, bias, RELU: tl.constexpr):
+    """The gradient of the ReLU's input; not-a-number passes, as in torch's."""
     if RELU:
-        slope = tl.where(_affine(centred, scale, bias) <= 0, 0.0, slope)
-    return slope
+        grad = tl.where(_affine(centred, scale, bias) <= 0, 0.0, grad)
+    return grad
 
 
 @triton.jit
@@ -94,7 +95,7 @@ def forward_kernel(
     H: tl.constexpr, W: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, EXACT: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The outcome, and the mean and inverse deviation of every channel."""
+    """The output, and the mean and inverse deviation of every channel."""
     ACROSS: tl.constexpr = (W + POOL - 1) // POOL
     WINDOWS: tl.constexpr = (H + POOL - 1) // POOL * ACROSS
     image, channels = _own(C, BLOCK_C)
@@ -115,7 +116,7 @@ def forward_kernel(
             _, inside = _inside(start, k, ACROSS, H, W, POOL, EXACT, BLOCK)
             centred = tl.where(inside[:, None], tiles[k] - here[None, :], 0.0)
             total += centred * centred
-        # Two means and sums of squares become one.
+        # The means and sums of squares of two parts become those of both.
         step = here - mean
         share = (after - before) / after
         mean += step * share
@@ -139,17 +140,17 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    GRAD, X, WEIGHT, BIAS, MEAN, RSTD, BY_X, BY_WEIGHT, BY_BIAS, C,
+    GRAD_OUT, X, WEIGHT, BIAS, MEAN, RSTD, GRAD_X, GRAD_WEIGHT, GRAD_BIAS, C,
     H: tl.constexpr, W: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, EXACT: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The gradients by x and, image by image, by weight and bias."""
+    """The gradient of x and, image by image, those of weight and bias."""
     ACROSS: tl.constexpr = (W + POOL - 1) // POOL
     WINDOWS: tl.constexpr = (H + POOL - 1) // POOL * ACROSS
     image, channels = _own(C, BLOCK_C)
     X += image * C * (H * W)
-    BY_X += image * C * (H * W)
-    GRAD += image * C * ((H // POOL) * (W // POOL))
+    GRAD_X += image * C * (H * W)
+    GRAD_OUT += image * C * ((H // POOL) * (W // POOL))
     mean = _per_channel(MEAN, image, channels, C)
     rstd = _per_channel(RSTD, image, channels, C)
     scale = _per_channel(WEIGHT, 0, channels, C) * rstd
@@ -158,7 +159,7 @@ def backward_kernel(
     dn_tile = tl.zeros((BLOCK, BLOCK_C), tl.float32)
     for start in range(0, WINDOWS, BLOCK):
         tiles = _read(X, start, channels, C, ACROSS, H, W, POOL, EXACT, BLOCK)
-        grad = _read_slope(GRAD, start, channels, C, ACROSS, H, W, POOL, EXACT, BLOCK)
+        grad = _read_grad_out(GRAD_OUT, start, channels, C, ACROSS, H, W, POOL, EXACT, BLOCK)
         for k in tl.static_range(POOL * POOL):
             centred = tiles[k] - mean[None, :]
             d = _through(grad, centred, scale, bias, RELU)
@@ -170,34 +171,35 @@ def backward_kernel(
     along = scale * rstd * dn_sum / (H * W)
     for start in range(0, WINDOWS, BLOCK):
         tiles = _read(X, start, channels, C, ACROSS, H, W, POOL, EXACT, BLOCK)
-        grad = _read_slope(GRAD, start, channels, C, ACROSS, H, W, POOL, EXACT, BLOCK)
+        grad = _read_grad_out(GRAD_OUT, start, channels, C, ACROSS, H, W, POOL, EXACT, BLOCK)
         for k in tl.static_range(POOL * POOL):
             centred = tiles[k] - mean[None, :]
             d = _through(grad, centred, scale, bias, RELU)
-            by_x = d * scale[None, :] - constant[None, :] - centred * along[None, :]
-            _write(BY_X, by_x, start, k, channels, C, ACROSS, H, W, POOL, EXACT, BLOCK)
-    tl.store(BY_WEIGHT + image * C + channels, dn_sum, mask=channels < C)
-    tl.store(BY_BIAS + image * C + channels, d_sum, mask=channels < C)
+            grad_x = d * scale[None, :] - constant[None, :] - centred * along[None, :]
+            _write(GRAD_X, grad_x, start, k, channels, C, ACROSS, H, W, POOL, EXACT, BLOCK)
+    tl.store(GRAD_WEIGHT + image * C + channels, dn_sum, mask=channels < C)
+    tl.store(GRAD_BIAS + image * C + channels, d_sum, mask=channels < C)
 
 
 @triton.jit
 def backward_twice_kernel(
-    OF_X, OF_WEIGHT, OF_BIAS, GRAD, X, WEIGHT, BIAS, MEAN, RSTD, BY_GRAD, BY_X, BY_WEIGHT, C,
+    GRAD_GRAD_X, GRAD_GRAD_WEIGHT, GRAD_GRAD_BIAS, GRAD_OUT, X, WEIGHT, BIAS, MEAN, RSTD,
+    GRAD_GRAD_OUT, GRAD_X, GRAD_WEIGHT, C,
     H: tl.constexpr, W: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, EXACT: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The gradients through `backward_kernel`, by its gradient, by x and, image by image, by weight.
+    """The gradients through `backward_kernel`: of GRAD_OUT, of x and, image by image, of weight.
 
-    With c = along_d d + along_u u, the gradient by x is r P(c) less w r^2 S n / N.
+    With c = along_d d + along_u u, the gradient of x is r P(c) - w r^2 S n / N.
     """
     ACROSS: tl.constexpr = (W + POOL - 1) // POOL
     WINDOWS: tl.constexpr = (H + POOL - 1) // POOL * ACROSS
     image, channels = _own(C, BLOCK_C)
     X += image * C * (H * W)
-    OF_X += image * C * (H * W)
-    BY_X += image * C * (H * W)
-    GRAD += image * C * ((H // POOL) * (W // POOL))
-    BY_GRAD += image * C * ((H // POOL) * (W // POOL))
+    GRAD_GRAD_X += image * C * (H * W)
+    GRAD_X += image * C * (H * W)
+    GRAD_OUT += image * C * ((H // POOL) * (W // POOL))
+    GRAD_GRAD_OUT += image * C * ((H // POOL) * (W // POOL))
     mean = _per_channel(MEAN, image, channels, C)
     rstd = _per_channel(RSTD, image, channels, C)
     scale = _per_channel(WEIGHT, 0, channels, C) * rstd
@@ -209,41 +211,41 @@ def backward_twice_kernel(
     ud_tile = tl.zeros((BLOCK, BLOCK_C), tl.float32)
     for start in range(0, WINDOWS, BLOCK):
         tiles = _read(X, start, channels, C, ACROSS, H, W, POOL, EXACT, BLOCK)
-        of_x = _read(OF_X, start, channels, C, ACROSS, H, W, POOL, EXACT, BLOCK)
-        grad = _read_slope(GRAD, start, channels, C, ACROSS, H, W, POOL, EXACT, BLOCK)
+        grad_grad_x = _read(GRAD_GRAD_X, start, channels, C, ACROSS, H, W, POOL, EXACT, BLOCK)
+        grad = _read_grad_out(GRAD_OUT, start, channels, C, ACROSS, H, W, POOL, EXACT, BLOCK)
         for k in tl.static_range(POOL * POOL):
             centred = tiles[k] - mean[None, :]
             d = _through(grad, centred, scale, bias, RELU)
             d_tile += d
             dn_tile += d * centred
-            u_tile += of_x[k]
-            un_tile += of_x[k] * centred
-            ud_tile += of_x[k] * d
+            u_tile += grad_grad_x[k]
+            un_tile += grad_grad_x[k] * centred
+            ud_tile += grad_grad_x[k] * d
     d_sum = tl.sum(d_tile, 0)
     dn_sum = tl.sum(dn_tile, 0) * rstd
     u_sum = tl.sum(u_tile, 0)
     un_sum = tl.sum(un_tile, 0) * rstd
     product = tl.sum(ud_tile, 0) - (d_sum * u_sum + dn_sum * un_sum) / (H * W)
     along_u = -scale * dn_sum / (H * W)
-    along_d = _per_channel(OF_WEIGHT, image, channels, C) - scale * un_sum / (H * W)
+    along_d = _per_channel(GRAD_GRAD_WEIGHT, image, channels, C) - scale * un_sum / (H * W)
     x_constant = rstd * (along_d * d_sum + along_u * u_sum) / (H * W)
     x_along = rstd * rstd * (along_d * dn_sum + along_u * un_sum + scale * product) / (H * W)
-    grad_constant = _per_channel(OF_BIAS, image, channels, C) - scale * u_sum / (H * W)
+    grad_constant = _per_channel(GRAD_GRAD_BIAS, image, channels, C) - scale * u_sum / (H * W)
     along_u *= rstd
     along_d *= rstd
     for start in range(0, WINDOWS, BLOCK):
         tiles = _read(X, start, channels, C, ACROSS, H, W, POOL, EXACT, BLOCK)
-        of_x = _read(OF_X, start, channels, C, ACROSS, H, W, POOL, EXACT, BLOCK)
-        grad = _read_slope(GRAD, start, channels, C, ACROSS, H, W, POOL, EXACT, BLOCK)
+        grad_grad_x = _read(GRAD_GRAD_X, start, channels, C, ACROSS, H, W, POOL, EXACT, BLOCK)
+        grad = _read_grad_out(GRAD_OUT, start, channels, C, ACROSS, H, W, POOL, EXACT, BLOCK)
         total = tl.zeros((BLOCK, BLOCK_C), tl.float32)
         for k in tl.static_range(POOL * POOL):
             centred = tiles[k] - mean[None, :]
             d = _through(grad, centred, scale, bias, RELU)
-            by_x = d * along_d[None, :] + of_x[k] * along_u[None, :]
-            by_x -= x_constant[None, :] + centred * x_along[None, :]
-            _write(BY_X, by_x, start, k, channels, C, ACROSS, H, W, POOL, EXACT, BLOCK)
-            by_d = of_x[k] * scale[None, :] + centred * along_d[None, :] + grad_constant[None, :]
-            total += _through(by_d, centred, scale, bias, RELU)
+            grad_x = d * along_d[None, :] + grad_grad_x[k] * along_u[None, :]
+            grad_x -= x_constant[None, :] + centred * x_along[None, :]
+            _write(GRAD_X, grad_x, start, k, channels, C, ACROSS, H, W, POOL, EXACT, BLOCK)
+            grad_d = grad_grad_x[k] * scale[None, :] + centred * along_d[None, :] + grad_constant[None, :]
+            total += _through(grad_d, centred, scale, bias, RELU)
         total *= 1.0 / (POOL * POOL)
-        _write(BY_GRAD, total, start, 0, channels, C, ACROSS, H // POOL, W // POOL, 1, EXACT, BLOCK)
-    tl.store(BY_WEIGHT + image * C + channels, rstd * product, mask=channels < C)
+        _write(GRAD_GRAD_OUT, total, start, 0, channels, C, ACROSS, H // POOL, W // POOL, 1, EXACT, BLOCK)
+    tl.store(GRAD_WEIGHT + image * C + channels, rstd * product, mask=channels < C)

@@ -1,4 +1,4 @@
-"""The file that a run in the making leaves, so that it can go on where it was cut off."""
+"""The file that a run in the making leaves, so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import __version__
-from .config import Config, from_json, to_json
+from .config import Config
+from .config_json import from_json, to_json
 from .data import NAMES
 from .errors import InputError
 from .files import atomic
@@ -71,20 +72,20 @@ class Checkpoint:
             version = header["format"], facts.pop("version")
         except FileNotFoundError as error:
             raise InputError(
-                f"{folder} holds no {STATE}: no run was cut off there, or one that had hardly begun"
+                f"{folder} holds no {STATE}: no run was interrupted there, or it had not saved anything yet"
             ) from error
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise InputError(f"{path} cannot be read ({error}); start the run anew") from error
+            raise InputError(f"{path} cannot be read ({error}); start a new run") from error
         if version != (FORMAT, __version__):
             raise InputError(
                 f"{path} is of another version of mim4dd: {version[1]} ({version[0]}), this is {__version__} "
-                f"({FORMAT}); start the run anew"
+                f"({FORMAT}); start a new run"
             )
         config = from_json(facts.pop("config"), str(path))
         return cls(config, state=state, **facts)
 
 
-def remove(folder: Path) -> None:
+def remove_checkpoint(folder: Path) -> None:
     """Remove the checkpoint of a run that does not go on from it."""
     (folder / STATE).unlink(missing_ok=True)
 

@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .config import FLOAT32_MAX, Config, DistillConfig, EvalConfig, MimConfig, check, settled, to_json
-from .console import about, complain, console, guarded, print_table
+from .config import FLOAT32_MAX, Config, DistillConfig, EvalConfig, MimConfig, settled
+from .config_check import check
+from .config_json import to_json
+from .console import about, complain, console, print_table
 from .devices import pick_device
 from .errors import InputError, unknown
+from .exits import guarded
 from .files import make_folder
 from .objectives import METHODS
 from .options import Hidden, plain, read
@@ -43,10 +46,14 @@ class SharedMimConfig(MimConfig):
 
 @dataclass(frozen=True)
 class SharedEvalConfig(EvalConfig):
-    """The evaluation: networks trained from nothing on the synthetic images."""
+    """The evaluation: networks trained from scratch on the synthetic images.
+
+    Attributes:
+        baselines: Compared at equal IPC, once per seed: random real images, and those nearest to k-means
+            centres.
+    """
 
     baselines: tuple[Literal["random", "kmeans"], ...] = ("random",)
-    """Compared at equal IPC, once per seed: random real images, and those nearest to k-means centres."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +61,23 @@ class Comparison(Config):
     """Compare base methods with and without mutual information, paired by seed.
 
     Every combination of --methods, --mim-weights, --ipcs and --seeds is a run in a folder of its own under
-    OUT/cells; a finished one is not run again, so the same command goes on where it was cut off, and one with
-    other seeds, weights, methods or IPCs adds to what is there. The table of all that OUT holds is in
-    OUT/compare.md, .json and .png.
+    OUT/cells. Finished ones are not run again: the same command continues an interrupted comparison, and one
+    with other seeds, weights, methods or IPCs adds to it. The table is OUT/compare.md, .json and .png.
+
+    Attributes:
+        methods: Base methods.
+        mim_weights: Weights of the mutual-information term; default: the method's own for the data set and
+            the IPC. Differences are to weight 0.
+        ipcs: Images per class.
+        seeds: Seeds; a single one gives no interval.
+        out: Folder of the results; default: runs/compare.
     """
 
     methods: tuple[str, ...] = ("dm",)
-    """Base methods."""
     mim_weights: tuple[float | Literal["default"], ...] = (0.0, "default")
-    """Weights of the mutual-information term; default: the method's own for the data set and the IPC.
-    Differences are to weight 0."""
     ipcs: tuple[int, ...] = (1,)
-    """Images per class."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds; a single one gives no interval."""
     out: Path | None = None
-    """Folder of the results; default: runs/compare."""
     distill: SharedDistillConfig = field(default_factory=SharedDistillConfig)
     mim: SharedMimConfig = field(default_factory=SharedMimConfig)
     eval: SharedEvalConfig = field(default_factory=SharedEvalConfig)
@@ -125,7 +133,7 @@ def compare(comparison: Comparison) -> int:
         try:
             outcomes[arm, seed] = plan[arm, seed].run()
         except KeyboardInterrupt:
-            complain(f"{k} of {len(plan)} cells are finished; the same command goes on")
+            complain(f"{k} of {len(plan)} cells are finished; run the same command again to continue")
             raise
         comparison_report.write(folder, arms, outcomes, len(every), shared)
     table = rows(arms, outcomes)
@@ -143,7 +151,7 @@ def compare(comparison: Comparison) -> int:
 
 
 def cells(comparison: Comparison) -> dict[Key, Cell]:
-    """Return every cell by arm and seed, all of a seed before the next: so a table cut off is a paired one.
+    """Return every cell by arm and seed, all of a seed before the next, so that a partial table is paired.
 
     Raises:
         InputError: settings that cannot be meant.

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import functools
-import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -24,76 +19,10 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError
 
-from .distill import DivergenceError
-from .errors import InputError
 from .evaluation import Score
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk or a quota
 console = Console(highlight=False, markup=False)
-
-
-def guarded(command: Callable[[], int | None]) -> int:
-    """Run a command line; return its exit code.
-
-    1: diverged, or no room in memory or on the disk; 2: the user's mistake; 130: interrupted or terminated;
-    141: nobody reads the output any more.
-    """
-    try:
-        try:
-            with _termination_interrupts():
-                return command() or 0
-        finally:
-            sys.stdout.flush()  # now, not when Python ends and can only complain
-    except BrokenPipeError:  # as after `| head`: what is left goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except InputError as error:
-        complain(str(error))
-        return 2
-    except DivergenceError as error:
-        complain(str(error))
-        return 1
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in FULL:
-            raise
-        complain(f"a file could not be written ({error}); make room: what was saved before is as it was")
-        return 1
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        complain(
-            f"out of memory ({str(error).splitlines()[0]}); take less with --memory-budget (on a GPU), "
-            "--real-batch, --width, --ipc or --image-size"
-        )
-        return 1
-    except KeyboardInterrupt:
-        complain("interrupted")
-        return 130
-
-
-@contextmanager
-def _termination_interrupts() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does: a cluster sends it when the time is up."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only that one gets signals
-        return
-
-    def interrupt(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: another would interrupt the saving
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 def complain(message: str) -> None:
@@ -175,16 +104,6 @@ def on_architectures(
         name: with_accuracy(f"evaluate ({name})", num_networks, functools.partial(score, architecture=name))
         for name in names
     }
-
-
-def print_architectures(title: str, scores: Mapping[str, Score]) -> None:
-    """Print a table of accuracies by architecture."""
-    print_table(
-        title,
-        ("network", "accuracy", "networks"),
-        ((name, score, len(score.accuracies)) for name, score in scores.items()),
-        strong_last=False,
-    )
 
 
 def print_table(

@@ -22,7 +22,7 @@ def pick_device(name: str) -> torch.device:
         if device.type not in CHUNK:
             raise RuntimeError("neither a CPU nor a CUDA device")
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} is not to be had here; use cpu or auto") from error
+        raise InputError(f"--device {name} is not available here; use cpu or auto") from error
     return device
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .errors import InputError
 from .graph import replayed
-from .lasting import Count, Lasting, recall, remember, within
 from .objectives import MutualInformation, Objective
+from .state import Count, State, prefixed, restore, snapshot
 from .synthetic import SyntheticSet, decode
 
 READ_EVERY = 10  # iterations between looks at the losses, each of which waits for the device
@@ -33,7 +33,7 @@ class Progress:
         iteration: updates done.
         terms: each term of the loss, averaged over the iterations since the last look.
         synthetic: a copy of the synthetic set as it is now.
-        state: what `distill` needs to go on from here; None if the objective does not tell what lasts.
+        state: what `distill` needs to go on from here; None if the objective's own state is not known.
     """
 
     iteration: int
@@ -80,7 +80,7 @@ def distill(
         unread.append(distillation.update())
         if iteration % READ_EVERY == 0 or iteration == iterations:
             means = _read(unread, names, iteration, distillation.learned)
-            on_progress(Progress(iteration, means, distillation.synthetic, distillation.state()))
+            on_progress(Progress(iteration, means, distillation.synthetic, distillation.snapshot()))
             unread.clear()
     return distillation.synthetic if iterations else start
 
@@ -148,48 +148,46 @@ class Distillation:
             network_lr=self.objective.network_lr,
         )
 
-    def state(self) -> dict[str, Tensor] | None:
+    def snapshot(self) -> dict[str, Tensor] | None:
         """Return a copy of all that the updates to come depend on; None if the objective does not tell."""
-        lasting = self._lasting()
-        if lasting is None:
+        state = self._state()
+        if state is None:
             return None
-        state = remember(lasting)
+        saved = snapshot(state)
         for name, optimizer in self._named_optimizers():
             for index, kept in optimizer.state_dict()["state"].items():
-                state |= remember(within(f"{name}.{index}", kept))
-        return state | (remember(within("term", self.term.state_dict())) if self.term else {})
+                saved |= snapshot(prefixed(f"{name}.{index}", kept))
+        return saved | (snapshot(prefixed("term", self.term.state_dict())) if self.term else {})
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` returned.
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Go on from what `snapshot` returned.
 
         Raises:
             InputError: it did so for another objective or device.
             RuntimeError: or for another add-on.
         """
-        lasting = self._lasting()
-        if lasting is None:
-            raise InputError(
-                "the objective does not tell what lasts, so that it cannot go on: see its lasting()"
-            )
+        state = self._state()
+        if state is None:
+            raise InputError("this objective cannot be resumed: its state() is None")
         if self.term:
-            self.term.load_state_dict(_under("term", state))
+            self.term.load_state_dict(_under("term", saved))
             self.term.to(self.images.device)
         for name, optimizer in self._named_optimizers():
             kept: dict[int, dict[str, Tensor]] = {}
-            for own, value in _under(name, state).items():
+            for own, value in _under(name, saved).items():
                 index, _, key = own.partition(".")
                 kept.setdefault(int(index), {})[key] = value.clone()
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": kept, "param_groups": groups})
         others = ("term.", *(f"{name}." for name, _ in self._named_optimizers()))
-        recall(lasting, {n: value for n, value in state.items() if not n.startswith(others)})
+        restore(state, {n: value for n, value in saved.items() if not n.startswith(others)})
 
-    def _lasting(self) -> Lasting | None:
-        lasting = self.objective.lasting()
-        if lasting is None:
+    def _state(self) -> State | None:
+        objective = self.objective.state()
+        if objective is None:
             return None
-        leaves: Lasting = {str(k): leaf for k, leaf in enumerate(self._leaves)}
-        return {"done": self.done} | within("leaf", leaves) | within("objective", lasting)
+        leaves: State = {str(k): leaf for k, leaf in enumerate(self._leaves)}
+        return {"done": self.done} | prefixed("leaf", leaves) | prefixed("objective", objective)
 
     def _named_optimizers(self) -> list[tuple[str, torch.optim.Optimizer]]:
         return [(f"optimizer {k}", optimizer) for k, optimizer in enumerate(self.optimizers)]

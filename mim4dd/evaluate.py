@@ -10,14 +10,17 @@ from pathlib import Path
 
 import tyro
 
-from .config import from_json, settled
-from .console import complain, guarded, on_architectures, print_architectures
+from .config import EvalConfig
+from .config_check import check_architectures
+from .config_json import from_json
+from .console import complain, on_architectures, print_table
 from .data import load
 from .devices import pick_device
-from .errors import InputError, unknown
-from .evaluation import OnNetwork, Protocol, Score, evaluate
+from .errors import InputError
+from .evaluation import OnNetwork, Score, evaluate
+from .exits import guarded
+from .experiment import protocol_of
 from .files import write
-from .networks import ARCHITECTURES
 from .networks.precision import Precision, configure, resolve
 from .runner import score_facts
 from .synthetic import IMAGES, SyntheticSet
@@ -27,7 +30,7 @@ def score_saved(
     path: Path,
     /,
     *,
-    architectures: tuple[str, ...] = (),
+    eval_archs: tuple[str, ...] = (),
     dataset: str | None = None,
     data_dir: Path | None = None,
     num_eval: int = 5,
@@ -41,7 +44,7 @@ def score_saved(
 
     Args:
         path: a run's folder, or its synthetic.safetensors.
-        architectures: of convnet, convnet-bn, mlp, lenet, alexnet, vgg11, resnet18; default: the run's.
+        eval_archs: of convnet, convnet-bn, mlp, lenet, alexnet, vgg11, resnet18; default: the run's.
         dataset: the real data, where they are not where the run found them: a name or a path.
         data_dir: folder of the files of a named set.
         num_eval: networks trained per architecture.
@@ -55,24 +58,25 @@ def score_saved(
     for option, value in (("--num-eval", num_eval), ("--eval-epochs", eval_epochs)):
         if value is not None and value < 1:
             raise InputError(f"{option} is {value}, expected at least 1")
-    if out and (out.exists() or not out.absolute().parent.is_dir()):
-        raise InputError(f"--out {out} is there already, or its folder is not; give a new file in a folder")
-    wanted = tuple(dict.fromkeys(name for name in ",".join(architectures).split(",") if name))
-    for name in set(wanted) - set(ARCHITECTURES):
-        raise unknown("architecture", name, ARCHITECTURES)
+    if out and out.exists():
+        raise InputError(f"--out {out} exists already; name a new file")
+    if out and not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.parent}; make it, or name another")
+    wanted = EvalConfig(eval_archs=eval_archs).eval_archs
+    check_architectures(wanted)
     if path.is_dir():
         path = path / IMAGES
     saved = SyntheticSet.load(path)
     if "config" not in saved.metadata:
         raise InputError(f"{path} holds no settings to evaluate with; expected the set of a mim4dd run")
     config = from_json(saved.metadata["config"], str(path))
-    where = pick_device(device)
-    picked = resolve(precision, where)
+    on = pick_device(device)
+    picked = resolve(precision, on)
     configure(picked)
     source = dataset or config.data.dataset
-    where_it_is = data_dir or (None if dataset else config.data.data_dir)
+    folder = data_dir or (None if dataset else config.data.data_dir)
     try:
-        train, test = load(source, where_it_is, config.data.image_size)
+        train, test = load(source, folder, config.data.image_size)
     except InputError as error:
         moved = "" if dataset else "; if the run's data moved, name it with --dataset"
         raise InputError(f"{error}{moved}") from error
@@ -88,31 +92,29 @@ def score_saved(
         )
     # The networks are trained in the saved set's normalisation, so they are tested in it too.
     test = test.whitened(saved.whitening) if saved.whitening else test
-    test = dataclasses.replace(test, mean=saved.mean, std=saved.std).to(where)
-    pair = saved.to(where).decoded, saved.to(where).targets
+    test = dataclasses.replace(test, mean=saved.mean, std=saved.std).to(on)
+    pair = saved.to(on).decoded, saved.to(on).targets
+
+    epochs = eval_epochs or config.eval.eval_epochs
+    settings = dataclasses.replace(
+        config, precision=picked, eval=dataclasses.replace(config.eval, eval_epochs=epochs)
+    )
 
     def score(architecture: str, on_network: OnNetwork) -> Score:
-        protocol = Protocol(
-            epochs=eval_epochs or settled(config.eval.eval_epochs),
-            augmentation=settled(config.distill.augmentation),
-            architecture=architecture,
-            width=settled(config.distill.width),
-            lr=saved.network_lr or Protocol.lr,
-            precision=picked,
-        )
+        protocol = protocol_of(settings, architecture, saved.network_lr)
         return evaluate(
-            lambda _: pair,
-            test,
-            protocol,
-            num_networks=num_eval,
-            seed=seed,
-            on_network=on_network,
+            lambda _: pair, test, protocol, num_networks=num_eval, seed=seed, on_network=on_network
         )
 
     if config.distill.soft_labels and saved.soft_labels is None:
-        complain(f"{path} was cut off before its soft labels were made: evaluated with plain ones")
+        complain(f"{path} was interrupted before its soft labels were made; evaluated with plain labels")
     scores = on_architectures(wanted or (config.distill.network,), num_eval, score)
-    print_architectures(f"Accuracy on the test set of {len(test)} images", scores)
+    print_table(
+        f"Accuracy on the test set of {len(test)} images",
+        ("network", "accuracy", "networks"),
+        ((name, score, len(score.accuracies)) for name, score in scores.items()),
+        strong_last=False,
+    )
     if out:
         try:
             write(out, json.dumps({name: score_facts(score) for name, score in scores.items()}, indent=2))

@@ -1,6 +1,6 @@
 """The evaluation protocol.
 
-A network is trained from nothing on the images alone and tested once, after the last epoch, on images that
+A network is trained from scratch on the images alone and tested once, after the last epoch, on images that
 took no part in distilling; of those of a validation split, only the mean and deviation of all pixels did.
 """
 
@@ -115,7 +115,7 @@ def evaluate(
 
 
 def train_on_real(network: Network, real: ImageSet, protocol: Protocol, generator: torch.Generator) -> None:
-    """Train `network` in place, from nothing, on all real images, which stay the bytes they are stored as."""
+    """Train `network` in place, from scratch, on all real images, which stay the bytes they are stored as."""
     networks.initialise(network, generator)
     _train(Stack.of(network, generator), real.labelled, len(real), real.image_size, protocol)
 

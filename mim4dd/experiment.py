@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from . import synthetic
-from .config import Config, layers, settled
+from .config import Config, settled
+from .config_check import layers
 from .data import ImageSet, load, name_of
 from .data.clusters import cluster_labels, kmeans_centres
 from .data.whitening import Whitening
@@ -25,9 +26,9 @@ from .objectives import (
     MutualInformation,
     Objective,
     Problem,
+    ThroughTermNetworks,
     TrainedOnReal,
     TrainedOnSynthetic,
-    through,
 )
 from .objectives.mutual_information import layer_indices
 from .seeding import generator
@@ -210,7 +211,7 @@ class Experiment:
         if not with_term:
             return alone
         networks = self._trained_on_real if seen == "real" else TrainedOnSynthetic(self.problem)
-        return through(networks, alone, self.problem)
+        return ThroughTermNetworks(networks, alone, self.problem)
 
     @cached_property
     def _trained_on_real(self) -> TrainedOnReal:
@@ -224,7 +225,8 @@ class Experiment:
     def teacher(self) -> Network:
         """A network trained on the real images."""
         network = self.problem.network()
-        teach(network, self.train, self._protocol(), generator(self.config.seed, "teacher", self.device))
+        random = generator(self.config.seed, "teacher", self.device)
+        teach(network, self.train, protocol_of(self.config), random)
         return network
 
     def score(self, synthetic: SyntheticSet, on_network: OnNetwork, architecture: str | None = None) -> Score:
@@ -256,7 +258,7 @@ class Experiment:
         return self._evaluate(draw, on_network)
 
     def _full(self, on_network: OnNetwork) -> Score:
-        protocol, network = self._protocol(), self.problem.network()
+        protocol, network = protocol_of(self.config), self.problem.network()
         protocol = dataclasses.replace(protocol, epochs=max(5, protocol.epochs // FULL_SHARE))
         train_on_real(network, self.train, protocol, generator(self.config.seed, "evaluation/0", self.device))
         reached = accuracy(network, self.test)
@@ -271,29 +273,33 @@ class Experiment:
         lr: float | None = None,
         architecture: str | None = None,
     ) -> Score:
-        protocol = self._protocol()
-        if lr:
-            protocol = dataclasses.replace(protocol, lr=lr)
-        if architecture:
-            protocol = dataclasses.replace(protocol, architecture=architecture)
         return evaluate(
             training_set,
             self.test,
-            protocol,
+            protocol_of(self.config, architecture, lr),
             num_networks=settled(self.config.eval.num_eval),
             seed=self.config.seed,
             on_network=on_network,
         )
 
-    def _protocol(self) -> Protocol:
-        settings = self.config.distill
-        return Protocol(
-            epochs=settled(self.config.eval.eval_epochs),
-            augmentation=settled(settings.augmentation),
-            architecture=settings.network,
-            width=settled(settings.width),
-            precision=self.config.precision,
-        )
+
+def protocol_of(config: Config, architecture: str | None = None, lr: float | None = None) -> Protocol:
+    """Return how networks are evaluated: as a run's settings say, or of another architecture.
+
+    Args:
+        config: of the run, with no setting left open.
+        architecture: default: that of the run.
+        lr: the learning rate that a set was distilled with; default: the usual one.
+    """
+    settings = config.distill
+    return Protocol(
+        epochs=settled(config.eval.eval_epochs),
+        augmentation=settled(settings.augmentation),
+        architecture=architecture or settings.network,
+        width=settled(settings.width),
+        lr=lr or Protocol.lr,
+        precision=config.precision,
+    )
 
 
 def _layers(problem: Problem, config: Config) -> list[int]:

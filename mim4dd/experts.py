@@ -36,19 +36,23 @@ BATCH = 256
 
 @dataclass(frozen=True)
 class ExpertConfig:
-    """The experts that trajectory matching (mtt) follows. They are kept, and found again by later runs."""
+    """The experts that trajectory matching (mtt) follows. They are kept, and found again by later runs.
+
+    Attributes:
+        experts: Folder to keep them in, or one file of experts to use as it is, however they were trained;
+            default: ~/.cache/mim4dd/experts.
+        num_experts: How many to train.
+        expert_snapshots: Snapshots of each, beside the one before training.
+        expert_batches: Batches of 256 images between two snapshots; 0: an epoch.
+        expert_seed: Seed of their weights, batches and augmentations; the same for every --seed, so that runs
+            share them.
+    """
 
     experts: Path | None = None
-    """Folder they are kept in, or one file of them, which are then taken however they were trained; default:
-    ~/.cache/mim4dd/experts."""
     num_experts: int | None = None
-    """How many are trained."""
     expert_snapshots: int | None = None
-    """Snapshots of each, beside the one before training."""
     expert_batches: int | None = None
-    """Batches of 256 images between two snapshots; 0: an epoch."""
     expert_seed: int = 0
-    """Of their weights, batches and augmentations; the same for every --seed, so that runs share them."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,9 @@ class Experts:
         except FileNotFoundError as error:
             raise InputError(f"--experts {path}: no such file; name a folder to train them there") from error
         except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"--experts {path} cannot be read ({error}); remove it to train anew") from error
+            raise InputError(
+                f"--experts {path} cannot be read ({error}); remove it to train new ones"
+            ) from error
         wanted = recipe.facts()
         for name in ("format", "data", "architecture", "width", "weights"):
             if found.get(name) != wanted[name]:

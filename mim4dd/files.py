@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from .errors import InputError
 
 
@@ -57,3 +59,27 @@ def make_folder(folder: Path, dataset: str) -> Path:
     except OSError as error:
         raise InputError(f"--out {folder} cannot be written ({error.strerror}); give another") from error
     return folder
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep other processes from running in `folder` for as long as the block lasts.
+
+    Raises:
+        InputError: another process is running there.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"another process is running in {folder}; wait for it or give another --out"
+        ) from error
+    except NotImplementedError:  # a file system without locks, as some of clusters are
+        yield
+        return
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()

@@ -43,7 +43,7 @@ def held_out_information(
     network = problem.network()
     initialise(network, generator(problem.seed, "information/network", device))
     random = generator(problem.seed, "information/real", device)
-    problem.settle(network, random)
+    problem.set_batch_norm_statistics(network, random)
     index = torch.randperm(len(held_out), generator=random, device=device)[:HELD_OUT]
     if centres is None:
         labels, real_labels = problem.labels, held_out.labels

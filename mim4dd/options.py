@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import tyro
 
-from .config import Config, read_config
+from .config import Config
+from .config_json import read_config
 
 T = TypeVar("T")
 Hidden = tyro.conf.Suppress[tyro.conf.Fixed[T]]  # a setting that is no option of this command line

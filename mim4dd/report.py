@@ -88,6 +88,11 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str, int]]:
     return _printed(scores)
 
 
+def architectures(result: Mapping[str, Any]) -> list[tuple[str, str, int]]:
+    """Return the table of other networks: which one, its accuracy in percent, and of how many."""
+    return _printed(result["cross_architecture"].items())
+
+
 def _printed(scores: Iterable[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, str, int]]:
     return [(name, str(Score(tuple(s["accuracies"]))), s["num_networks"]) for name, s in scores]
 
@@ -117,7 +122,7 @@ def write(folder: Path, synthetic: SyntheticSet, result: Mapping[str, Any]) -> N
         result=result,
         rows=rows(result),
         information=information(result),
-        architectures=_printed(result["cross_architecture"].items()),
+        architectures=architectures(result),
         picture=base64.b64encode(image.getvalue()).decode(),
         curve=loss_curve(result["history"]) if result["history"] else "",
         settings=json.dumps(result["config"], indent=2),

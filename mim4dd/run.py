@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import STATE, Checkpoint
-from .config import Config, check
-from .console import complain, guarded
+from .config import Config
+from .config_check import check
+from .console import complain
 from .errors import InputError
+from .exits import guarded
 from .experiment import Experiment
 from .files import make_folder
 from .options import plain, read
@@ -24,11 +26,14 @@ from .runner import run
 
 @dataclass(frozen=True)
 class RunConfig(Config):
-    """Distil a labelled image set into a few synthetic images per class."""
+    """Distil a labelled image set into a few synthetic images per class.
+
+    Attributes:
+        resume: Folder of an interrupted run to resume; the result is that of an uninterrupted one. Takes no
+            other option but --memory-budget.
+    """
 
     resume: Path | None = None
-    """Folder of a run that was cut off, to go on with it as if it had not been; takes no other option but
-    --memory-budget."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,11 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             experiment = Experiment.prepare(filled(plain(settings)))
             folder, checkpoint = open_folder(experiment), None
+        overwritten = None if checkpoint else saved_at(folder)
         try:
             run(experiment, folder, checkpoint)
         except (KeyboardInterrupt, MemoryError, RuntimeError):
-            if (folder / STATE).exists():
-                complain(f"to go on: python -m mim4dd.run --resume {shlex.quote(str(folder))}")
+            if saved_at(folder) not in (None, overwritten):
+                complain(f"to resume: python -m mim4dd.run --resume {shlex.quote(str(folder))}")
             raise
 
     return guarded(command)
@@ -78,13 +84,19 @@ def unfinished(settings: RunConfig) -> tuple[Path, Checkpoint]:
     folder = settings.resume
     assert folder is not None
     if settings != RunConfig(resume=folder, memory_budget=settings.memory_budget):
-        raise InputError(f"--resume {folder} goes on with the settings of that run; leave out all others")
+        raise InputError(f"--resume {folder} uses the settings of that run; leave out all others")
     folder = folder.parent if folder.name == STATE else folder
     if not folder.is_dir():
         raise InputError(f"--resume {folder}: there is no such folder")
     if (folder / "result.json").exists():
         raise InputError(f"--resume {folder}: that run is finished, see its result.json")
     return folder, Checkpoint.load(folder)
+
+
+def saved_at(folder: Path) -> int | None:
+    """Return when the state of an unfinished run was saved, in ns; None if there is none."""
+    path = folder / STATE
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def open_folder(experiment: Experiment) -> Path:
@@ -101,9 +113,9 @@ def open_folder(experiment: Experiment) -> Path:
             return make_folder(Path("runs") / name, dataset)
         return _claimed(make_folder(Path("runs"), dataset), name)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not config.overwrite):
-        go_on = f"--resume {shlex.quote(str(folder))} to go on, " if (folder / STATE).exists() else ""
+        resume = f"--resume {shlex.quote(str(folder))}, " if (folder / STATE).exists() else ""
         raise InputError(
-            f"--out {folder} holds something already; give another folder, {go_on}or --overwrite"
+            f"--out {folder} holds something already; give another folder, {resume}or --overwrite"
         )
     return make_folder(folder, dataset)
 

@@ -13,14 +13,14 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from . import __version__, report
-from .checkpoint import Checkpoint, remove
-from .config import Config, settled, to_json
+from .checkpoint import Checkpoint, remove_checkpoint
+from .config import settled
+from .config_json import to_json
 from .console import (
     complain,
     console,
     on_architectures,
     prepared,
-    print_architectures,
     print_table,
     steps,
     with_accuracy,
@@ -30,6 +30,7 @@ from .distill import DivergenceError, Progress
 from .errors import InputError
 from .evaluation import Score
 from .experiment import Experiment
+from .files import exclusive
 from .synthetic import IMAGES, SyntheticSet
 
 SAVE_EVERY = 60  # seconds between saves of a set in the making
@@ -46,13 +47,27 @@ def run(experiment: Experiment, folder: Path, checkpoint: Checkpoint | None = No
     Raises:
         DivergenceError, KeyboardInterrupt, and what torch raises, of too little memory say: the last good set
             has been saved, if it was still being distilled.
-        InputError: a checkpoint of other data or of another device.
+        InputError: a checkpoint of other data or of another device, or another process runs in the folder.
     """
+    dataset = experiment.config.data.dataset
+    if checkpoint and checkpoint.data != experiment.data:
+        raise InputError(f"the images of {dataset} differ from those of the run in {folder}; start a new run")
+    with exclusive(folder):
+        introduce(experiment, checkpoint)
+        recorder = distilled(experiment, folder, checkpoint)
+        result = evaluated(experiment, recorder)
+        report.write(folder, recorder.saved, result)
+        remove_checkpoint(folder)  # there is nothing left to go on with
+    show(result, len(experiment.test))
+    console.print(
+        f"Wrote synthetic.safetensors, result.json, images.png and report.html into {folder}/", soft_wrap=True
+    )
+    return result
+
+
+def introduce(experiment: Experiment, checkpoint: Checkpoint | None) -> None:
+    """Print what is going to be run."""
     config, train = experiment.config, experiment.train
-    if checkpoint is None:
-        remove(folder)  # of a run that is overwritten
-    elif checkpoint.data != experiment.data:
-        raise InputError(f"{config.data.dataset} has other images than the run in {folder}; start it anew")
     console.print(
         f"{experiment.name}: {len(train)} training images of {train.num_classes} classes, "
         f"{'x'.join(map(str, train.images.shape[1:]))}; {config.distill.ipc} a class to distil on "
@@ -60,74 +75,42 @@ def run(experiment: Experiment, folder: Path, checkpoint: Checkpoint | None = No
         soft_wrap=True,
     )
     at_once, needed = experiment.footprint
+    weight = settled(config.mim.mim_weight)
+    term = f"the term has weight {weight:g}" if weight else "without the term (weight 0)"
     console.print(
         f"{config.precision}; {at_once} real images at a time; the networks' maps take about "
-        f"{decimal(needed)}; {the_term(config)}",
+        f"{decimal(needed)}; {term}",
         soft_wrap=True,
     )
     if checkpoint:
         console.print(f"{checkpoint.iteration} of {config.distill.iterations} updates are done already")
     if config.distill.soft_labels:
         console.print("For the soft labels a network is trained on the real images as well.")
-    prepared(f"prepare {config.distill.method}", experiment.prepare_method())
-    keeper = Keeper(experiment, folder, checkpoint)
+
+
+def distilled(experiment: Experiment, folder: Path, checkpoint: Checkpoint | None) -> Recorder:
+    """Distil, saving now and then and at the end, also at an early one. Raises as `run` does."""
+    prepared(f"prepare {experiment.config.distill.method}", experiment.prepare_method())
+    recorder = Recorder(experiment, folder, checkpoint)
     prepared("train networks for the term", experiment.prepare_term())
-    distil = functools.partial(experiment.distill, state=keeper.state)
+    distil = functools.partial(experiment.distill, state=recorder.state)
     try:
-        keeper.synthetic = with_progress("distil", experiment, distil, keeper)
-        synthetic = keeper.save()
+        recorder.synthetic = with_progress("distil", experiment, distil, recorder)
+        recorder.save()
     except (KeyboardInterrupt, MemoryError, RuntimeError) as error:
-        if keeper.iteration or not keeper.path.exists():
-            if keeper.unsaved:
-                keeper.save()
+        if recorder.iteration or not recorder.path.exists():
+            if recorder.unsaved:
+                recorder.save()
             if isinstance(error, DivergenceError):
-                remove(folder)  # it would only diverge again
-            complain(f"the last good set, of iteration {keeper.iteration}, is in {keeper.path}")
+                remove_checkpoint(folder)  # it would only diverge again
+            complain(f"the last good set, of iteration {recorder.iteration}, is in {recorder.path}")
         else:
             complain(f"{folder} still holds what was to be overwritten")
         raise
-    distilled = time.monotonic()
-    score, baselines = evaluations(experiment, keeper.synthetic)
-    others = cross_architecture(experiment, keeper.synthetic, score)
-    result = {
-        **synthetic.metadata,
-        "network_lr": synthetic.network_lr,
-        **score_facts(score),
-        "baselines": {name: score_facts(other) for name, other in baselines.items()},
-        "cross_architecture": {name: score_facts(other) for name, other in others.items()},
-        "evaluated_on": experiment.evaluated_on,
-        "mutual_information": experiment.information(keeper.synthetic),
-        "seconds": {
-            "distill": round(distilled - keeper.began, 1),
-            "evaluate": round(time.monotonic() - distilled, 1),
-        },
-        "history": keeper.history,
-    }
-    report.write(folder, synthetic, result)
-    remove(folder)  # there is nothing left to go on with
-    if score:
-        print_table(
-            f"Accuracy on the {result['evaluated_on']} set of {len(experiment.test)} images",
-            ("trained on", "accuracy", "networks"),
-            report.rows(result),
-        )
-    if others:
-        print_architectures("The same images, other networks trained on them", others)
-    if information := report.information(result):
-        console.print(f"Mutual information with held-out real images: {information}", soft_wrap=True)
-    console.print(
-        f"Wrote synthetic.safetensors, result.json, images.png and report.html into {folder}/", soft_wrap=True
-    )
-    return result
+    return recorder
 
 
-def the_term(config: Config) -> str:
-    """Return what becomes of the mutual-information term, in words."""
-    weight = settled(config.mim.mim_weight)
-    return f"the term has weight {weight:g}" if weight else "without the term (weight 0)"
-
-
-class Keeper:
+class Recorder:
     """Keeps the last good set of a run, now and then on disk, what it needs to go on, and its history."""
 
     def __init__(self, experiment: Experiment, folder: Path, checkpoint: Checkpoint | None = None) -> None:
@@ -138,7 +121,8 @@ class Keeper:
         self.state: Mapping[str, Tensor] | None = None
         self.history: list[dict[str, float]] = []
         self.iteration, self.unsaved = 0, checkpoint is None
-        self.began = self._saved = time.monotonic()
+        self._overwrites = checkpoint is None
+        self.began = self._saved_at = time.monotonic()
         if checkpoint:
             self.state, self.iteration, self.history = (
                 checkpoint.state,
@@ -152,11 +136,11 @@ class Keeper:
         self.synthetic, self.iteration, self.state = progress.synthetic, progress.iteration, progress.state
         self.history.append({"iteration": progress.iteration, **progress.terms})
         self.unsaved = True
-        if time.monotonic() - self._saved > SAVE_EVERY:
+        if time.monotonic() - self._saved_at > SAVE_EVERY:
             self.save()
 
-    def save(self) -> SyntheticSet:
-        """Write the set and what it needs to go on; return the set, on the CPU."""
+    def save(self) -> None:
+        """Write the set and what it needs to go on."""
         config = self.experiment.config
         facts = {
             "dataset": self.experiment.name,
@@ -170,9 +154,12 @@ class Keeper:
             "version": __version__,
             "config": to_json(config),
         }
-        synthetic = replace(self.synthetic.to("cpu"), metadata=facts)
-        report.remove(self.folder)  # of what is overwritten
-        synthetic.save(self.path)
+        self.saved = replace(self.synthetic.to("cpu"), metadata=facts)
+        if self._overwrites:  # not before there is something new
+            report.remove(self.folder)
+            remove_checkpoint(self.folder)
+            self._overwrites = False
+        self.saved.save(self.path)
         if self.state is not None:
             Checkpoint(
                 config=config,
@@ -182,8 +169,7 @@ class Keeper:
                 history=self.history,
                 state={**self.state},
             ).save(self.folder)
-        self._saved, self.unsaved = time.monotonic(), False
-        return synthetic
+        self._saved_at, self.unsaved = time.monotonic(), False
 
 
 def with_progress(
@@ -203,20 +189,50 @@ def with_progress(
         return distill(look)
 
 
+def evaluated(experiment: Experiment, recorder: Recorder) -> dict[str, Any]:
+    """Score the distilled set and the baselines; return what result.json holds."""
+    distilled_at = time.monotonic()
+    synthetic = recorder.synthetic
+    score, baselines = evaluations(experiment, synthetic)
+    others = cross_architecture(experiment, synthetic, score)
+    return {
+        **recorder.saved.metadata,
+        "network_lr": synthetic.network_lr,
+        **score_facts(score),
+        "baselines": {name: score_facts(other) for name, other in baselines.items()},
+        "cross_architecture": {name: score_facts(other) for name, other in others.items()},
+        "evaluated_on": experiment.evaluated_on,
+        "mutual_information": experiment.information(synthetic),
+        "seconds": {
+            "distill": round(distilled_at - recorder.began, 1),
+            "evaluate": round(time.monotonic() - distilled_at, 1),
+        },
+        "history": recorder.history,
+    }
+
+
 def evaluations(experiment: Experiment, synthetic: SyntheticSet) -> tuple[Score | None, dict[str, Score]]:
-    """Score the distilled set and the baselines, each on networks of the same seeds."""
+    """Score the distilled set and the baselines, each on networks of the same seeds.
+
+    The base method alone may diverge where the run has not; it is left out then, and the user is told.
+    """
     num_networks = settled(experiment.config.eval.num_eval)
     if not num_networks:
         return None, {}
-
-    def baseline(name: str) -> Callable[..., Score]:
-        if name != "base":
-            return functools.partial(experiment.baseline, name)
-        base = with_progress("distil (base)", experiment, lambda p: experiment.distill(p, with_mim=False))
-        return functools.partial(experiment.score, base)
-
-    names: list[str] = [*dict.fromkeys(experiment.config.eval.baselines)]
-    baselines = {name: with_accuracy(f"evaluate ({name})", num_networks, baseline(name)) for name in names}
+    baselines: dict[str, Score] = {}
+    for name in dict.fromkeys(experiment.config.eval.baselines):
+        score: Callable[..., Score] = functools.partial(experiment.baseline, name)
+        if name == "base":
+            try:
+                base = with_progress(
+                    "distil (base)", experiment, functools.partial(experiment.distill, with_mim=False)
+                )
+            except DivergenceError as error:
+                complain(f"the base method alone is not evaluated: {error}")
+                continue
+            score = functools.partial(experiment.score, base)
+        # Trained on all images there is one network.
+        baselines[name] = with_accuracy(f"evaluate ({name})", 1 if name == "full" else num_networks, score)
     return with_accuracy("evaluate", num_networks, functools.partial(experiment.score, synthetic)), baselines
 
 
@@ -234,6 +250,25 @@ def cross_architecture(
         functools.partial(experiment.score, synthetic),
     )
     return {name: score if name == own else others[name] for name in names}
+
+
+def show(result: Mapping[str, Any], num_test: int) -> None:
+    """Print the outcome of a run."""
+    if result["num_networks"]:
+        print_table(
+            f"Accuracy on the {result['evaluated_on']} set of {num_test} images",
+            ("trained on", "accuracy", "networks"),
+            report.rows(result),
+        )
+    if result["cross_architecture"]:
+        print_table(
+            "The same images, other networks trained on them",
+            ("network", "accuracy", "networks"),
+            report.architectures(result),
+            strong_last=False,
+        )
+    if information := report.information(result):
+        console.print(f"Mutual information with held-out real images: {information}", soft_wrap=True)
 
 
 def score_facts(score: Score | None) -> dict[str, Any]:

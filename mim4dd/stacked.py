@@ -47,7 +47,7 @@ class Stack:
     """K networks.
 
     Attributes:
-        network: of their architecture; its own weights are of no account unless they are the stack's.
+        network: of their architecture; its own weights are ignored unless they are the stack's.
         weights: all of theirs as one vector, see `mim4dd.networks.flat`, trained in place.
         random: a generator for each network, of all that is drawn for it.
     """

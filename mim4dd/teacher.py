@@ -17,7 +17,7 @@ STEPS = 500  # at least an epoch: a teacher need not be perfect to tell which cl
 
 
 def teach(network: Network, real: ImageSet, protocol: Protocol, generator: torch.Generator) -> None:
-    """Train `network` in place, from nothing, on the real images: `protocol`, but about `STEPS` steps."""
+    """Train `network` in place, from scratch, on the real images: `protocol`, but about `STEPS` steps."""
     epochs = max(1, STEPS // math.ceil(len(real) / protocol.batch))
     train_on_real(network, real, dataclasses.replace(protocol, epochs=epochs), generator)
 

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .config import Config, MimConfig, check, to_json
-from .console import about, complain, console, guarded
+from .config import Config, MimConfig
+from .config_check import check
+from .config_json import to_json
+from .console import about, complain, console
 from .data import name_of
 from .devices import pick_device
 from .distill import DivergenceError
 from .errors import InputError
+from .exits import guarded
 from .files import make_folder
 from .options import read, recast
 from .presets import with_presets
@@ -76,7 +79,7 @@ class Search:
         """
         while len(trials := self._written()) <= self.tuning.trials:
             done = len(trials)
-            # A sampler of its own for every trial: a search that was cut off goes on as if it had not been.
+            # A sampler for each trial, so that an interrupted search continues as if it had not been.
             self.study.sampler = _sampler(self.tuning.seed, done)
             if done == 1:
                 self.study.enqueue_trial(self._default())
@@ -85,7 +88,10 @@ class Search:
             try:
                 self._try(trial, mim, trials)
             except KeyboardInterrupt:
-                complain(f"{done} of {self.tuning.trials + 1} trials are finished; the same command goes on")
+                complain(
+                    f"{done} of {self.tuning.trials + 1} trials are finished; "
+                    "run the same command again to continue"
+                )
                 raise
         show(trials)
         console.print(f"Wrote tune.json and tune.md into {self.folder}/", soft_wrap=True)

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import QUICK, command
 
 from mim4dd import augment
 from mim4dd.augment import AugmentParams
@@ -49,6 +48,8 @@ def generator() -> torch.Generator:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A finished quick run, as a subprocess in an empty folder, with nothing but the defaults."""
+    from commands import QUICK, command  # the command line's packages, which not every test needs
+
     where = tmp_path_factory.mktemp("finished")
     done = command(*QUICK, "--ipc", "2", "--baselines", "random", "kmeans", "base", "full", cwd=where)
     assert done.returncode == 0, done.stderr

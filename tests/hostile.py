@@ -61,25 +61,25 @@ def layers(padding: int, relu: bool, pool: int) -> None:
     height, width = random.randint(3, 19), random.randint(10, 19)
     op = torch.ops.mim4dd
 
-    x, weight, grad = (
+    x, weight, grad_y = (
         torch.randn(*size)
         for size in ((batch, channels, height, width), (out, channels, 3, 3), (batch, out, height, width))
     )
     op.convolve(x, weight, False)
-    op.convolve(grad, weight, True)
-    op.convolve_by_weight(grad, x)
+    op.convolve(grad_y, weight, True)
+    op.convolve_grad_weight(grad_y, x)
 
     scale, bias = torch.randn(2, out)
-    y, *moments = op.instance_norm(grad, scale, bias, 1e-5, relu, pool)
-    by = op.instance_norm_backward(torch.randn_like(y), grad, scale, bias, *moments, relu, pool)
-    op.instance_norm_backward_twice(*by, torch.randn_like(y), grad, scale, bias, *moments, relu, pool)
+    y, *moments = op.instance_norm(grad_y, scale, bias, 1e-5, relu, pool)
+    grads = op.instance_norm_backward(torch.randn_like(y), grad_y, scale, bias, *moments, relu, pool)
+    op.instance_norm_backward_twice(*grads, torch.randn_like(y), grad_y, scale, bias, *moments, relu, pool)
 
     inputs = torch.randn(batch, few, height, width), torch.randn(9 * few, out), scale, bias
     y, *moments = op.first_block(*inputs, 1e-5, padding, relu, pool)
     for wanted in ((True, True), (True, False), (False, True)):
-        by = op.first_block_backward(torch.randn_like(y), *inputs, *moments, padding, relu, pool, *wanted)
-    of = [torch.randn_like(value) for value in inputs]
-    op.first_block_backward_twice(*of, torch.randn_like(y), *inputs, *moments, padding, relu, pool)
+        op.first_block_backward(torch.randn_like(y), *inputs, *moments, padding, relu, pool, *wanted)
+    grad_grads = [torch.randn_like(value) for value in inputs]
+    op.first_block_backward_twice(*grad_grads, torch.randn_like(y), *inputs, *moments, padding, relu, pool)
 
 
 def main() -> None:

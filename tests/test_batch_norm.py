@@ -56,13 +56,13 @@ def test_settled_statistics_do_not_depend_on_those_before():
     problem, images = bn_problem()
     network = problem.network()
     networks.initialise(network, generator(0, "w"))
-    problem.settle(network, generator(0, "statistics"))
+    problem.set_batch_norm_statistics(network, generator(0, "statistics"))
     expected = network(images)
     for before in (torch.nan, torch.inf, 5.0):  # what unset memory may hold
         for k in (0, 1):
             network.blocks[k][1].running_mean.fill_(before)
             network.blocks[k][1].running_var.fill_(before)
-        problem.settle(network, generator(0, "statistics"))
+        problem.set_batch_norm_statistics(network, generator(0, "statistics"))
         assert torch.equal(network(images), expected)
 
 
@@ -70,7 +70,7 @@ def test_settled_statistics_are_those_of_real_images():
     problem, _ = bn_problem()
     network = problem.network()
     networks.initialise(network, generator(0, "w"))
-    problem.settle(network, generator(0, "s"))
+    problem.set_batch_norm_statistics(network, generator(0, "s"))
     index = problem.real.sample(16, generator(0, "s")).flatten()
     assert len(index) == 160
     _, statistics = forward(network, problem.real.batch(index))

@@ -132,7 +132,7 @@ def test_the_profile_names_the_parts(method, monkeypatch, capsys, tmp_path):
     ("arguments", "message"),
     [
         ("--iterations 0", "--iterations: 0, expected at least 1"),
-        ("--device toaster", "--device toaster is not to be had here"),
+        ("--device toaster", "--device toaster is not available here"),
         ("--trace missing/trace.json", "No such file or directory"),
     ],
 )
@@ -280,11 +280,11 @@ def test_the_reporter_says_what_it_expects(monkeypatch, tmp_path, capsys):
     assert f"{path}: expected what --benchmark-json of a bench here writes" in capsys.readouterr().err
 
 
-GPU_TESTS = ("graph", "stacked", "on_gpu", "augment_cuda", "draw")
+GPU_TESTS = ("draw", "stacked", "graph", "on_gpu", "augment_cuda")
 GPU_TESTS += ("normalisation_kernels", "first_block_kernels", "kernels")
 STUB = """#!/usr/bin/env bash
 echo "$*" >> "$LOG"
-case "$*" in *"$FAILING"*) exit "$STATUS" ;; esac
+case "$*" in *"$FAILING"*) echo "FAILED $FAILING::test_a"; exit "$STATUS" ;; esac
 """
 
 
@@ -302,8 +302,10 @@ def test_gpu_script_runs_every_part_whatever_fails(tmp_path, failing, status, ex
     stub.write_text(STUB)
     stub.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(stub), "LOG": str(log), "FAILING": failing}
-    done = subprocess.run([ROOT / "bench/gpu.sh"], env={**environment, "STATUS": str(status)})
+    environment |= {"STATUS": str(status)}
+    done = subprocess.run([ROOT / "bench/gpu.sh"], env=environment, capture_output=True, text=True)
     assert done.returncode == expected
+    assert (f"FAILED {failing}::test_a" in done.stdout) == (failing != "nothing"), "what has failed is told"
     parts = re.findall(r"pip install|(?:tests|bench)/test_\w+|bench\.(?:report|profile)", log.read_text())
     benches = ("loop", "augment", "losses")
     after = [part for name in benches for part in (f"bench/test_{name}", "bench.report")]

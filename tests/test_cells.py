@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 from commands import parse
 
-from mim4dd.config import to_json
+from mim4dd.config_json import to_json
+from mim4dd.data import load
 from mim4dd.errors import InputError
+from mim4dd.seeding import generator
 from mim4dd.studies.cells import BaselineCell, Cell, refuse_others
+from mim4dd.synthetic import initialise
 
 
 def settings(options=""):
@@ -66,6 +69,12 @@ def test_a_baseline_is_the_same_for_all_runs_whose_real_images_are():
     others = ["--seed 1", "--validation 0.2", "--augmentation crop", "--width 8", "--network mlp"]
     for options in [*others, "--ipc 3", "--eval-epochs 7", "--num-eval 2"]:
         assert baseline(options) != first
+
+
+def test_a_set_that_is_not_of_a_run_is_refused(tmp_path):
+    initialise(load("digits")[0], 1, "real", generator(0, "init")).save(tmp_path / "synthetic.safetensors")
+    with pytest.raises(InputError, match="is not of a mim4dd run; remove its folder"):
+        Cell(tmp_path, settings()).found()
 
 
 @pytest.mark.parametrize("before", [None, '{"failed": "before"}'])

@@ -10,7 +10,7 @@ from commands import npz
 from PIL import Image
 
 from mim4dd import compare
-from mim4dd.config import to_json
+from mim4dd.config_json import to_json
 from mim4dd.errors import InputError
 from mim4dd.experiment import Experiment
 from mim4dd.options import read
@@ -238,7 +238,7 @@ def test_an_interrupted_cell_is_run_again(finished, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr("mim4dd.experiment.distill", interrupt)
         assert compare.main(command) == 130
-    assert "8 of 10 cells are finished; the same command goes on" in capsys.readouterr().err
+    assert "8 of 10 cells are finished; run the same command again to continue" in capsys.readouterr().err
     cut = finished / "cells" / "dm-w5-ipc1-seed1"
     assert [path.name for path in cut.iterdir()] == ["synthetic.safetensors"]
     assert "So far: 8 of 10 cells" in (finished / "compare.md").read_text()
@@ -396,7 +396,7 @@ def test_time_left_goes_by_the_cells_like_it():
         (["--mim-layers", "7"], "there is no layer 7"),
         (["--num-eval", "0"], "--num-eval is 0: nothing to compare"),
         (["--eval-archs", "mlp,vgg"], "unknown architecture in --eval-archs: 'vgg'"),
-        (["--device", "toaster"], "--device toaster is not to be had here"),
+        (["--device", "toaster"], "--device toaster is not available here"),
     ],
 )
 def test_bad_input_exits_with_2_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):

@@ -1,13 +1,18 @@
 import dataclasses
+import inspect
 import json
+import typing
 from pathlib import Path
 
 import pytest
 
-from mim4dd import config, presets
+from mim4dd import config, config_check, config_json, presets
+from mim4dd.compare import Comparison
 from mim4dd.config import Config, DataConfig, DistillConfig, EvalConfig, MimConfig
 from mim4dd.errors import InputError
 from mim4dd.objectives import TrajectoryConfig
+from mim4dd.run import RunConfig
+from mim4dd.studies.tuning import Tuning
 
 
 def settings(**parts) -> Config:
@@ -64,18 +69,23 @@ def test_json_round_trip(tmp_path):
         eval=EvalConfig(baselines=("random", "full"), eval_archs=("mlp", "vgg11")),
     )
     elsewhere = dataclasses.replace(original, out=Path("there"), overwrite=True)
-    assert config.from_json(config.to_json(elsewhere), "a file") == elsewhere
+    assert config_json.from_json(config_json.to_json(elsewhere), "a file") == elsewhere
     # Where an earlier run has written is not where the next one is to write.
-    for content in (config.to_json(original), {"config": config.to_json(elsewhere), "accuracy_mean": 0.5}):
+    for content in (
+        config_json.to_json(original),
+        {"config": config_json.to_json(elsewhere), "accuracy_mean": 0.5},
+    ):
         path = tmp_path / "settings.json"
         path.write_text(json.dumps(content))
-        assert config.read_config(path) == original
+        assert config_json.read_config(path) == original
 
 
 def test_partial_files_keep_the_defaults(tmp_path):
     path = tmp_path / "settings.json"
     path.write_text('{"distill": {"ipc": 3}, "seed": 9}')
-    assert config.read_config(path) == dataclasses.replace(Config(), distill=DistillConfig(ipc=3), seed=9)
+    assert config_json.read_config(path) == dataclasses.replace(
+        Config(), distill=DistillConfig(ipc=3), seed=9
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,9 +110,9 @@ def test_bad_files_are_named(tmp_path, content, message):
     path = tmp_path / "settings.json"
     path.write_text(content)
     with pytest.raises(InputError, match=message):
-        config.read_config(path)
+        config_json.read_config(path)
     with pytest.raises(InputError, match=r"cannot be read \(No such file"):
-        config.read_config(tmp_path / "missing.json")
+        config_json.read_config(tmp_path / "missing.json")
 
 
 @pytest.mark.parametrize(
@@ -115,8 +125,14 @@ def test_bad_files_are_named(tmp_path, content, message):
         ({"distill": DistillConfig(image_lr=float("nan"))}, "--image-lr is nan, expected a positive number"),
         ({"distill": DistillConfig(image_lr=1e300)}, "--image-lr is 1e\\+300, expected a positive number"),
         ({"distill": DistillConfig(image_lr=-1)}, "--image-lr is -1, expected a positive number"),
-        ({"distill": DistillConfig(image_momentum=-0.5)}, "--image-momentum is -0.5, expected 0 up to 1"),
-        ({"distill": DistillConfig(image_momentum=1)}, "--image-momentum is 1, expected 0 up to 1"),
+        (
+            {"distill": DistillConfig(image_momentum=-0.5)},
+            "--image-momentum is -0.5, expected at least 0 and below 1",
+        ),
+        (
+            {"distill": DistillConfig(image_momentum=1)},
+            "--image-momentum is 1, expected at least 0 and below 1",
+        ),
         ({"distill": DistillConfig(augmentation="color_shear")}, "unknown part 'shear'"),
         ({"mim": MimConfig(mim_weight=float("inf"))}, "--mim-weight is inf, expected a number of at least 0"),
         ({"mim": MimConfig(mim_weight=-2.0)}, "--mim-weight is -2.0, expected a number of at least 0"),
@@ -124,12 +140,12 @@ def test_bad_files_are_named(tmp_path, content, message):
         ({"mim": MimConfig(mim_noise_ratio=2.0)}, "only --mim-loss nce has one, and it is info-nce"),
         ({"mim": MimConfig(mim_layers="first")}, "--mim-layers is 'first', expected all, last or indices"),
         ({"eval": EvalConfig(eval_epochs=0)}, "--eval-epochs is 0, expected a number of at least 1"),
-        ({"data": DataConfig(validation=1.0)}, "--validation is 1.0, expected a share"),
+        ({"data": DataConfig(validation=1.0)}, "--validation is 1.0, expected a fraction of at least 0"),
     ],
 )
 def test_impossible_settings_are_refused(parts, message):
     with pytest.raises(InputError, match=message):
-        config.check(Config(**parts))
+        config_check.check(Config(**parts))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +171,7 @@ def test_impossible_settings_are_refused(parts, message):
 def test_a_number_that_is_too_small_is_refused(part, kind, setting, too_small):
     option = f"--{setting.replace('_', '-')} is {too_small}, expected"
     with pytest.raises(InputError, match=option):
-        config.check(Config(**{part: kind(**{setting: too_small})}))
+        config_check.check(Config(**{part: kind(**{setting: too_small})}))
 
 
 def test_the_defaults_are_what_the_help_says():
@@ -208,3 +224,13 @@ def test_the_published_protocol_counts_updates_by_method():
     assert [iterations("dsa", ipc) for ipc in (1, 10, 50)] == [1000, 10_000, 50_000]
     assert iterations("dsa", 10, factor=2) == 40_000, "the networks see 40 images a class"
     assert iterations("mtt", 10) == 5000
+
+
+@pytest.mark.parametrize("settings", [RunConfig, Comparison, Tuning])
+def test_the_help_of_an_option_is_one_paragraph(settings):
+    """tyro joins the lines of a description, but for those that begin with no letter."""
+    kinds = [kind for kind in typing.get_type_hints(settings).values() if dataclasses.is_dataclass(kind)]
+    docs = [inspect.getdoc(base) for kind in (settings, *kinds) for base in kind.__mro__ if base.__doc__]
+    wrapped = [line.strip() for doc in docs for line in doc.splitlines() if line.startswith(" " * 8)]
+    assert len(wrapped) > 20
+    assert [line for line in wrapped if not line[0].isalpha()] == []

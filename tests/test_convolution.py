@@ -100,9 +100,9 @@ def test_autocast_is_obeyed():
 def test_the_operators_keep_to_what_they_declare():
     inputs = [t.detach() for t in case((2, 32, 64, 5, 7))]
     torch.library.opcheck(torch.ops.mim4dd.convolve, (*inputs, False))
-    grad = torch.ops.mim4dd.convolve(*inputs, False)
-    torch.library.opcheck(torch.ops.mim4dd.convolve, (grad, inputs[1], True))
-    torch.library.opcheck(torch.ops.mim4dd.convolve_by_weight, (grad, inputs[0]))
+    grad_y = torch.ops.mim4dd.convolve(*inputs, False)
+    torch.library.opcheck(torch.ops.mim4dd.convolve, (grad_y, inputs[1], True))
+    torch.library.opcheck(torch.ops.mim4dd.convolve_grad_weight, (grad_y, inputs[0]))
 
 
 def test_wrong_channels_are_refused():

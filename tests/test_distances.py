@@ -208,3 +208,15 @@ def test_distribution_distance_names_bad_input():
         distribution_distance(torch.zeros(1, 3), torch.zeros(1, 4), torch.zeros(1), torch.zeros(1))
     with pytest.raises(ValueError, match=r"synthetic_labels is \[2\], expected \[1\]"):
         distribution_distance(torch.zeros(1, 3), torch.zeros(1, 3), torch.zeros(1), torch.zeros(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(generator, dtype):
+    """Sums of these are beyond float16, and means of so many beyond the precision of bfloat16."""
+    real, synthetic = (300 * torch.rand(n, 40, generator=generator).to(dtype) for n in (600, 20))
+    labels = torch.arange(2).repeat_interleave(300), torch.arange(2).repeat_interleave(10)
+    distance = distribution_distance(real, synthetic, *labels)
+    close(distance, distribution_distance(real.float(), synthetic.float(), *labels))
+    for metric in ("rowwise", "mse", "cosine"):
+        distance = gradient_distance([real[:20]], [synthetic], metric)
+        close(distance, gradient_distance([real[:20].float()], [synthetic.float()], metric))

@@ -12,7 +12,7 @@ from commands import QUICK, npz, parse
 from conftest import close
 
 from mim4dd import augment, networks, run, stacked
-from mim4dd.config import to_json
+from mim4dd.config_json import to_json
 from mim4dd.data import load
 from mim4dd.evaluate import main
 from mim4dd.evaluation import Protocol, Score, accuracy, evaluate, train
@@ -174,7 +174,7 @@ def test_batches_cover_every_image_once_an_epoch(monkeypatch, digits):
 def test_evaluate_scores_a_saved_set(finished, capsys):
     folder, _ = finished
     path = str(folder / "synthetic.safetensors")
-    assert main([path, "--num-eval", "1", "--architectures", "convnet,mlp"]) == 0
+    assert main([path, "--num-eval", "1", "--eval-archs", "convnet,mlp"]) == 0
     out = capsys.readouterr().out
     result = json.loads((folder / "result.json").read_text())
     assert f"convnet │ {100 * result['accuracies'][0]:.1f}" in out, "the same seed gives the same accuracy"
@@ -185,8 +185,8 @@ def test_evaluate_scores_a_saved_set(finished, capsys):
     ("arguments", "message"),
     [
         (["--num-eval", "0"], "--num-eval is 0, expected at least 1"),
-        (["--architectures", "mpl"], "unknown architecture 'mpl', did you mean mlp"),
-        (["--device", "toaster"], "--device toaster is not to be had here"),
+        (["--eval-archs", "mpl"], "unknown architecture in --eval-archs: 'mpl', did you mean mlp"),
+        (["--device", "toaster"], "--device toaster is not available here"),
     ],
 )
 def test_evaluate_refuses_bad_input(finished, capsys, arguments, message):
@@ -223,7 +223,7 @@ def test_a_saved_set_is_scored_by_its_own_settings_and_those_given(digits, tmp_p
     saved = dataclasses.replace(start, **own, metadata=metadata)
     saved.save(tmp_path / "synthetic.safetensors")
     assert main([str(tmp_path), "--device", "cpu"]) == 0
-    given = "--eval-epochs 7 --seed 4 --num-eval 2 --precision bf16 --data-dir here --architectures lenet"
+    given = "--eval-epochs 7 --seed 4 --num-eval 2 --precision bf16 --data-dir here --eval-archs lenet"
     assert main([str(tmp_path), "--device", "cpu", *given.split()]) == 0
 
     assert loads == [("digits", Path("there"), None), ("digits", Path("here"), None)]
@@ -246,7 +246,7 @@ def test_a_saved_set_is_scored_by_its_own_settings_and_those_given(digits, tmp_p
 def test_scores_go_into_a_file_too(finished, tmp_path, capsys):
     folder, _ = finished
     out = tmp_path / "scores.json"
-    arguments = [str(folder), "--num-eval", "2", "--eval-epochs", "1", "--architectures", "mlp,lenet"]
+    arguments = [str(folder), "--num-eval", "2", "--eval-epochs", "1", "--eval-archs", "mlp,lenet"]
     assert main([*arguments, "--out", str(out)]) == 0
     scores, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert [*scores] == ["mlp", "lenet"]
@@ -256,7 +256,8 @@ def test_scores_go_into_a_file_too(finished, tmp_path, capsys):
     assert main([*arguments, "--out", str(tmp_path / "nowhere" / "scores.json")]) == 2
     assert main([*arguments, "--out", str(out)]) == 2
     printed = capsys.readouterr()
-    assert printed.err.count("is there already, or its folder is not") == 2
+    assert f"nowhere/scores.json: there is no folder {tmp_path / 'nowhere'}" in printed.err
+    assert f"--out {out} exists already" in printed.err
     assert printed.out == "", "before any work"
 
 
@@ -265,7 +266,7 @@ def test_a_set_that_was_cut_off_before_its_soft_labels_says_so(digits, tmp_path,
     metadata = {"config": to_json(parse(["--quick", "--soft-labels"]))}
     dataclasses.replace(start, metadata=metadata).save(tmp_path / "synthetic.safetensors")
     assert main([str(tmp_path), "--num-eval", "1", "--eval-epochs", "1"]) == 0
-    assert "was cut off before its soft labels were made" in capsys.readouterr().err
+    assert "was interrupted before its soft labels were made" in capsys.readouterr().err
 
 
 def test_a_run_is_found_by_its_folder_and_a_set_without_settings_refused(finished, tmp_path, capsys):
@@ -289,7 +290,8 @@ def test_the_data_of_a_run_may_move_but_not_change(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert main(["../there/out", *brief]) == 2
     assert (
-        "no such file or folder; if the run's data moved, name it with --dataset" in capsys.readouterr().err
+        "no such file or folder; check the path; if the run's data moved, name it with --dataset"
+        in capsys.readouterr().err
     )
     assert main(["../there/out", *brief, "--dataset", "../there/data.npz"]) == 0
     monkeypatch.chdir(tmp_path / "there")

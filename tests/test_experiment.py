@@ -11,6 +11,7 @@ from conftest import close
 from mim4dd import experiment, runner
 from mim4dd.data import load
 from mim4dd.data.clusters import cluster_labels, image_for_each, kmeans_centres
+from mim4dd.distill import DivergenceError
 from mim4dd.evaluation import Score
 from mim4dd.experiment import Experiment
 from mim4dd.networks import memory
@@ -27,7 +28,7 @@ def prepare(options="", load=load):
 
 @pytest.fixture
 def brief_students(monkeypatch):
-    monkeypatch.setattr("mim4dd.objectives.own_networks.STUDENT_EPOCHS", (3, 3))
+    monkeypatch.setattr("mim4dd.objectives.term_networks.STUDENT_EPOCHS", (3, 3))
 
 
 @pytest.fixture
@@ -261,3 +262,16 @@ def test_the_base_baseline_is_a_run_without_the_term(evaluated, brief_students):
     assert torch.equal(base, distilled(" --mim-weight 0")[1].images)
     assert torch.equal(scored, ours.images)
     assert not torch.equal(base, ours.images)
+
+
+def test_a_base_method_that_diverges_alone_is_left_out(monkeypatch, evaluated, capsys):
+    prepared = prepare("--iterations 1 --num-eval 1 --baselines random base")
+
+    def diverges(*_, with_mim):
+        raise DivergenceError("the loss is nan")
+
+    monkeypatch.setattr(Experiment, "distill", diverges)
+    score, baselines = runner.evaluations(prepared, prepared.start)
+    assert score is not None
+    assert [*baselines] == ["random"]
+    assert "the base method alone is not evaluated: the loss is nan" in capsys.readouterr().err

@@ -4,9 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from mim4dd.errors import InputError
-from mim4dd.files import atomic, cache_folder, make_folder
+from mim4dd.files import atomic, cache_folder, exclusive, make_folder
 
 
 @pytest.mark.parametrize(
@@ -52,3 +53,24 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with atomic(path) as temporary:
         temporary.write_text("new")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("result.json", "new")]
+
+
+def test_one_process_at_a_time_runs_in_a_folder(tmp_path, monkeypatch):
+    with exclusive(tmp_path):
+        with (
+            pytest.raises(InputError, match=f"another process is running in {tmp_path}; wait"),
+            exclusive(tmp_path),
+        ):
+            pass
+        with pytest.raises(InputError), exclusive(tmp_path):  # the one that was refused has not let go of it
+            pass
+    assert [*tmp_path.iterdir()] == [], "nothing is left behind"
+    with exclusive(tmp_path):
+        pass
+
+    def unsupported(lock):
+        raise NotImplementedError
+
+    monkeypatch.setattr(FileLock, "acquire", unsupported)
+    with exclusive(tmp_path), exclusive(tmp_path):  # where a file system has no locks, there is none
+        pass

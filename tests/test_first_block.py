@@ -94,10 +94,12 @@ def test_a_gradient_that_nobody_used_is_one_of_zeros():
     x, weight, scale, bias = (t.detach() for t in case((2, 3, 64, 16, 16, 1)))
     tensors = x, weight.flatten(1).t().contiguous(), scale, bias
     y, *moments = torch.ops.mim4dd.first_block(*tensors, EPS, 1, True, 2)
-    of_others = [torch.randn_like(t) for t in tensors[1:]]
+    grad_grad_others = [torch.randn_like(t) for t in tensors[1:]]
     without, with_zeros = (
-        torch.ops.mim4dd.first_block_backward_twice(of_x, *of_others, y, *tensors, *moments, 1, True, 2)
-        for of_x in (x.new_empty(0), torch.zeros_like(x))
+        torch.ops.mim4dd.first_block_backward_twice(
+            grad_grad_x, *grad_grad_others, y, *tensors, *moments, 1, True, 2
+        )
+        for grad_grad_x in (x.new_empty(0), torch.zeros_like(x))
     )
     for ours, theirs in zip(without, with_zeros, strict=True):
         close(ours, theirs, 1e-5)

@@ -86,18 +86,18 @@ def check(x, weight, scale, bias, padding, relu, pool, tolerance=None, loose=Non
     agree(mean, expected_mean, exact)
     agree(rstd, (variance + EPS).rsqrt(), exact)
 
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    by_taps, by_scale, by_bias = first_block.backward(
-        grad, x, taps, scale, bias, mean, rstd, padding, relu, pool
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    grad_taps, grad_scale, grad_bias = first_block.backward(
+        grad_out, x, taps, scale, bias, mean, rstd, padding, relu, pool
     )
-    assert by_taps.shape == (len(x), *taps.shape)
-    assert by_scale.shape == by_bias.shape == (len(x), len(scale))
-    assert by_taps.dtype == by_scale.dtype == by_bias.dtype == torch.float32
-    wanted = torch.autograd.grad(expected, leaves, grad.double())
-    agree(by_taps.sum(0).t().reshape(weight.shape), wanted[0], loose)
-    agree(by_scale.sum(0), wanted[1], loose)
-    agree(by_bias.sum(0), wanted[2], loose)
-    return out, mean, rstd, by_taps, by_scale, by_bias
+    assert grad_taps.shape == (len(x), *taps.shape)
+    assert grad_scale.shape == grad_bias.shape == (len(x), len(scale))
+    assert grad_taps.dtype == grad_scale.dtype == grad_bias.dtype == torch.float32
+    wanted = torch.autograd.grad(expected, leaves, grad_out.double())
+    agree(grad_taps.sum(0).t().reshape(weight.shape), wanted[0], loose)
+    agree(grad_scale.sum(0), wanted[1], loose)
+    agree(grad_bias.sum(0), wanted[2], loose)
+    return out, mean, rstd, grad_taps, grad_scale, grad_bias
 
 
 def open_or_shut(bias):
@@ -143,9 +143,9 @@ def test_shut_rectifiers_let_nothing_through():
     scale[:8], bias[:4] = 0, 0  # an input of exactly 0 is shut
     taps = weight.flatten(1).t()
     out, *saved = first_block.forward(x, taps, scale, bias, EPS, padding, True, 1)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    ours = first_block.backward(grad, x, taps, scale, bias, *saved, padding, True, 1)
-    theirs = first_block.backward(grad * (out > 0), x, taps, scale, bias, *saved, padding, False, 1)
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    ours = first_block.backward(grad_out, x, taps, scale, bias, *saved, padding, True, 1)
+    theirs = first_block.backward(grad_out * (out > 0), x, taps, scale, bias, *saved, padding, False, 1)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert not ours[2][:, :4].any()
 
@@ -191,8 +191,8 @@ def test_gradients_of_any_strides():
     x, weight, scale, bias, padding = case(SHAPES[1])
     taps = weight.flatten(1).t().contiguous()
     out, *saved = first_block.forward(x, taps, scale, bias, EPS, padding, True, 2)
-    for grad in (torch.ones_like(out).contiguous(), torch.ones((), device=DEVICE).expand(out.shape)):
-        actual = first_block.backward(grad, x, taps, scale, bias, *saved, padding, True, 2)
+    for grad_out in (torch.ones_like(out).contiguous(), torch.ones((), device=DEVICE).expand(out.shape)):
+        actual = first_block.backward(grad_out, x, taps, scale, bias, *saved, padding, True, 2)
         expected = first_block.backward(torch.ones_like(out), x, taps, scale, bias, *saved, padding, True, 2)
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
@@ -218,9 +218,11 @@ def test_no_images():
     taps = weight.flatten(1).t()
     out, *saved = first_block.forward(x, taps, scale, bias, EPS, padding, True, 2)
     assert out.shape == (0, 32, 4, 4)
-    by_taps, by_scale, by_bias = first_block.backward(out, x, taps, scale, bias, *saved, padding, True, 2)
-    assert by_taps.shape == (0, 9, 32)
-    assert by_scale.shape == by_bias.shape == (0, 32)
+    grad_taps, grad_scale, grad_bias = first_block.backward(
+        out, x, taps, scale, bias, *saved, padding, True, 2
+    )
+    assert grad_taps.shape == (0, 9, 32)
+    assert grad_scale.shape == grad_bias.shape == (0, 32)
 
 
 def test_runs_are_identical():

@@ -20,9 +20,9 @@ from mim4dd.objectives import (
     Matched,
     MutualInformation,
     Objective,
+    ThroughTermNetworks,
     TrainedOnSynthetic,
-    own_networks,
-    through,
+    term_networks,
 )
 from mim4dd.seeding import generator
 
@@ -133,8 +133,8 @@ def test_a_replayed_distillation_is_the_same(method, stand_in, tmp_path, monkeyp
 
 @pytest.fixture
 def short_students(monkeypatch):
-    monkeypatch.setattr(own_networks, "STUDENT_EVERY", 3)
-    monkeypatch.setattr(own_networks, "STUDENT_EPOCHS", (4, 6))
+    monkeypatch.setattr(term_networks, "STUDENT_EVERY", 3)
+    monkeypatch.setattr(term_networks, "STUDENT_EPOCHS", (4, 6))
 
 
 def test_students_are_replayed_too(stand_in, short_students, monkeypatch):
@@ -149,7 +149,7 @@ def with_students(device="cpu", **from_there):
     problem, start = digits_problem()
     real, labels = problem.real.to(device), problem.labels.to(device)
     problem = dataclasses.replace(problem, real=real, labels=labels, layers=(0, 1), augmentation="crop")
-    objective = through(TrainedOnSynthetic(problem), METHODS["dm"].objective(problem), problem)
+    objective = ThroughTermNetworks(TrainedOnSynthetic(problem), METHODS["dm"].objective(problem), problem)
     term = MutualInformation(loss="info_nce", weight=10.0, layers="all", temperature=0.03)
     looks = []
     settings = {"iterations": 15, "lr": 1.0, "momentum": 0.5, "mutual_information": term}
@@ -276,7 +276,7 @@ def test_an_objective_of_ones_own_is_never_recorded(stand_in):
 def test_a_graph_gives_what_single_launches_give(method, device, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # that a step cannot be recorded
+        warnings.filterwarnings("error", ".*cannot be recorded")
         replayed, _ = distilled(method, tmp_path, device, iterations=6)
     monkeypatch.setattr(graph, "WARM_UP", 10**9)
     plain, _ = distilled(method, tmp_path, device, iterations=6)

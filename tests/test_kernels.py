@@ -268,10 +268,11 @@ def test_autotune_leaves_a_damaged_file_or_one_of_another_table_alone(monkeypatc
     cpu = torch.device("cpu")
     autotune.tuned("kind", [], "tf32", 4, cpu, None)
     (file,) = tmp_path.glob("*.json")
-    file.write_text(file.read_text()[:-5])
-    monkeypatch.setattr(autotune, "_known", {})
-    autotune.tuned("kind", [], "tf32", 4, cpu, None)
-    assert json.loads(file.read_text()) == {"kind": {}}
+    for damaged in (file.read_text()[:-5], "[]"):
+        file.write_text(damaged)
+        monkeypatch.setattr(autotune, "_known", {})
+        autotune.tuned("kind", [], "tf32", 4, cpu, None)
+        assert json.loads(file.read_text()) == {"kind": {}}
     monkeypatch.setattr(launch, "TABLES", {})
     autotune.tuned("kind", [], "tf32", 4, cpu, None)
     assert len([*tmp_path.glob("*.json")]) == 2

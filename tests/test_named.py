@@ -315,8 +315,14 @@ def server(tmp_path, monkeypatch):
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    unsent = ""  # a header that this server keeps to itself
+
     def log_message(self, *args):
         pass
+
+    def send_header(self, keyword, value):
+        if keyword != self.unsent:
+            super().send_header(keyword, value)
 
 
 def test_fetching_fills_the_cache_once(server, tmp_path):
@@ -326,6 +332,28 @@ def test_fetching_fills_the_cache_once(server, tmp_path):
     for file in server.iterdir():
         file.unlink()
     assert torch.equal(load("kmnist")[0].images, fetched.images)
+
+
+def test_fetching_says_so_in_a_line_for_each_file(server, tmp_path, capsys):
+    load("kmnist")
+    printed = capsys.readouterr()
+    folder = tmp_path / "cache" / "mim4dd" / "kmnist"
+    assert printed.out == ""
+    for line, stem in zip(printed.err.splitlines(), IDX_STEMS, strict=True):
+        assert line.startswith("fetching http://127.0.0.1:")
+        assert line.endswith(f"/{stem}-ubyte.gz into {folder}")
+    load("kmnist")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("unsent", ["", "Content-Length"])
+def test_a_terminal_shows_how_far_fetching_is(server, monkeypatch, capsys, unsent):
+    monkeypatch.setattr(QuietHandler, "unsent", unsent)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    load("kmnist")
+    done = (server / "train-images-idx3-ubyte.gz").stat().st_size / 1000
+    assert f"{done:.1f}/{'?' if unsent else f'{done:.1f}'} kB" in capsys.readouterr().err
 
 
 def test_wrong_sum_leaves_nothing_behind(server, tmp_path):

@@ -66,16 +66,17 @@ def check(x, relu, pool, tolerance=1e-5):
     """Compare all three functions; `tolerance` is that of float32."""
     batch, channels, height, width = x.shape
     weight, bias = parameters(x)
-    grad = random(batch, channels, height // pool, width // pool, dtype=x.dtype, seed=3)
-    of_x = random(*x.shape, dtype=x.dtype, seed=4)
-    of_weight, of_bias = random(batch, channels, seed=5), random(batch, channels, seed=6)
+    grad_out = random(batch, channels, height // pool, width // pool, dtype=x.dtype, seed=3)
+    grad_grad_x = random(*x.shape, dtype=x.dtype, seed=4)
+    grad_grad_weight, grad_grad_bias = random(batch, channels, seed=5), random(batch, channels, seed=6)
     # Gradients image by image are those of a weight and a bias for each image.
-    x64, grad64 = x.double().requires_grad_(), grad.double().requires_grad_()
+    x64, grad_out64 = x.double().requires_grad_(), grad_out.double().requires_grad_()
     weight64, bias64 = (value.double().repeat(batch, 1).requires_grad_() for value in (weight, bias))
     expected = plain(x64, weight64, bias64, relu, pool)
-    first = torch.autograd.grad(expected, [x64, weight64, bias64], grad64, create_graph=True)
-    product = sum((a * b).sum() for a, b in zip(first, (of_x, of_weight, of_bias), strict=True))
-    second = torch.autograd.grad(product, [grad64, x64, weight64])
+    first = torch.autograd.grad(expected, [x64, weight64, bias64], grad_out64, create_graph=True)
+    grad_grads = grad_grad_x, grad_grad_weight, grad_grad_bias
+    product = sum((a * b).sum() for a, b in zip(first, grad_grads, strict=True))
+    second = torch.autograd.grad(product, [grad_out64, x64, weight64])
     rounded = max(tolerance, TOLERANCE[x.dtype])
 
     out, mean, rstd = normalisation.forward(x, weight, bias, EPS, relu, pool)
@@ -84,17 +85,16 @@ def check(x, relu, pool, tolerance=1e-5):
     agree(rstd, (x64.var((2, 3), correction=0) + EPS).rsqrt(), tolerance)
     largest = rstd.max()
     saved = x, weight, bias, mean, rstd
-    by_x, by_weight, by_bias = normalisation.backward(grad, *saved, relu, pool)
-    agree(by_x, first[0], rounded, largest)
-    agree(by_weight, first[1], tolerance, 1.0)
-    agree(by_bias, first[2], tolerance)
-    by_grad, by_x, by_weight = normalisation.backward_twice(
-        of_x, of_weight, of_bias, grad, *saved, relu, pool
-    )
-    agree(by_grad, second[0], rounded, largest)
-    agree(by_x, second[1], rounded, largest)
-    agree(by_weight, second[2], tolerance, largest)
-    for value in (out, by_x, by_grad):
+    grad_x, grad_weight, grad_bias = normalisation.backward(grad_out, *saved, relu, pool)
+    agree(grad_x, first[0], rounded, largest)
+    agree(grad_weight, first[1], tolerance, 1.0)
+    agree(grad_bias, first[2], tolerance)
+    twice = normalisation.backward_twice(*grad_grads, grad_out, *saved, relu, pool)
+    grad_grad_out, grad_x, grad_weight = twice
+    agree(grad_grad_out, second[0], rounded, largest)
+    agree(grad_x, second[1], rounded, largest)
+    agree(grad_weight, second[2], tolerance, largest)
+    for value in (out, grad_x, grad_grad_out):
         assert value.dtype == x.dtype
         assert value.is_contiguous(memory_format=torch.channels_last)
 
@@ -137,25 +137,28 @@ def test_blocks_that_differ_in_mean():
     check(x, False, 2)
 
 
-def calls(x, grad, of_x, pool=2):
+def calls(x, grad_out, grad_grad_x, pool=2):
     """What all three functions return."""
     weight, bias = random(x.shape[1], seed=1), random(x.shape[1], seed=2)
-    of_weight, of_bias = random(*x.shape[:2], seed=5), random(*x.shape[:2], seed=6)
+    grad_grad_weight, grad_grad_bias = random(*x.shape[:2], seed=5), random(*x.shape[:2], seed=6)
     out, mean, rstd = normalisation.forward(x, weight, bias, EPS, True, pool)
     saved = x, weight, bias, mean, rstd, True, pool
-    first = normalisation.backward(grad, *saved)
-    return [out, mean, rstd, *first, *normalisation.backward_twice(of_x, of_weight, of_bias, grad, *saved)]
+    first = normalisation.backward(grad_out, *saved)
+    second = normalisation.backward_twice(grad_grad_x, grad_grad_weight, grad_grad_bias, grad_out, *saved)
+    return [out, mean, rstd, *first, *second]
 
 
 def test_bits_do_not_depend_on_the_layout_of_the_maps_or_on_the_run():
     shape = 2, 20, 10, 12
-    x, of_x = random(*shape), random(*shape, seed=4)
-    grad = random(1, 20, 1, 6, seed=3).expand(2, 20, 5, 6)
+    x, grad_grad_x = random(*shape), random(*shape, seed=4)
+    grad_out = random(1, 20, 1, 6, seed=3).expand(2, 20, 5, 6)
     wider = [
-        torch.stack([value, torch.full_like(value, torch.nan)], 4).flatten(3)[..., ::2] for value in (x, of_x)
+        torch.stack([value, torch.full_like(value, torch.nan)], 4).flatten(3)[..., ::2]
+        for value in (x, grad_grad_x)
     ]
-    last = [value.contiguous(memory_format=torch.channels_last) for value in (x, grad, of_x)]
-    outcomes = [calls(x, grad, of_x), calls(wider[0], grad, wider[1]), calls(*last), calls(*last)]
+    given = x, grad_out, grad_grad_x
+    last = [value.contiguous(memory_format=torch.channels_last) for value in given]
+    outcomes = [calls(*given), calls(wider[0], grad_out, wider[1]), calls(*last), calls(*last)]
     for values in zip(*outcomes, strict=True):
         assert values[0].isfinite().all()
         assert all(torch.equal(values[0], value) for value in values[1:])
@@ -163,11 +166,11 @@ def test_bits_do_not_depend_on_the_layout_of_the_maps_or_on_the_run():
 
 def test_not_a_number_stays_in_its_channel():
     shape = 2, 3, 8, 8
-    x, grad, of_x = random(*shape), random(2, 3, 4, 4, seed=3), random(*shape, seed=4)
+    x, grad_out, grad_grad_x = random(*shape), random(2, 3, 4, 4, seed=3), random(*shape, seed=4)
     x[1, 2, 5, 5] = torch.nan
-    for index, value in enumerate(calls(x, grad, of_x)):
+    for index, value in enumerate(calls(x, grad_out, grad_grad_x)):
         broken = value.isnan().reshape(2, 3, -1)
-        # The gradient by the bias counts what passes the ReLU, as not-a-number does.
+        # The gradient of the bias counts what passes the ReLU, as not-a-number does.
         assert broken[1, 2].all() or index == 5
         broken[1, 2] = False
         assert not broken.any()
@@ -175,26 +178,27 @@ def test_not_a_number_stays_in_its_channel():
 
 def test_parameters_of_any_strides():
     """As `torch.vmap` makes them, repeated or from the midst of others."""
-    x, grad = random(2, 6, 8, 8), random(2, 6, 4, 4, seed=3)
+    x, grad_out = random(2, 6, 8, 8), random(2, 6, 4, 4, seed=3)
     weight, bias = random(12, seed=5)[::2], random(1, seed=6).expand(6)
     _, mean, rstd = normalisation.forward(x, weight, bias, EPS, True, 2)
     strided = mean.t().contiguous().t()
     found = [
         *normalisation.forward(x, weight, bias, EPS, True, 2),
-        *normalisation.backward(grad, x, weight, bias, strided, rstd, True, 2),
-        *normalisation.backward_twice(x, strided, mean, grad, x, weight, bias, mean, rstd, True, 2),
+        *normalisation.backward(grad_out, x, weight, bias, strided, rstd, True, 2),
+        *normalisation.backward_twice(x, strided, mean, grad_out, x, weight, bias, mean, rstd, True, 2),
     ]
     weight, bias = weight.contiguous(), bias.contiguous()
     expected = [
         *normalisation.forward(x, weight, bias, EPS, True, 2),
-        *normalisation.backward(grad, x, weight, bias, mean, rstd, True, 2),
-        *normalisation.backward_twice(x, mean, mean, grad, x, weight, bias, mean, rstd, True, 2),
+        *normalisation.backward(grad_out, x, weight, bias, mean, rstd, True, 2),
+        *normalisation.backward_twice(x, mean, mean, grad_out, x, weight, bias, mean, rstd, True, 2),
     ]
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("pool", [1, 2])
 def test_no_images(pool):
-    x, grad = random(0, 6, 9, 8), random(0, 6, 9 // pool, 8 // pool)
-    shapes = [value.shape for value in calls(x, grad, x, pool)]
-    assert shapes == [grad.shape, (0, 6), (0, 6), x.shape, (0, 6), (0, 6), grad.shape, x.shape, (0, 6)]
+    x, grad_out = random(0, 6, 9, 8), random(0, 6, 9 // pool, 8 // pool)
+    shapes = [value.shape for value in calls(x, grad_out, x, pool)]
+    pooled, values = grad_out.shape, (0, 6)
+    assert shapes == [pooled, values, values, x.shape, values, values, pooled, x.shape, values]

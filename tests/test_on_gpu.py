@@ -50,10 +50,10 @@ def test_convolutions_by_groups(groups, size):
     x.requires_grad_()
     weight.requires_grad_()
     y = F.conv2d(x, weight, padding=1, groups=groups)
-    by_x, by_weight = torch.autograd.grad(y, (x, weight), grad_y)
+    grad_x, grad_weight = torch.autograd.grad(y, (x, weight), grad_y)
     agree(on_gpu._convolve(x, weight, False, groups), y)
-    agree(on_gpu._convolve(grad_y, weight, True, groups), by_x)
-    agree(on_gpu._convolve_by_weight(grad_y, x, groups), by_weight)
+    agree(on_gpu._convolve(grad_y, weight, True, groups), grad_x)
+    agree(on_gpu._convolve_grad_weight(grad_y, x, groups), grad_weight)
 
 
 @pytest.mark.parametrize("used", [True, False])
@@ -61,10 +61,10 @@ def test_convolutions_by_groups(groups, size):
 def test_gradients_of_the_first_block(groups, used):
     """Against those of the plain formula; every ReLU is open, for roundings may open one on one side only.
 
-    Also where nobody used the gradient by the images.
+    Also where nobody used the gradient of the images.
     """
     batch, channels, out, padding = 2, 2, 32 * groups, 1
-    x, weight, scale, bias, grad_y, of_x, of_weight, of_scale, of_bias = random(
+    x, weight, scale, bias, grad_y, grad_grad_x, grad_grad_weight, grad_grad_scale, grad_grad_bias = random(
         (batch, channels * groups, 6, 9),
         (out, channels, 3, 3),
         (out,),
@@ -87,18 +87,18 @@ def test_gradients_of_the_first_block(groups, used):
         return reference(convolved, scale, bias, EPS, True, 2)
 
     first = torch.autograd.grad(plain(*leaves[1:]), leaves[1:], leaves[0], create_graph=True)
-    upstream = of_x * used, of_weight, of_scale, of_bias
-    mixture = sum((one * of.double()).sum() for one, of in zip(first, upstream, strict=True))
+    upstream = grad_grad_x * used, grad_grad_weight, grad_grad_scale, grad_grad_bias
+    mixture = sum((one * other.double()).sum() for one, other in zip(first, upstream, strict=True))
     twice = torch.autograd.grad(mixture, leaves[:4])
 
     kernels, _ = on_gpu._kernels()
     _, mean, rstd = kernels.forward(x, taps(weight), scale, bias, EPS, padding, True, 2)
     given = (grad_y, x, taps(weight), scale, bias, mean, rstd, padding, True, 2)
-    by_x, by_taps, by_scale, by_bias = on_gpu._first_block_backward(*given, True, True)
-    agree(by_x, first[0])
-    agree(by_taps.sum(0), taps(first[1].flatten(1).unflatten(1, weight.shape[1:])))
-    agree(by_scale.sum(0), first[2])
-    agree(by_bias.sum(0), first[3])
+    grad_x, grad_taps, grad_scale, grad_bias = on_gpu._first_block_backward(*given, True, True)
+    agree(grad_x, first[0])
+    agree(grad_taps.sum(0), taps(first[1].flatten(1).unflatten(1, weight.shape[1:])))
+    agree(grad_scale.sum(0), first[2])
+    agree(grad_bias.sum(0), first[3])
 
     for want_x, want_taps in ((True, False), (False, True), (False, False)):
         some = on_gpu._first_block_backward(*given, want_x, want_taps)
@@ -106,18 +106,22 @@ def test_gradients_of_the_first_block(groups, used):
         agree(some[2].sum(0), first[2])
         agree(some[3].sum(0), first[3])
 
-    by_grad, by_x, by_taps, by_scale = on_gpu._first_block_backward_twice(
-        of_x if used else of_x.new_empty(0), taps(of_weight), of_scale, of_bias, *given
+    grad_grad_y, grad_x, grad_taps, grad_scale = on_gpu._first_block_backward_twice(
+        grad_grad_x if used else grad_grad_x.new_empty(0),
+        taps(grad_grad_weight),
+        grad_grad_scale,
+        grad_grad_bias,
+        *given,
     )
-    agree(by_grad, twice[0])
-    agree(by_x, twice[1])
-    agree(by_taps.sum(0), taps(twice[2]))
-    agree(by_scale.sum(0), twice[3])
+    agree(grad_grad_y, twice[0])
+    agree(grad_x, twice[1])
+    agree(grad_taps.sum(0), taps(twice[2]))
+    agree(grad_scale.sum(0), twice[3])
 
 
 @pytest.mark.parametrize("own_weights", [False, True])
 def test_layers_batched_by_vmap(own_weights):
-    """A gradient by the weights for each of three batches, of one set of weights or of three."""
+    """A gradient of the weights for each of three batches, of one set of weights or of three."""
     sizes = (3, 2, 2, 12, 12), (3, 32, 2, 3, 3), (3, 32, 32, 3, 3), (3, 32), (3, 32)
     x, *weights = random(*sizes)
     weights[3] += 30  # every ReLU is open
@@ -156,18 +160,20 @@ def test_convolutions_of_a_batch_join_the_channels(dims, turned, monkeypatch):
     """The rules of a GPU, with what it runs in place of the operators."""
     monkeypatch.setattr(batching, "takes_groups", lambda device: True)
     monkeypatch.setattr(torch.ops.mim4dd, "convolve", on_gpu._convolve)
-    monkeypatch.setattr(torch.ops.mim4dd, "convolve_by_weight", on_gpu._convolve_by_weight)
+    monkeypatch.setattr(torch.ops.mim4dd, "convolve_grad_weight", on_gpu._convolve_grad_weight)
     channels = (8, 4) if turned else (4, 8)
     sizes = (3, 2, channels[0], 5, 7), (3, 8, 4, 3, 3), (3, 2, channels[1], 5, 7)
     x, weight, y = random(*sizes)
     x, weight = (t[0] if dim is None else t for t, dim in zip((x, weight), dims, strict=True))
     moved = [t if dim is None else t.movedim(0, dim) for t, dim in zip((x, weight), dims, strict=True)]
     out, axis = convolution._batched(Batch, (*dims, None), *moved, turned)
-    by_weight, axis_of_weight = convolution._batched_by_weight(Batch, (1, dims[0]), y.movedim(0, 1), moved[0])
+    grad_weight, weight_axis = convolution._batched_grad_weight(
+        Batch, (1, dims[0]), y.movedim(0, 1), moved[0]
+    )
     for k in range(3):
         own = [t if dim is None else t[k] for t, dim in zip((x, weight), dims, strict=True)]
         agree(out.select(axis, k), on_gpu._convolve(*own, turned))
-        agree(by_weight.select(axis_of_weight, k), on_gpu._convolve_by_weight(y[k], own[0]))
+        agree(grad_weight.select(weight_axis, k), on_gpu._convolve_grad_weight(y[k], own[0]))
 
 
 @pytest.mark.parametrize("dims", [(0, 0), (1, 1), (None, 0), (0, None)], ids=str)
@@ -185,22 +191,22 @@ def test_first_blocks_of_a_batch_join_the_channels(dims, monkeypatch):
     gradients = ("taps of images", *kept)
     backward = batching.rule(kernels.backward, ("map", *block, *kept), gradients, grouped=False)
     dims_of_all = (0, *given_dims, *axes[1:], *[None] * 3)
-    by_all, axes_of_all = backward(Batch, dims_of_all, grad, *moved, scale, bias, *outs[1:], *options)
+    grads, grad_axes = backward(Batch, dims_of_all, grad, *moved, scale, bias, *outs[1:], *options)
     for k in range(3):
         own = [t if dim is None else t[k] for t, dim in zip((x, taps), dims, strict=True)]
         expected = kernels.forward(*own, scale, bias[k], EPS, *options)
         for out, axis, wanted in zip(outs, axes, expected, strict=True):
             agree(out.select(axis, k), wanted)
         expected = kernels.backward(grad[k], *own, scale, bias[k], *expected[1:], *options)
-        for by, axis, wanted in zip(by_all, axes_of_all, expected, strict=True):
-            agree(by.select(axis, k), wanted)
+        for grad_found, axis, wanted in zip(grads, grad_axes, expected, strict=True):
+            agree(grad_found.select(axis, k), wanted)
 
 
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("shape", [(1, 28), (3, 32)], ids=str)
 def test_a_network_and_its_gradients_are_those_on_the_cpu(shape, precision):
-    """Logits, gradients by weights and images, and the gradient of a gradient, as trajectories need it."""
+    """Logits, gradients of weights and images, and the gradient of a gradient, as trajectories need it."""
     channels, side = shape
     network = networks.create("convnet", channels, 10, (side, side), width=64)
     networks.initialise(network, torch.Generator().manual_seed(0))
@@ -217,10 +223,11 @@ def test_a_network_and_its_gradients_are_those_on_the_cpu(shape, precision):
         moved = moved.to(dtype)
         x = images.to(device, dtype).requires_grad_()
         loss = F.cross_entropy(moved(x), labels.to(device))
-        by_weights = torch.autograd.grad(loss, [*moved.parameters()], create_graph=True)
-        (by_images,) = torch.autograd.grad(loss, x, retain_graph=True)
-        product = sum((g * g.detach()).sum() for g in by_weights)
-        return [loss, by_images, *by_weights, *torch.autograd.grad(product, [x, *moved.parameters()][:-1])]
+        grad_weights = torch.autograd.grad(loss, [*moved.parameters()], create_graph=True)
+        (grad_images,) = torch.autograd.grad(loss, x, retain_graph=True)
+        product = sum((g * g.detach()).sum() for g in grad_weights)
+        second = torch.autograd.grad(product, [x, *moved.parameters()][:-1])
+        return [loss, grad_images, *grad_weights, *second]
 
     found = derivatives(DEVICE, torch.float32, precision)
     expected = derivatives("cpu", torch.float64, "fp32")

@@ -106,7 +106,7 @@ def test_image_size_of_pictures(tmp_path):
     write_pictures(tmp_path / "train" / "a", 2, (10, 12))
     write_pictures(tmp_path / "train" / "b", 2, (30, 20))
     write_pictures(tmp_path / "test" / "b", 2, (9, 9))
-    with pytest.raises(InputError, match=r"b/0\.png: 20x30 pixels, the ones before it 12x10.*--image-size"):
+    with pytest.raises(InputError, match=r"b/0\.png: 20x30 pixels, but 12x10 before it.*--image-size"):
         load(str(tmp_path))
     train, test = load(str(tmp_path), image_size=16)
     assert train.image_size == test.image_size == (16, 16)
@@ -235,7 +235,7 @@ def test_parquet_mistakes(tmp_path):
     import pyarrow.parquet as pq
 
     path = Path(write_parquet(tmp_path / "a.parquet", 10, [0, 1] * 5))
-    with pytest.raises(InputError, match="do not start with 'train'"):
+    with pytest.raises(InputError, match="no parquet file's name starts with 'train'"):
         load(str(tmp_path))
     table = pq.read_table(path)
     rows = table.column("img").to_pylist()

@@ -64,6 +64,25 @@ def test_floats_up_to_255_and_any_range(tmp_path):
     np.testing.assert_allclose(test.images, shifted, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1, 255])
+@pytest.mark.parametrize(("low", "high"), [(0, 1.0000001), (-1e-4, 1.0005), (0, 0.9)])
+def test_a_hair_beyond_a_bound_is_clamped(tmp_path, scale, low, high):
+    """As resizing or float16 leaves it: the images are those of their scale, not black."""
+    images = (pixels(10, 12, 12) / 255).astype(np.float32)
+    images[0, 0, :2] = low, high
+    train, test = load(save(tmp_path, x_train=images * scale, x_test=images[:4] * scale))
+    for part, expected in ((train, images), (test, images[:4])):
+        np.testing.assert_allclose(part.images[:, 0], expected.clip(0, 1), atol=1e-6)
+        assert 0 <= part.images.min() <= part.images.max() <= 1
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1.5), (0, 2), (-0.01, 1), (0, 300), (-1, 255)])
+def test_floats_of_no_known_scale_are_stretched(tmp_path, low, high):
+    images = np.linspace(low, high, 10 * 12 * 12).reshape(10, 12, 12)
+    train, _ = load(save(tmp_path, x_train=images, x_test=images[:4]))
+    np.testing.assert_allclose(train.images[:, 0], (images - low) / (high - low), atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, bool])
 @pytest.mark.parametrize("test_dtype", [np.uint8, np.float32])
 def test_masks_of_0_and_1_are_white_where_they_are_1(tmp_path, dtype, test_dtype):
@@ -111,6 +130,7 @@ def test_shrinking_averages():
     assert (shrunk.float() - 127.5).abs().max() < 10
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -140,6 +160,14 @@ def test_shrinking_averages():
         ({"x_test": pixels(0, 12, 12, 3), "y_test": np.arange(0)}, "x_test: .* holds no images"),
         ({"x_train": pixels(10, 12, 12, 3).astype("c8")}, "images of type complex64"),
         ({"x_train": pixels(10, 12, 12, 3) / 255}, r"floats within \[0, 1\], test images of bytes within"),
+        (
+            {"x_test": pixels(4, 12, 12, 3) / 250},
+            r"bytes within .*, test images of floats within \[0, 1.02\]",
+        ),
+        (
+            {"x_train": pixels(10, 12, 12, 3) / 255, "x_test": pixels(4, 12, 12, 3) / 250},
+            r"training images within \[0, 1\], test images within \[0, 1.02\]; scale them alike",
+        ),
         ({"x_train": None}, "x_train missing, found y_train, x_test, y_test"),
         ({"y_test": None}, "y_test missing"),
         ({"x_train": np.array([{}] * 10)}, "not a readable .npz file.*allow_pickle"),

@@ -1,4 +1,4 @@
-"""A run that was cut off goes on as if it had not been."""
+"""An interrupted run is resumed, and ends as an uninterrupted one does."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from conftest import digits_problem
 from mim4dd import checkpoint, compare, distill, run, runner
 from mim4dd.errors import InputError
 from mim4dd.experiment import Experiment
-from mim4dd.objectives import Matched, Objective, gradient, own_networks
+from mim4dd.objectives import Matched, Objective, gradient, term_networks
 from mim4dd.synthetic import SyntheticSet
 
 RUN = ["--quick", "--iterations", "14", "--eval-epochs", "2"]  # looked at after 10 and 14
@@ -21,9 +21,9 @@ RUN = ["--quick", "--iterations", "14", "--eval-epochs", "2"]  # looked at after
 @pytest.fixture
 def short_trainings(monkeypatch):
     """A student every 4 matches, a network of gradient matching every 4 image steps."""
-    monkeypatch.setattr(own_networks, "STUDENT_EVERY", 4)
-    monkeypatch.setattr(own_networks, "STUDENT_EPOCHS", (2, 5))
-    monkeypatch.setattr(own_networks, "REAL_STEPS", 10)
+    monkeypatch.setattr(term_networks, "STUDENT_EVERY", 4)
+    monkeypatch.setattr(term_networks, "STUDENT_EPOCHS", (2, 5))
+    monkeypatch.setattr(term_networks, "REAL_STEPS", 10)
     monkeypatch.setattr(gradient, "loops", lambda ipc: (4, 2))
 
 
@@ -59,7 +59,7 @@ def test_the_rest_of_a_run_is_what_it_would_have_been(tmp_path, short_trainings,
     assert not torch.equal(whole.images, first.synthetic.images)
 
 
-look = runner.Keeper.__call__
+look = runner.Recorder.__call__
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def cut_off_after_10(monkeypatch):
         look(keeper, progress)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner.Keeper, "__call__", interrupt)
+    monkeypatch.setattr(runner.Recorder, "__call__", interrupt)
     return monkeypatch
 
 
@@ -93,7 +93,7 @@ def cut_off(tmp_path, cut_off_after_10, capsys):
     out = tmp_path / "out"
     assert run.main([*RUN, "--out", str(out)]) == 130
     assert files(out) == ["state.safetensors", "synthetic.safetensors"]
-    assert f"mim4dd: to go on: python -m mim4dd.run --resume {out}\n" in capsys.readouterr().err
+    assert f"mim4dd: to resume: python -m mim4dd.run --resume {out}\n" in capsys.readouterr().err
     cut_off_after_10.undo()
     return out
 
@@ -103,7 +103,7 @@ def test_a_run_is_resumed_by_its_folder(cut_off, tmp_path, capsys):
     assert "10 of 14 updates are done already" in capsys.readouterr().out
     whole = tmp_path / "whole"
     assert run.main([*RUN, "--out", str(whole)]) == 0
-    assert files(cut_off) == files(whole), "nothing is left to go on with"
+    assert files(cut_off) == files(whole), "nothing is left to resume"
     results = [json.loads((folder / "result.json").read_text()) for folder in (cut_off, whole)]
     for result in results:
         del result["seconds"]
@@ -141,7 +141,7 @@ def test_a_run_cut_off_in_its_evaluation_is_not_distilled_again(tmp_path, monkey
     with monkeypatch.context() as here:
         here.setattr(runner, "evaluations", interrupt)
         assert run.main([*RUN, "--out", out]) == 130
-    assert f"to go on: python -m mim4dd.run --resume {out}" in capsys.readouterr().err
+    assert f"to resume: python -m mim4dd.run --resume {out}" in capsys.readouterr().err
     assert len(updates) == 14
     assert run.main(["--resume", out]) == 0
     assert len(updates) == 14
@@ -152,9 +152,9 @@ def test_a_cell_of_a_comparison_goes_on_where_it_was_cut_off(tmp_path, updates, 
     comparison = [*RUN, "--mim-weights", "0", "--seeds", "0", "--out", str(tmp_path)]
     assert compare.main(comparison) == 130
     error = capsys.readouterr().err
-    assert "the same command goes on" in error
+    assert "run the same command again to continue" in error
     assert "--resume" not in error
-    cut_off_after_10.setattr(runner.Keeper, "__call__", look)
+    cut_off_after_10.setattr(runner.Recorder, "__call__", look)
     assert compare.main(comparison) == 0
     assert len(updates) == 14
     result = json.loads((tmp_path / "cells" / "dm-w0-ipc1-seed0" / "result.json").read_text())
@@ -167,11 +167,11 @@ def refused(folder, capsys, *options):
 
 
 def test_what_cannot_be_resumed_is_refused(cut_off, tmp_path, capsys):
-    assert "goes on with the settings of that run; leave out all others" in refused(
+    assert "uses the settings of that run; leave out all others" in refused(
         cut_off, capsys, "--iterations", "20"
     )
     assert "--memory-budget is -1.0, expected a positive" in refused(cut_off, capsys, "--memory-budget", "-1")
-    assert "holds no state.safetensors: no run was cut off there" in refused(tmp_path, capsys)
+    assert "holds no state.safetensors: no run was interrupted there" in refused(tmp_path, capsys)
     assert "there is no such folder" in refused(tmp_path / "nowhere", capsys)
     path = cut_off / "state.safetensors"
     whole = path.read_bytes()
@@ -199,17 +199,17 @@ def test_a_state_of_something_else_is_refused(change):
         state[name] = torch.zeros(1)
     else:
         state[name] = state[name][:16]  # a GPU's generators have so many bytes
-    with pytest.raises(InputError, match=f"of other settings, code or device: see '{name}'"):
+    with pytest.raises(InputError, match=rf"does not match .* \(entry '{name}'\)"):
         Experiment.prepare(config).distill(looks.append, state=state)
 
 
-def test_a_cell_whose_state_is_damaged_is_run_anew(tmp_path, updates, cut_off_after_10, capsys):
+def test_a_cell_whose_state_is_damaged_starts_again(tmp_path, updates, cut_off_after_10, capsys):
     comparison = [*RUN, "--mim-weights", "0", "--seeds", "0", "--baselines", "--out", str(tmp_path)]
     assert compare.main(comparison) == 130
     (tmp_path / "cells" / "dm-w0-ipc1-seed0" / "state.safetensors").write_bytes(b"")
-    cut_off_after_10.setattr(runner.Keeper, "__call__", look)
+    cut_off_after_10.setattr(runner.Recorder, "__call__", look)
     assert compare.main(comparison) == 0
-    assert "start the run anew: that is done now" in capsys.readouterr().err
+    assert "; it starts again now" in capsys.readouterr().err
     assert len(updates) == 10 + 14
 
 
@@ -219,10 +219,10 @@ def test_a_run_is_resumed_from_anywhere_but_only_on_its_data(tmp_path, cut_off_a
     npz(tmp_path / "there" / "data.npz")
     cut_off_after_10.chdir(tmp_path / "there")
     assert run.main([*RUN, "--dataset", "data.npz", "--out", "out"]) == 130
-    cut_off_after_10.setattr(runner.Keeper, "__call__", look)
+    cut_off_after_10.setattr(runner.Recorder, "__call__", look)
     cut_off_after_10.chdir(tmp_path / "elsewhere")
     npz(tmp_path / "there" / "data.npz", x_train=np.full((40, 12, 12, 3), 7, np.uint8))
-    assert "data.npz has other images than the run in" in refused("../there/out", capsys)
+    assert "data.npz differ from those of the run in" in refused("../there/out", capsys)
     npz(tmp_path / "there" / "data.npz")
     assert run.main(["--resume", "../there/out"]) == 0
 
@@ -248,7 +248,7 @@ def test_after_a_divergence_there_is_nothing_to_go_on_with(cut_off, monkeypatch,
     assert torch.equal(SyntheticSet.load(cut_off / "synthetic.safetensors").images, before)
 
 
-def test_an_objective_that_does_not_tell_what_lasts_has_no_state():
+def test_an_objective_without_a_state_cannot_be_resumed():
     class Silent(Objective):
         def match(self, images, targets):
             rows = images.flatten(1)
@@ -259,5 +259,5 @@ def test_an_objective_that_does_not_tell_what_lasts_has_no_state():
     settings = {"iterations": 10, "lr": 1e-4, "momentum": 0.0}
     distill.distill(Silent(), start, on_progress=looks.append, **settings)
     assert looks[0].state is None
-    with pytest.raises(InputError, match="does not tell what lasts"):
+    with pytest.raises(InputError, match="this objective cannot be resumed"):
         distill.distill(Silent(), start, state={}, **settings)

@@ -157,7 +157,7 @@ def test_other_architectures_are_scored_on_the_same_images(tmp_path, capsys):
     shown = f"{100 * scores['mlp']['accuracy_mean']:.1f} ±"
     assert shown in printed
     assert f"<td>mlp</td><td>{shown}" in (out / "report.html").read_text()
-    saved = [str(out / "synthetic.safetensors"), "--num-eval", "2", "--architectures", "mlp"]
+    saved = [str(out / "synthetic.safetensors"), "--num-eval", "2", "--eval-archs", "mlp"]
     assert evaluate.main(saved) == 0
     assert shown in capsys.readouterr().out, "a saved set is scored in the same way"
 

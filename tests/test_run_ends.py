@@ -15,8 +15,8 @@ from conftest import write_pictures
 
 from mim4dd import run, runner
 from mim4dd.checkpoint import Checkpoint
-from mim4dd.console import guarded
 from mim4dd.distill import Progress
+from mim4dd.exits import guarded
 from mim4dd.experiment import Experiment
 from mim4dd.files import cache_folder
 from mim4dd.synthetic import SyntheticSet
@@ -40,17 +40,20 @@ def test_results_are_never_overwritten_silently(tmp_path, monkeypatch, capsys):
     assert run.main([*named, "--iterations", "20", "--image-lr", "3e38", "--overwrite"]) == 1
     assert "still holds what was to be overwritten" in capsys.readouterr().err
     assert {name: (folder / name).read_bytes() for name in files(folder)} == before
-    look = runner.Keeper.__call__
+    look = runner.Recorder.__call__
 
-    def interrupt(keeper, progress):
-        look(keeper, progress)
+    def interrupt(recorder, progress):
+        look(recorder, progress)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner.Keeper, "__call__", interrupt)
+    monkeypatch.setattr(runner.Recorder, "__call__", interrupt)
     assert run.main([*named, "--iterations", "20", "--overwrite"]) == 130
     assert files(folder) == ["state.safetensors", "synthetic.safetensors"], "nothing tells of another set"
     assert run.main(named) == 2
-    assert "give another folder, --resume runs/digits-dm-ipc1-0 to go on, or" in capsys.readouterr().err
+    assert "give another folder, --resume runs/digits-dm-ipc1-0, or" in capsys.readouterr().err
+    interrupted = {name: (folder / name).read_bytes() for name in files(folder)}
+    assert run.main([*named, "--iterations", "20", "--image-lr", "3e38", "--overwrite"]) == 1
+    assert {name: (folder / name).read_bytes() for name in files(folder)} == interrupted, "still to resume"
 
 
 def test_two_runs_at_once_get_a_folder_each(tmp_path, monkeypatch):
@@ -77,16 +80,16 @@ def test_too_little_memory_is_told(tmp_path, capsys):
         (["--factor", "3"], "--factor 3 does not divide images of 8x8"),
         (["--ipc", "1000"], "fewer than the 1000 asked for"),
         (["--ipc", "1000", "--mim-pairs", "cluster"], "fewer than the 1000 asked for"),
-        (["--device", "cuda"], "--device cuda is not to be had here"),
-        (["--device", "toaster"], "--device toaster is not to be had here"),
-        (["--device", "meta"], "--device meta is not to be had here"),
+        (["--device", "cuda"], "--device cuda is not available here"),
+        (["--device", "toaster"], "--device toaster is not available here"),
+        (["--device", "meta"], "--device meta is not available here"),
         (["--mim-layers", "0,7"], "there is no layer 7, the network has 2"),
         (
             ["--eval-archs", "mlp,resnet"],
             "unknown architecture in --eval-archs: 'resnet', did you mean resnet18",
         ),
         (["--config", "missing.json"], "--config missing.json cannot be read"),
-        (["--num-eval", "0", "--eval-archs", "mlp"], "--num-eval is 0, which scores nothing on --eval-archs"),
+        (["--num-eval", "0", "--eval-archs", "mlp"], "--eval-archs needs --num-eval of at least 1, got 0"),
         (["--baselines", "base", "--mim-weight", "0"], "--baselines base is the run itself"),
     ],
 )
@@ -160,12 +163,20 @@ def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
     assert paths == (tmp_path / "out", tmp_path / "data", tmp_path / "experts")
 
 
+def test_memory_that_python_lacks_is_told(capsys):
+    def too_much():
+        raise MemoryError  # as Python's own: without a text
+
+    assert guarded(too_much) == 1
+    assert "mim4dd: out of memory (MemoryError); take less" in capsys.readouterr().err
+
+
 def test_a_full_disk_is_told(capsys):
     def full():
         raise OSError(errno.ENOSPC, "No space left on device", "runs/x")
 
     assert guarded(full) == 1
-    assert "No space left on device: 'runs/x'); make room: what was saved" in capsys.readouterr().err
+    assert "No space left on device: 'runs/x'); free some space" in capsys.readouterr().err
 
     def other():
         raise OSError(errno.EIO, "Input/output error")
@@ -213,19 +224,19 @@ def test_interruption_keeps_the_last_good_set(tmp_path, sent):
 
 
 def test_short_memory_keeps_the_last_good_set(tmp_path, monkeypatch, capsys):
-    look = runner.Keeper.__call__
+    look = runner.Recorder.__call__
 
-    def full(keeper, progress):
-        look(keeper, progress)
+    def full(recorder, progress):
+        look(recorder, progress)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(runner.Keeper, "__call__", full)
+    monkeypatch.setattr(runner.Recorder, "__call__", full)
     out = tmp_path / "out"
     assert run.main(["--quick", "--iterations", "20", "--out", str(out)]) == 1
     error = capsys.readouterr().err
     assert "the last good set, of iteration 10, is in" in error
     assert "out of memory" in error
-    assert f"to go on: python -m mim4dd.run --resume {out}" in error, "with another --memory-budget"
+    assert f"to resume: python -m mim4dd.run --resume {out}" in error, "with another --memory-budget"
     assert SyntheticSet.load(out / "synthetic.safetensors").metadata["iterations"] == 10
 
 
@@ -234,12 +245,12 @@ def test_a_set_in_the_making_is_saved_every_minute_and_says_how_far_it_is(tmp_pa
     monkeypatch.setattr("mim4dd.runner.time.monotonic", lambda: seconds[0])
     experiment = Experiment.prepare(parse(["--quick", "--iterations", "500", "--device", "cpu"]))
     path = tmp_path / "synthetic.safetensors"
-    keeper = runner.Keeper(experiment, tmp_path)
+    recorder = runner.Recorder(experiment, tmp_path)
     saved = []
     for iteration, seconds[0] in ((10, 159), (20, 161), (30, 220), (40, 222)):
         images = experiment.start.images + iteration
         synthetic = replace(experiment.start, images=images)
-        keeper(Progress(iteration, {"base": 1.0}, synthetic, {"images": images}))
+        recorder(Progress(iteration, {"base": 1.0}, synthetic, {"images": images}))
         if path.exists():
             made = SyntheticSet.load(path)
             saved.append(made.metadata["iterations"])

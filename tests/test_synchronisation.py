@@ -25,9 +25,9 @@ from mim4dd.objectives import (
     characteristic,
     distribution,
     gradient,
-    own_networks,
+    term_networks,
+    through,
     trajectory,
-    view,
 )
 from mim4dd.stacked import Stack
 
@@ -83,7 +83,7 @@ def guarded(step, generators, device):
 def device_without_values(monkeypatch):
     for sizes in (networks.CHUNK, stacked.AT_ONCE):
         monkeypatch.setitem(sizes, "meta", sizes["cuda"])
-    for module in (characteristic, distribution, gradient, own_networks, trajectory, experts, view):
+    for module in (characteristic, distribution, gradient, term_networks, trajectory, experts, through):
         monkeypatch.setattr(module, "generator", seeded)
     for module in (distill, stacked):
         monkeypatch.setattr(module, "replayed", guarded)
@@ -93,7 +93,7 @@ def device_without_values(monkeypatch):
         "STUDENT_EVERY": 2,
         "STUDENT_EPOCHS": (4, 6),
     }.items():
-        monkeypatch.setattr(own_networks, name, value)
+        monkeypatch.setattr(term_networks, name, value)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # has no "meta"
     monkeypatch.setattr(distill, "_read", lambda *_: {})
     monkeypatch.setattr(TrajectoryMatching, "network_lr", None)
@@ -137,7 +137,7 @@ def test_an_iteration_waits_for_nothing(method, network, seen, tmp_path, monkeyp
     match = objective.match
     objective.match = lambda *given: calls.append(given) or match(*given)
     if seen:
-        objective = view.through(seen(problem), objective, problem)
+        objective = through.ThroughTermNetworks(seen(problem), objective, problem)
     distill.distill(
         objective,
         start,

@@ -10,7 +10,8 @@ import torch
 from commands import parse
 
 from mim4dd import compare, tune
-from mim4dd.config import MimConfig, to_json
+from mim4dd.config import MimConfig
+from mim4dd.config_json import to_json
 from mim4dd.data import load
 from mim4dd.experiment import Experiment
 from mim4dd.options import read
@@ -181,7 +182,7 @@ def test_a_search_cut_off_goes_on_as_if_it_had_not_been(tmp_path, scored, monkey
     with monkeypatch.context():
         scored(interrupt)
         assert tune.main([*arguments, "--out", str(cut)]) == 130
-    assert "trials are finished; the same command goes on" in capsys.readouterr().err
+    assert "trials are finished; run the same command again to continue" in capsys.readouterr().err
     before = written(cut)["found"]["trials"]
     assert 6 <= len(before) < 13
     scored()

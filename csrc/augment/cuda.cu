@@ -124,8 +124,8 @@ __device__ Acc contribution(const Reader<In, Acc>& read, int y, int x) {
   return weight * sum;
 }
 
-// The sum over every `step`-th pixel of an image from `begin`, by a block, in every thread; a fixed tree, so equal
-// bits every time.
+// Every thread of a block returns the sum over every `step`-th pixel of an image from `begin` on, added up in a fixed
+// tree, so with equal bits every time.
 template <bool adjoint, typename In, typename Acc>
 __device__ Acc block_sum(const Reader<In, Acc>& read, int begin, int step) {
   __shared__ Acc partial[kThreads];
@@ -141,7 +141,7 @@ __device__ Acc block_sum(const Reader<In, Acc>& read, int begin, int step) {
   return partial[0];
 }
 
-// What the parameters of `image` do, worked out once for a block; false where they are no use.
+// What the parameters of `image` do, computed once for a block; false where they are invalid.
 template <typename Acc>
 __device__ bool load_transform(const Call& call, int64_t image, Transform<Acc>& shared) {
   __shared__ Acc fields[kFields];

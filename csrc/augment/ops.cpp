@@ -7,12 +7,11 @@
 #include <array>
 #include <cmath>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string_view>
 #include <tuple>
 #include <vector>
 
+#include "../require.h"
 #include "kernels.h"
 
 namespace {
@@ -23,15 +22,7 @@ using mim4dd::Kind;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// std::invalid_argument reaches Python as ValueError.
-template <typename... Args>
-void require(bool holds, const Args&... message) {
-  if (holds) return;
-  std::ostringstream text;
-  text << "mim4dd.augment.apply: ";
-  (text << ... << message);
-  throw std::invalid_argument(text.str());
-}
+constexpr mim4dd::Require require{"mim4dd.augment.apply"};
 
 bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();

@@ -84,7 +84,7 @@ class Plane {
       scatter(at(group, 0, 0), strip.size() * width_, rows(gradient, 0, group));
   }
 
-  // What was added since the last call; the border keeps what it got, as nobody looks there.
+  // Moves what was added since the last call to the image. The border keeps its part, which is never read.
   void take(const View<Acc>& image) {
     for (int group = 0; group < groups(); ++group) {
       for (int y = 0; y < height_; ++y) {
@@ -105,8 +105,8 @@ class Plane {
 
  private:
   const int channels_, height_, width_, place_;
-  // [groups, height + 3, width + 3, place]: a place holds the four channels of a pixel. In the adjoint it holds two
-  // such: what was added to the left taps that lie here, and to the right taps beside them. So neighbours, which
+  // [groups, height + 3, width + 3, place]: a place holds the four channels of a pixel. In the adjoint it holds them
+  // twice: what was added to the left taps that lie here, and to the right taps beside them. So neighbours, which
   // share a tap, never wait for one another's addition to the same memory.
   Buffer<Acc> places_;
   Buffer<Acc> spare_;  // stands for the channels beyond the last: all zeros where it is read
@@ -126,7 +126,7 @@ class Plane {
     return {{row(4 * group), row(4 * group + 1), row(4 * group + 2), row(4 * group + 3)}};
   }
 
-  // Those of the hole lie in the border, where there are zeros to read, and nobody looks at what is added.
+  // The taps of the cutout lie in the border, where zeros are read, and where what is added is never read.
   void find_taps(const Transform<Acc>& t, const Range& strip) {
     const int height = height_, width = width_;
     for (int y = strip.begin; y < strip.end; ++y) {

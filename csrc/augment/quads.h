@@ -6,7 +6,7 @@
 
 namespace mim4dd::MIM4DD_ISA {
 
-// The compiler must see that a count is four, to keep such in registers.
+// The compiler must see that a count is four, to keep the vectors in registers.
 #define MIM4DD_ALWAYS __attribute__((always_inline))
 #define MIM4DD_INLINE inline MIM4DD_ALWAYS
 

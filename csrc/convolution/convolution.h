@@ -5,8 +5,8 @@
 
 namespace mim4dd {
 
-// A tile is 4x4 numbers of a map of outputs, and the 6x6 of the map of inputs that they are made of. Both maps are
-// [batch, height, width, channels]; what sticks out is 0, or not there.
+// A tile is 4x4 numbers of the map of outputs, and the 6x6 of the map of inputs that they depend on. Both maps are
+// [batch, height, width, channels]; what a tile has outside of them is read as 0, and not written.
 struct ConvCall {
   int64_t batch, height, width;
   int64_t in, out;  // channels, multiples of 32
@@ -14,17 +14,18 @@ struct ConvCall {
   const float* x;
   const float* weight;  // forward
   int64_t weight_in, weight_out, weight_down, weight_across;  // its strides; negative: turned round
-  float* plane;        // forward: the transformed weight. By weight: the sum of the products, [36, out, in]
-  float* y;            // forward
-  const float* grad_y;  // by weight
-  float *inputs, *outputs;  // by weight: transformed tiles of a block, [36, kBlock, in] and [36, kBlock, out]
+  float* plane;  // forward: the transformed weight. For grad_weight: the sum of the products, [36, out, in]
+  float* y;      // forward
+
+  const float* grad_y;      // these are for grad_weight
+  float *inputs, *outputs;  // transformed tiles of a block, [36, kBlock, in] and [36, kBlock, out]
   float* grad_weight;       // [out, 3, 3, in]
 };
 
 constexpr int64_t kPoints = 36;  // of a transformed tile
 constexpr int64_t kTiles = 32;   // of one thread at a time, forward
-constexpr int64_t kBlock = 96;   // of all threads at a time, by weight
-constexpr int64_t kPad = 16;     // numbers between the points, whose maps would else meet in one set of the cache
+constexpr int64_t kBlock = 96;   // of all threads at a time, for grad_weight
+constexpr int64_t kPad = 16;     // numbers between the points, whose maps would else fall into one set of the cache
 
 // Not inline but static: the linker keeps one copy of an inline function for all instruction sets.
 static constexpr int64_t tile_stride(int64_t tiles, int64_t channels) { return tiles * channels + kPad; }

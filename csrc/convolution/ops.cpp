@@ -6,37 +6,29 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
+#include "../channels_last.h"
 #include "../isa.h"
+#include "../require.h"
 
 namespace {
 
+using mim4dd::channels_last;
 using mim4dd::ConvCall;
+using mim4dd::empty_channels_last;
 using mim4dd::kBlock;
 using mim4dd::kPoints;
-using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
-void require(bool holds, const char* message) {
-  if (!holds) throw std::invalid_argument(std::string("mim4dd.networks: convolution: ") + message);
-}
+constexpr mim4dd::Require require{"mim4dd.networks: convolution"};
 
 // Memory that a thread keeps from call to call: fresh pages cost as much as the work on them.
 float* kept(std::vector<float>& memory, int64_t numbers) {
   if (static_cast<int64_t>(memory.size()) < numbers) memory.resize(numbers);
   return memory.data();
-}
-
-Tensor channels_last(const Tensor& t) { return torch::stable::contiguous(t, MemoryFormat::ChannelsLast); }
-
-Tensor empty(const std::initializer_list<int64_t>& sizes) {
-  return torch::stable::empty(sizes, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
-                              MemoryFormat::ChannelsLast);
 }
 
 ConvCall call_for(const Tensor& x, int64_t in, int64_t out) {
@@ -49,8 +41,7 @@ ConvCall call_for(const Tensor& x, int64_t in, int64_t out) {
   return call;
 }
 
-// The convolution of x [batch, in, height, width], or with `turned` its gradient by x, which x then is that of the
-// outputs [batch, out, height, width].
+// y of x [batch, in, height, width]. With `turned`, grad_x of grad_y [batch, out, height, width], which is given as x.
 Tensor convolve(const Tensor& x, const Tensor& weight, bool turned, int64_t groups) {
   require(groups == 1, "groups must be 1 on a CPU");
   require(x.dim() == 4 && x.scalar_type() == ScalarType::Float && weight.dim() == 4 &&
@@ -65,7 +56,7 @@ Tensor convolve(const Tensor& x, const Tensor& weight, bool turned, int64_t grou
   call.weight_down = turned ? -weight.stride(2) : weight.stride(2);
   call.weight_across = turned ? -weight.stride(3) : weight.stride(3);
   call.weight = turned ? first + 2 * (weight.stride(2) + weight.stride(3)) : first;
-  Tensor y = empty({call.batch, call.out, call.height, call.width});
+  Tensor y = empty_channels_last({call.batch, call.out, call.height, call.width}, ScalarType::Float);
   call.y = static_cast<float*>(y.mutable_data_ptr());
   thread_local std::vector<float> plane;
   call.plane = kept(plane, kPoints * call.in * call.out);
@@ -77,18 +68,18 @@ Tensor convolve(const Tensor& x, const Tensor& weight, bool turned, int64_t grou
   return y;
 }
 
-// The gradient by the weight. Tiles add up in their order, whatever the number of threads.
-Tensor by_weight(const Tensor& grad_y, const Tensor& x, int64_t groups) {
+// Tiles are added up in their order, whatever the number of threads.
+Tensor grad_weight(const Tensor& grad_y, const Tensor& x, int64_t groups) {
   require(groups == 1, "groups must be 1 on a CPU");
   require(x.dim() == 4 && x.scalar_type() == ScalarType::Float && grad_y.dim() == 4 &&
               grad_y.scalar_type() == ScalarType::Float && x.size(0) == grad_y.size(0) &&
               x.size(2) == grad_y.size(2) && x.size(3) == grad_y.size(3),
           "x must be float32 [batch, in, height, width], the gradient [batch, out, height, width]");
-  const Tensor images = channels_last(x), gradient = channels_last(grad_y);
+  const Tensor images = channels_last(x), gradients = channels_last(grad_y);
   ConvCall call = call_for(x, x.size(1), grad_y.size(1));
   call.x = static_cast<const float*>(images.const_data_ptr());
-  call.grad_y = static_cast<const float*>(gradient.const_data_ptr());
-  Tensor result = empty({call.out, call.in, 3, 3});
+  call.grad_y = static_cast<const float*>(gradients.const_data_ptr());
+  Tensor result = empty_channels_last({call.out, call.in, 3, 3}, ScalarType::Float);
   call.grad_weight = static_cast<float*>(result.mutable_data_ptr());
   if (call.tiles == 0) {
     std::fill_n(call.grad_weight, call.out * call.in * 9, 0.0f);
@@ -112,10 +103,10 @@ Tensor by_weight(const Tensor& grad_y, const Tensor& x, int64_t groups) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mim4dd, m) {
   m.def("convolve(Tensor x, Tensor weight, bool turned, int groups=1) -> Tensor");
-  m.def("convolve_by_weight(Tensor grad, Tensor x, int groups=1) -> Tensor");
+  m.def("convolve_grad_weight(Tensor grad_y, Tensor x, int groups=1) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mim4dd, CPU, m) {
   m.impl("convolve", TORCH_BOX(&convolve));
-  m.impl("convolve_by_weight", TORCH_BOX(&by_weight));
+  m.impl("convolve_grad_weight", TORCH_BOX(&grad_weight));
 }

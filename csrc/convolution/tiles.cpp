@@ -4,8 +4,8 @@
 //   y = A'(G w * B'd):  d 6 numbers in, w the weight's 3, y 4 numbers out,
 // and in two the same along rows and columns: 36 products for 16 outputs where the sum takes 144. Sums over channels
 // are then 36 matrix products. These points round half as often as the usual 0, +-1, +-2: in float32 the largest error
-// is about twice that of the plain sum. The gradient by x is the same operation on the weight turned round; that by
-// the weight is G'((B'd)(A g))G. No standard templates here: the linker would keep one copy for all instruction sets.
+// is about twice that of the plain sum. grad_x is the same operation with the weight turned round; grad_weight is
+// G'((B'd)(A g))G. No standard templates here: the linker would keep one copy for all instruction sets.
 #include "convolution.h"
 #include "../lanes.h"
 
@@ -162,7 +162,7 @@ void convolve(const ConvCall& call, int64_t begin, int64_t end, float* scratch) 
     for (int64_t panel = 0; panel < call.out; panel += kPanel) {
       for (int64_t point = 0; point < kPoints; ++point) {
         const float* weight = call.plane + (panel / kPanel * kPoints + point) * in * kPanel;
-        // The last rows may be of no tile: what is left there from before is multiplied, and not looked at.
+        // The last rows may belong to no tile: what an earlier one left there is multiplied, but never read.
         for (int64_t tile = 0; tile < count; tile += kRows)
           product<kRows, false>(
               in, [a = scratch + point * stride + tile * in, in](int row, int64_t k) { return a[row * in + k]; },

@@ -5,10 +5,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 
+#include "../require.h"
 #include "draw.h"
 
 namespace {
@@ -18,9 +17,7 @@ using mim4dd::kNumbers;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-void require(bool holds, const char* message) {
-  if (!holds) throw std::invalid_argument(std::string("mim4dd.augment.sample: ") + message);
-}
+constexpr mim4dd::Require require{"mim4dd.augment.sample"};
 
 const float* floats(const Tensor& given, int64_t rows, int64_t columns, const char* message) {
   require(given.dim() == 2 && given.size(0) == rows && given.size(1) == columns && given.is_contiguous() &&

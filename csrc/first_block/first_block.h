@@ -5,7 +5,7 @@
 
 namespace mim4dd {
 
-// The convolution's output, which is four times as large as the block's, is worked out anew for every pass and
+// The convolution's output, which is four times as large as the block's, is computed again for every pass and
 // never leaves the cache. A tap is an input channel's row and column of the weight: [in, 3, 3] flattened.
 struct BlockCall {
   enum Pass { kForward, kBackward, kBackwardTwice } pass;
@@ -20,11 +20,13 @@ struct BlockCall {
   float *mean, *rstd;                // [batch, out], written forward, read backward
   float* y;                          // forward: [batch, down / pool, across / pool, out]
 
-  const float* grad_y;                      // backward and twice
-  float *by_x, *by_weight;                  // like x, [batch, taps, out]; where not wanted, null
-  float *by_scale, *by_bias;                // [batch, out]; the latter null in twice
-  const float *of_x, *of_weight, *of_turned, *of_scale, *of_bias;  // twice: gradients of what backward returned
-  float* by_grad_y;                                                // twice
+  const float* grad_y;            // backward and twice
+  float *grad_x, *grad_weight;    // like x, [batch, taps, out]; where not wanted, null
+  float *grad_scale, *grad_bias;  // [batch, out]; the latter null in twice
+
+  // Twice: the gradients of what backward returned, that of the weight turned as well.
+  const float *grad_grad_x, *grad_grad_weight, *grad_grad_turned, *grad_grad_scale, *grad_grad_bias;
+  float* grad_grad_y;
 };
 
 constexpr int64_t kTurnedRow = 64;  // at least the taps
@@ -34,7 +36,7 @@ constexpr int64_t kMostTaps = 36;
 static constexpr int64_t padded(const BlockCall& call) {
   return call.in * (call.height + 2 * call.padding) * (call.width + 2 * call.padding);
 }
-// And what the last rows of a product may stick out.
+// And those by which the last rows of a product may exceed the map.
 static constexpr int64_t pixels(const BlockCall& call) { return call.down * call.across + 8; }
 static constexpr int64_t cells(const BlockCall& call) { return (call.down / call.pool) * (call.across / call.pool); }
 

@@ -1,10 +1,10 @@
 // A block's passes over one image, compiled once per instruction set: MIM4DD_ISA names the namespace.
 //
 // With c = conv(x, w) and y = norm(c), norm's passes being those of normalisation/image.cpp:
-//   backward: d = norm'(grad_y);  by_x = conv'(d, w), the transpose by x;  by_w = corr(d, x), that by w.
-//   twice:    of <p, by_x> + <q, by_w> + ..., which is <d, u> with u = conv(p, w) + conv(x, q): the normalisation's
-//             second pass at u gives by_grad_y and, by c, e;  by_x = conv'(e, w) + conv'(d, q);
-//             by_w = corr(e, x) + corr(d, p).
+//   backward: d = norm'(grad_y);  grad_x = conv'(d, w), the transpose in x;  grad_w = corr(d, x), that in w.
+//   twice:    with p = grad_grad_x and q = grad_grad_w, <p, grad_x> + <q, grad_w> is <d, u>, where
+//             u = conv(p, w) + conv(x, q): the second pass of the normalisation, with grad_grad_c = u, gives
+//             grad_grad_y and e = grad_c;  grad_x = conv'(e, w) + conv'(d, q);  grad_w = corr(e, x) + corr(d, p).
 // No standard templates here: the linker would keep one copy for all instruction sets.
 #include "first_block.h"
 #include "../lanes.h"
@@ -28,21 +28,21 @@ class Image {
       scratch += numbers;
       return start;
     };
-    x_ = take(padded(call)), of_x_ = take(padded(call)), by_x_ = take(padded(call));
-    by_tap_ = take(pixels(call) * kTurnedRow);
+    x_ = take(padded(call)), grad_grad_x_ = take(padded(call)), grad_x_ = take(padded(call));
+    grad_patches_ = take(pixels(call) * kTurnedRow);
     c_ = take(pixels(call) * call.group), d_ = take(pixels(call) * call.group);
     u_ = take(pixels(call) * call.group), e_ = take(pixels(call) * call.group);
     in_cells_ = take(cells(call) * call.group), out_cells_ = take(cells(call) * call.group);
     weights_ = take(2 * kMostTaps * call.group);
     for (int64_t tap = 0; tap < call.taps; ++tap) {
       offset_[tap] = (tap / 9 * high_ + tap / 3 % 3) * wide_ + tap % 3;
-      offset_[call.taps + tap] = offset_[tap] + (of_x_ - x_);
+      offset_[call.taps + tap] = offset_[tap] + (grad_grad_x_ - x_);
     }
   }
 
   void run() {
     pad(call_.x, x_);
-    if (call_.of_x) pad(call_.of_x, of_x_);
+    if (call_.grad_grad_x) pad(call_.grad_grad_x, grad_grad_x_);
     for (first_ = 0; first_ < call_.out; first_ += call_.group) {
       convolve(c_, call_.weight, nullptr);
       NormCall norm = this->norm();
@@ -56,39 +56,40 @@ class Image {
       norm.pass = NormCall::kBackward, norm.grad_out = in_cells_, norm.grad_x = d_;
       float unused[2][kMostGroup];
       const bool twice = call_.pass == BlockCall::kBackwardTwice;
-      norm.grad_weight = twice ? unused[0] : per_image(call_.by_scale);
-      norm.grad_bias = twice ? unused[1] : per_image(call_.by_bias);
+      norm.grad_weight = twice ? unused[0] : per_image(call_.grad_scale);
+      norm.grad_bias = twice ? unused[1] : per_image(call_.grad_bias);
       norm_image(norm, 0);
       if (!twice) {
-        if (call_.by_x) add_by_tap(d_, call_.turned, first_ > 0);
-        if (call_.by_weight) add_by_weight<false>(d_, x_);
+        if (call_.grad_x) add_grad_patches(d_, call_.turned, first_ > 0);
+        if (call_.grad_weight) add_grad_weight<false>(d_, x_);
         continue;
       }
-      convolve(u_, call_.of_weight, call_.of_x ? call_.weight : nullptr);
+      convolve(u_, call_.grad_grad_weight, call_.grad_grad_x ? call_.weight : nullptr);
       norm.pass = NormCall::kBackwardTwice, norm.grad_x = e_, norm.grad_grad_out = out_cells_;
-      norm.upstream = u_, norm.upstream_weight = call_.of_scale + first_, norm.upstream_bias = call_.of_bias + first_;
-      norm.grad_weight = per_image(call_.by_scale);
+      norm.grad_grad_x = u_;
+      norm.grad_grad_weight = call_.grad_grad_scale + first_, norm.grad_grad_bias = call_.grad_grad_bias + first_;
+      norm.grad_weight = per_image(call_.grad_scale);
       norm_image(norm, 0);
-      scatter_cells(call_.by_grad_y);
-      add_by_tap(e_, call_.turned, first_ > 0);
-      add_by_tap(d_, call_.of_turned, true);
-      add_by_weight<false>(e_, x_);
-      if (call_.of_x) add_by_weight<true>(d_, of_x_);
+      scatter_cells(call_.grad_grad_y);
+      add_grad_patches(e_, call_.turned, first_ > 0);
+      add_grad_patches(d_, call_.grad_grad_turned, true);
+      add_grad_weight<false>(e_, x_);
+      if (call_.grad_grad_x) add_grad_weight<true>(d_, grad_grad_x_);
     }
-    if (call_.pass != BlockCall::kForward && call_.by_x) sum_taps();
+    if (call_.pass != BlockCall::kForward && call_.grad_x) sum_taps();
   }
 
  private:
   static constexpr int kMostGroup = 64;
   const BlockCall& call_;
   const int64_t image_, wide_, high_;
-  int64_t first_ = 0;  // channel of the group
-  int64_t offset_[2 * kMostTaps];  // of a tap in the padded image
-  float *x_, *of_x_, *by_x_;       // padded images
-  float* by_tap_;                  // [pixels, kTurnedRow]
-  float *c_, *d_, *u_, *e_;        // [pixels, group]
-  float *in_cells_, *out_cells_;   // [cells, group]
-  float* weights_;                 // [taps or twice as many, group]
+  int64_t first_ = 0;                  // channel of the group
+  int64_t offset_[2 * kMostTaps];      // of a tap in the padded image
+  float *x_, *grad_grad_x_, *grad_x_;  // padded images
+  float* grad_patches_;                // [pixels, kTurnedRow], the gradient of what each tap sees
+  float *c_, *d_, *u_, *e_;            // [pixels, group]
+  float *in_cells_, *out_cells_;       // [cells, group]
+  float* weights_;                     // [taps or twice as many, group]
 
   float* per_image(float* data) const { return data + image_ * call_.out + first_; }
 
@@ -123,7 +124,7 @@ class Image {
     copy_cells(out_cells_, call_.group, map + image_ * cells(call_) * call_.out + first_, call_.out);
   }
 
-  // conv(x, weight), and if there is another one, plus conv(of_x, other).
+  // conv(x, weight), plus conv(grad_grad_x, other) where `other` is given.
   void convolve(float* to, const float* weight, const float* other) const {
     const int64_t group = call_.group, across = call_.across, taps = other ? 2 * call_.taps : call_.taps;
     for (int64_t tap = 0; tap < taps; ++tap) {
@@ -133,7 +134,7 @@ class Image {
     const int64_t* offset = offset_;
     for (int64_t y = 0; y < call_.down; ++y)
       for (int64_t begin = 0; begin < across; begin += kRows) {
-        const int64_t x = begin + kRows > across ? across - kRows : begin;  // some pixels may be done again
+        const int64_t x = begin + kRows > across ? across - kRows : begin;  // repeats some pixels
         const float* from = x_ + y * wide_ + x;
         for (int64_t panel = 0; panel < group; panel += kPanel)
           product<kRows, false>(
@@ -142,14 +143,14 @@ class Image {
       }
   }
 
-  // by_tap[pixel, tap] (+)= the sum over the group's channels of d weight.
-  void add_by_tap(const float* d, const float* turned, bool add) const {
+  // grad_patches[pixel, tap] (+)= the sum of d weight over the group's channels.
+  void add_grad_patches(const float* d, const float* turned, bool add) const {
     const int64_t group = call_.group, all = call_.down * call_.across;
     for (int64_t panel = 0; panel < call_.taps; panel += kPanel)
       for (int64_t pixel = 0; pixel < all; pixel += kRows) {
         const auto a = [from = d + pixel * group, group](int row, int64_t k) { return from[row * group + k]; };
         const float* b = turned + first_ * kTurnedRow + panel;
-        float* c = by_tap_ + pixel * kTurnedRow + panel;
+        float* c = grad_patches_ + pixel * kTurnedRow + panel;
         if (add)
           product<kRows, true>(group, a, b, kTurnedRow, c, kTurnedRow);
         else
@@ -158,26 +159,26 @@ class Image {
   }
 
   void sum_taps() const {
-    for (int64_t i = 0; i < padded(call_); ++i) by_x_[i] = 0;
+    for (int64_t i = 0; i < padded(call_); ++i) grad_x_[i] = 0;
     for (int64_t tap = 0; tap < call_.taps; ++tap)
       for (int64_t y = 0; y < call_.down; ++y)
         for (int64_t x = 0; x < call_.across; ++x)
-          by_x_[offset_[tap] + y * wide_ + x] += by_tap_[(y * call_.across + x) * kTurnedRow + tap];
-    float* to = call_.by_x + image_ * call_.in * call_.height * call_.width;
+          grad_x_[offset_[tap] + y * wide_ + x] += grad_patches_[(y * call_.across + x) * kTurnedRow + tap];
+    float* to = call_.grad_x + image_ * call_.in * call_.height * call_.width;
     for (int64_t plane = 0; plane < call_.in; ++plane)
       for (int64_t y = 0; y < call_.height; ++y)
         for (int64_t x = 0; x < call_.width; ++x)
           to[(plane * call_.height + y) * call_.width + x] =
-              by_x_[(plane * high_ + y + call_.padding) * wide_ + x + call_.padding];
+              grad_x_[(plane * high_ + y + call_.padding) * wide_ + x + call_.padding];
   }
 
-  // by_weight[tap, channel] (+)= the sum over pixels of d times the padded image at the tap.
+  // grad_weight[tap, channel] (+)= the sum over pixels of d times the padded image at the tap.
   template <bool Add>
-  void add_by_weight(const float* d, const float* padded) const {
+  void add_grad_weight(const float* d, const float* padded) const {
     const int64_t group = call_.group;
     for (int64_t tap = 0; tap < call_.taps; tap += kTapRows)
       for (int64_t panel = 0; panel < group; panel += kPanel) {
-        float* to = call_.by_weight + (image_ * call_.taps + tap) * call_.out + first_ + panel;
+        float* to = call_.grad_weight + (image_ * call_.taps + tap) * call_.out + first_ + panel;
         for (int64_t y = 0; y < call_.down; ++y) {
           const auto a = [from = padded + y * wide_, offset = offset_ + tap](int row, int64_t x) {
             return from[offset[row] + x];

@@ -6,12 +6,12 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 #include <vector>
 
+#include "../channels_last.h"
 #include "../isa.h"
+#include "../require.h"
 
 namespace {
 
@@ -22,18 +22,7 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-void require(bool holds, const char* message) {
-  if (!holds) throw std::invalid_argument(std::string("mim4dd.networks: first block: ") + message);
-}
-
-// [taps, out] to [out, kTurnedRow].
-std::vector<float> turn(const float* weight, int64_t taps, int64_t out) {
-  std::vector<float> turned(out * mim4dd::kTurnedRow);
-  for (int64_t tap = 0; tap < taps; ++tap)
-    for (int64_t channel = 0; channel < out; ++channel)
-      turned[channel * mim4dd::kTurnedRow + tap] = weight[tap * out + channel];
-  return turned;
-}
+constexpr mim4dd::Require require{"mim4dd.networks: first block"};
 
 // What all three operators have in common; keeps the tensors that the call points into.
 class Block {
@@ -62,7 +51,7 @@ class Block {
     call.bias = read(bias, {call.out});
   }
 
-  // Contiguous float32 of these sizes, with the channels last where that is asked for.
+  // Contiguous float32 of these sizes, on request with the channels last.
   const float* read(const Tensor& t, const std::initializer_list<int64_t>& sizes, bool channels_last = false) {
     bool fits = t.dim() == static_cast<int64_t>(sizes.size()) && t.scalar_type() == ScalarType::Float;
     for (int64_t d = 0; fits && d < t.dim(); ++d) fits = t.size(d) == sizes.begin()[d];
@@ -78,20 +67,20 @@ class Block {
     call.rstd = const_cast<float*>(read(rstd, {call.batch, call.out}));
   }
 
-  Tensor empty(const std::initializer_list<int64_t>& sizes, bool channels_last = false) const {
-    return torch::stable::empty(sizes, ScalarType::Float, std::nullopt, std::nullopt, std::nullopt,
-                                channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  static Tensor empty(const std::initializer_list<int64_t>& sizes) {
+    return torch::stable::empty(sizes, ScalarType::Float);
   }
   Tensor like_y() const {
-    return empty({call.batch, call.out, call.down / call.pool, call.across / call.pool}, true);
+    return mim4dd::empty_channels_last({call.batch, call.out, call.down / call.pool, call.across / call.pool},
+                                       ScalarType::Float);
   }
   Tensor like_x() const { return empty({call.batch, call.in, call.height, call.width}); }
   Tensor per_image(int64_t rows) const { return empty({call.batch, rows, call.out}); }
 
   void run() {
-    std::vector<float> turned, of_turned;
-    if (call.by_x) call.turned = (turned = turn(call.weight, call.taps, call.out)).data();
-    if (call.of_weight) call.of_turned = (of_turned = turn(call.of_weight, call.taps, call.out)).data();
+    std::vector<float> turned, grad_grad_turned;
+    if (call.grad_x) call.turned = (turned = turn(call.weight)).data();
+    if (call.grad_grad_weight) call.grad_grad_turned = (grad_grad_turned = turn(call.grad_grad_weight)).data();
     const auto image = MIM4DD_BEST(block_image);
     torch::stable::parallel_for(0, call.batch, 1, [&](int64_t begin, int64_t end) {
       thread_local std::vector<float> scratch;  // fresh pages would cost as much as the work on them
@@ -103,6 +92,15 @@ class Block {
 
  private:
   std::vector<Tensor> kept_;
+
+  // [taps, out] to [out, kTurnedRow].
+  std::vector<float> turn(const float* weight) const {
+    std::vector<float> turned(call.out * mim4dd::kTurnedRow);
+    for (int64_t tap = 0; tap < call.taps; ++tap)
+      for (int64_t channel = 0; channel < call.out; ++channel)
+        turned[channel * mim4dd::kTurnedRow + tap] = weight[tap * call.out + channel];
+    return turned;
+  }
 };
 
 float* data(const Tensor& t) { return static_cast<float*>(const_cast<Tensor&>(t).mutable_data_ptr()); }
@@ -121,40 +119,42 @@ Three forward(const Tensor& x, const Tensor& weight, const Tensor& scale, const 
   return {y, mean, rstd};
 }
 
-Four backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& bias,
+Four backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& bias,
               const Tensor& mean, const Tensor& rstd, int64_t padding, bool relu, int64_t pool, bool want_x,
               bool want_weight) {
   Block block(BlockCall::kBackward, x, weight, scale, bias, padding, relu, pool);
   block.read_statistics(mean, rstd);
-  block.call.grad_y = block.read_y(grad);
-  const Tensor by_x = want_x ? block.like_x() : block.empty({0});
-  const Tensor by_weight = want_weight ? block.per_image(block.call.taps) : block.empty({0});
-  const Tensor by_scale = block.empty({block.call.batch, block.call.out});
-  const Tensor by_bias = block.empty({block.call.batch, block.call.out});
-  block.call.by_x = want_x ? data(by_x) : nullptr;
-  block.call.by_weight = want_weight ? data(by_weight) : nullptr;
-  block.call.by_scale = data(by_scale), block.call.by_bias = data(by_bias);
+  block.call.grad_y = block.read_y(grad_y);
+  const Tensor grad_x = want_x ? block.like_x() : block.empty({0});
+  const Tensor grad_weight = want_weight ? block.per_image(block.call.taps) : block.empty({0});
+  const Tensor grad_scale = block.empty({block.call.batch, block.call.out});
+  const Tensor grad_bias = block.empty({block.call.batch, block.call.out});
+  block.call.grad_x = want_x ? data(grad_x) : nullptr;
+  block.call.grad_weight = want_weight ? data(grad_weight) : nullptr;
+  block.call.grad_scale = data(grad_scale), block.call.grad_bias = data(grad_bias);
   block.run();
-  return {by_x, by_weight, by_scale, by_bias};
+  return {grad_x, grad_weight, grad_scale, grad_bias};
 }
 
-Four backward_twice(const Tensor& of_x, const Tensor& of_weight, const Tensor& of_scale, const Tensor& of_bias,
-                    const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& bias,
-                    const Tensor& mean, const Tensor& rstd, int64_t padding, bool relu, int64_t pool) {
+Four backward_twice(const Tensor& grad_grad_x, const Tensor& grad_grad_weight, const Tensor& grad_grad_scale,
+                    const Tensor& grad_grad_bias, const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+                    const Tensor& scale, const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t padding,
+                    bool relu, int64_t pool) {
   Block block(BlockCall::kBackwardTwice, x, weight, scale, bias, padding, relu, pool);
   BlockCall& call = block.call;
   block.read_statistics(mean, rstd);
-  call.grad_y = block.read_y(grad);
-  if (of_x.numel() > 0) call.of_x = block.read(of_x, {call.batch, call.in, call.height, call.width});
-  call.of_weight = block.read(of_weight, {call.taps, call.out});
-  call.of_scale = block.read(of_scale, {call.out});
-  call.of_bias = block.read(of_bias, {call.out});
-  const Tensor by_grad = block.like_y(), by_x = block.like_x(), by_weight = block.per_image(call.taps);
-  const Tensor by_scale = block.empty({call.batch, call.out});
-  call.by_grad_y = data(by_grad), call.by_x = data(by_x), call.by_weight = data(by_weight);
-  call.by_scale = data(by_scale);
+  call.grad_y = block.read_y(grad_y);
+  if (grad_grad_x.numel() > 0)
+    call.grad_grad_x = block.read(grad_grad_x, {call.batch, call.in, call.height, call.width});
+  call.grad_grad_weight = block.read(grad_grad_weight, {call.taps, call.out});
+  call.grad_grad_scale = block.read(grad_grad_scale, {call.out});
+  call.grad_grad_bias = block.read(grad_grad_bias, {call.out});
+  const Tensor grad_grad_y = block.like_y(), grad_x = block.like_x(), grad_weight = block.per_image(call.taps);
+  const Tensor grad_scale = block.empty({call.batch, call.out});
+  call.grad_grad_y = data(grad_grad_y), call.grad_x = data(grad_x), call.grad_weight = data(grad_weight);
+  call.grad_scale = data(grad_scale);
   block.run();
-  return {by_grad, by_x, by_weight, by_scale};
+  return {grad_grad_y, grad_x, grad_weight, grad_scale};
 }
 
 }  // namespace
@@ -164,13 +164,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mim4dd, m) {
       "first_block(Tensor x, Tensor weight, Tensor scale, Tensor bias, float eps, int padding, bool relu, int pool) "
       "-> (Tensor y, Tensor mean, Tensor rstd)");
   m.def(
-      "first_block_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor mean, "
+      "first_block_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor mean, "
       "Tensor rstd, int padding, bool relu, int pool, bool want_x, bool want_weight) "
-      "-> (Tensor by_x, Tensor by_weight, Tensor by_scale, Tensor by_bias)");
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale, Tensor grad_bias)");
   m.def(
-      "first_block_backward_twice(Tensor of_x, Tensor of_weight, Tensor of_scale, Tensor of_bias, Tensor grad, "
-      "Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor mean, Tensor rstd, int padding, bool relu, int pool) "
-      "-> (Tensor by_grad, Tensor by_x, Tensor by_weight, Tensor by_scale)");
+      "first_block_backward_twice(Tensor grad_grad_x, Tensor grad_grad_weight, Tensor grad_grad_scale, "
+      "Tensor grad_grad_bias, Tensor grad_y, Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor mean, "
+      "Tensor rstd, int padding, bool relu, int pool) "
+      "-> (Tensor grad_grad_y, Tensor grad_x, Tensor grad_weight, Tensor grad_scale)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mim4dd, CPU, m) {

@@ -3,120 +3,20 @@
 // With m the mean and r the inverse deviation of a channel, n = (x - m) r, a = w n + b, out = pool(relu(a)), and
 // P(g) = g - mean(g) - n mean(g n), which is its own transpose:
 //   backward: d = relu'(a) pool'(grad_out);  grad_x = w r P(d);  grad_weight = sum(d n);  grad_bias = sum(d).
-//   twice:    of <u, grad_x> + <v, grad_weight> + <s, grad_bias>, with S = sum(u P(d)), A = sum(d n), B = sum(u n):
-//             by d: w r P(u) + v n + s;  by w: r S;
-//             by x: r P(c) - w r^2 S n / N,  c = v d - (w r / N)(A u + B d).
-// An image of one channel group stays in the cache between the sweeps over it. No standard templates here: the
-// linker would keep one copy of each for all instruction sets.
+//   twice:    of <u, grad_x> + <v, grad_weight> + <s, grad_bias>, with u = grad_grad_x, v = grad_grad_weight,
+//             s = grad_grad_bias, S = sum(u P(d)), A = sum(d n), B = sum(u n):
+//             grad_d = w r P(u) + v n + s;  grad_grad_out = pool(relu'(a) grad_d);  grad_weight = r S;
+//             grad_x = r P(c) - w r^2 S n / N,  c = v d - (w r / N)(A u + B d).
+// What one worker reads of an image stays in the cache between its sweeps. No standard templates here: the linker
+// would keep one copy of each for all instruction sets.
 #include "normalisation.h"
+#include "vec.h"
 
 namespace mim4dd::MIM4DD_ISA {
 namespace {
 
-typedef uint16_t Bits16 __attribute__((vector_size(32)));
-typedef uint32_t Bits32 __attribute__((vector_size(64)));
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-// 64 bytes of accumulators, in registers of whatever width there is.
-template <typename Acc>
-struct Lanes {
-  typedef Acc type __attribute__((vector_size(64)));
-  static constexpr int count = 64 / sizeof(Acc);
-};
-
-template <typename T, typename V>
-inline void load(V& to, const T* from) {
-  __builtin_memcpy(&to, from, sizeof(V));
-}
-
-inline void load(Lanes<float>::type& to, const BFloat16* from) {
-  Bits16 bits;
-  __builtin_memcpy(&bits, from, sizeof(bits));
-  to = (Lanes<float>::type)(__builtin_convertvector(bits, Bits32) << 16);
-}
-
-template <typename T, typename V>
-inline void store(T* to, const V& from) {
-  __builtin_memcpy(to, &from, sizeof(V));
-}
-
-inline void store(BFloat16* to, const Lanes<float>::type& from) {
-  const Bits32 bits = (Bits32)from;
-  const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  const Bits32 result = from == from ? rounded : Bits32{} + 0x7fc0;
-  const Bits16 narrow = __builtin_convertvector(result, Bits16);
-  __builtin_memcpy(to, &narrow, sizeof(narrow));
-}
-
-// `Groups` times 64 bytes of neighbouring channels, or, with `partial`, only the first `count` of one such group.
-template <typename Acc, int Groups>
-struct Vec {
-  using Lane = typename Lanes<Acc>::type;
-  static constexpr int kLanes = Lanes<Acc>::count;
-  Lane lane[Groups];
-
-  Vec() = default;
-  Vec(Acc value) {
-    for (int g = 0; g < Groups; ++g) lane[g] = Lane{} + value;
-  }
-
-  template <typename T>
-  static Vec read(const T* from, int count) {
-    Vec result;
-    if (Groups == 1 && count < kLanes) {
-      T padded[kLanes] = {};
-      for (int i = 0; i < count; ++i) padded[i] = from[i];
-      load(result.lane[0], padded);
-    } else {
-      for (int g = 0; g < Groups; ++g) load(result.lane[g], from + g * kLanes);
-    }
-    return result;
-  }
-
-  template <typename T>
-  void write(T* to, int count) const {
-    if (Groups == 1 && count < kLanes) {
-      T padded[kLanes];
-      store(padded, lane[0]);
-      for (int i = 0; i < count; ++i) to[i] = padded[i];
-    } else {
-      for (int g = 0; g < Groups; ++g) store(to + g * kLanes, lane[g]);
-    }
-  }
-
-  // Not-a-number passes, as in torch's ReLU.
-  Vec keep_unless_negative(const Vec& sign) const {
-    Vec result;
-    for (int g = 0; g < Groups; ++g) result.lane[g] = sign.lane[g] <= Lane{} ? Lane{} : lane[g];
-    return result;
-  }
-
-  Vec inverse_root() const {
-    Vec result;
-    for (int g = 0; g < Groups; ++g)
-      for (int i = 0; i < kLanes; ++i)
-        result.lane[g][i] = 1 / (sizeof(Acc) == 8 ? __builtin_sqrt(lane[g][i]) : __builtin_sqrtf(lane[g][i]));
-    return result;
-  }
-
-#define MIM4DD_OPERATOR(op)                                                           \
-  friend Vec operator op(const Vec& a, const Vec& b) {                                \
-    Vec result;                                                                       \
-    for (int g = 0; g < Groups; ++g) result.lane[g] = a.lane[g] op b.lane[g];         \
-    return result;                                                                    \
-  }
-  MIM4DD_OPERATOR(+)
-  MIM4DD_OPERATOR(-)
-  MIM4DD_OPERATOR(*)
-#undef MIM4DD_OPERATOR
-  void operator+=(const Vec& other) { *this = *this + other; }
-};
-
-// `count` channels of one image, from channel `first` on. What the sweeps use is copied into their locals: the
-// compiler must take it that a store may change a member, but not a local.
+// `count` channels of one image, from channel `first` on. What the sweeps use is copied into local variables: the
+// compiler must assume that a store may change a member, but not a local variable.
 template <typename T, typename Acc, int Groups>
 class Worker {
   using V = Vec<Acc, Groups>;
@@ -254,10 +154,10 @@ class Worker {
   }
 
   void backward_twice() const {
-    const Map<const T> upstream = map(call_.upstream, pixels());
+    const Map<const T> grad_grad_x = map(call_.grad_grad_x, pixels());
     V sum_d(0), sum_dc(0), sum_u(0), sum_uc(0), sum_ud(0);
     each_pixel([&](int64_t, int64_t pixel, const V& centred, const V&, const V& d) {
-      const V u = upstream[pixel];
+      const V u = grad_grad_x[pixel];
       sum_d += d;
       sum_dc += d * centred;
       sum_u += u;
@@ -265,12 +165,14 @@ class Worker {
       sum_ud += u * d;
     });
     const V rstd = per_image(call_.rstd), scale = per_channel(call_.weight) * rstd, one_nth = this->one_nth();
-    const V v = per_image(call_.upstream_weight), s = per_image(call_.upstream_bias);
+    const V v = per_image(call_.grad_grad_weight), s = per_image(call_.grad_grad_bias);
     const V dn = sum_dc * rstd, un = sum_uc * rstd;                  // A and B
     const V product = sum_ud - (sum_u * sum_d + dn * un) * one_nth;  // S
     set_per_image(call_.grad_weight, rstd * product);
-    const V of_u = V(0) - scale * one_nth * dn, of_d = v - scale * one_nth * un;  // c = of_u u + of_d d
-    const V mean_c = (of_u * sum_u + of_d * sum_d) * one_nth, mean_cn = (of_u * un + of_d * dn) * one_nth;
+    // c = along_u u + along_d d
+    const V along_u = V(0) - scale * one_nth * dn, along_d = v - scale * one_nth * un;
+    const V mean_c = (along_u * sum_u + along_d * sum_d) * one_nth;
+    const V mean_cn = (along_u * un + along_d * dn) * one_nth;
     const V mean_u = sum_u * one_nth, mean_un = un * one_nth;
     const V direct = scale * rstd * product * one_nth, share = this->share();
     const Map<T> grad_x = map(call_.grad_x, pixels()), grad_grad_out = map(call_.grad_grad_out, cells());
@@ -278,13 +180,13 @@ class Worker {
     int64_t open = -1;
     V sum(0);
     each_pixel([&](int64_t cell, int64_t pixel, const V& centred, const V& a, const V& d) {
-      const V u = upstream[pixel], normal = centred * rstd;
-      grad_x.set(pixel, rstd * (of_u * u + of_d * d - mean_c - normal * mean_cn) - direct * normal);
+      const V u = grad_grad_x[pixel], normal = centred * rstd;
+      grad_x.set(pixel, rstd * (along_u * u + along_d * d - mean_c - normal * mean_cn) - direct * normal);
       if (cell < 0) return;
       if (cell != open) sum = V(0);
       open = cell;
-      const V by_d = scale * (u - mean_u - normal * mean_un) + v * normal + s;
-      sum += relu ? by_d.keep_unless_negative(a) : by_d;
+      const V grad_d = scale * (u - mean_u - normal * mean_un) + v * normal + s;
+      sum += relu ? grad_d.keep_unless_negative(a) : grad_d;
       grad_grad_out.set(cell, sum * share);
     });
   }

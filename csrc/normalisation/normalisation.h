@@ -9,7 +9,7 @@ namespace mim4dd {
 // images of doubles, float for floats and bfloat16. Everything per image and channel is [batch, channels].
 struct NormCall {
   enum Pass { kForward, kBackward, kBackwardTwice } pass;
-  enum Type { kFloat, kDouble, kBFloat16 } type;  // of x, out, grad_out, grad_x, upstream, and their gradients
+  enum Type { kFloat, kDouble, kBFloat16 } type;  // of x and out and their gradients
   int64_t batch, channels, height, width;
   int pool;  // 1 or 2; a last odd row or column is normalised but not pooled
   bool relu;
@@ -19,11 +19,11 @@ struct NormCall {
 
   void* out;  // forward
 
-  const void* grad_out;                       // backward and twice: [batch, height / pool, width / pool, channels]
-  void *grad_x, *grad_weight, *grad_bias;     // backward; the latter two per image and channel. Twice: the
-                                              // gradients of x and weight through the backward pass
-  const void *upstream, *upstream_weight, *upstream_bias;  // twice: gradients of what backward returned
-  void* grad_grad_out;                                     // twice
+  const void* grad_out;                    // backward and twice: [batch, height / pool, width / pool, channels]
+  void *grad_x, *grad_weight, *grad_bias;  // backward, the latter two per image and channel; twice, but the bias
+
+  const void *grad_grad_x, *grad_grad_weight, *grad_grad_bias;  // twice: gradients of what backward returned
+  void* grad_grad_out;                                          // twice
 };
 
 // Works on one image. The same code compiled for three instruction sets; ops.cpp picks at run time.

@@ -6,22 +6,21 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 #include <tuple>
+#include <vector>
 
+#include "../channels_last.h"
 #include "../isa.h"
+#include "../require.h"
 
 namespace {
 
+using mim4dd::channels_last;
 using mim4dd::NormCall;
-using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-void require(bool holds, const char* message) {
-  if (!holds) throw std::invalid_argument(std::string("mim4dd.networks: instance_norm: ") + message);
-}
+constexpr mim4dd::Require require{"mim4dd.networks: instance_norm"};
 
 NormCall::Type type_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -57,18 +56,18 @@ class Norm {
   }
   Tensor per_image() const { return torch::stable::new_empty(x_, {call_.batch, call_.channels}, sums()); }
 
-  static Tensor channels_last(const Tensor& t) { return torch::stable::contiguous(t, MemoryFormat::ChannelsLast); }
-
   static const Tensor& checked(const Tensor& x) {
     require(x.dim() == 4 && x.size(2) > 0 && x.size(3) > 0, "x must be [batch, channels, height, width]");
     return x;
   }
 
-  void check_like(const Tensor& t, bool out) const {
-    const int64_t pool = out ? call_.pool : 1;
+  // A gradient of x, or of the output, which is smaller by `pool`.
+  const void* read(const Tensor& t, int64_t pool) {
     require(t.dim() == 4 && t.scalar_type() == x_.scalar_type() && t.size(0) == call_.batch &&
                 t.size(1) == call_.channels && t.size(2) == call_.height / pool && t.size(3) == call_.width / pool,
             "a gradient must have the dtype of x and its own shape");
+    kept_.push_back(channels_last(t));
+    return kept_.back().const_data_ptr();
   }
 
   const void* per_image(const Tensor& t) const {
@@ -90,12 +89,12 @@ class Norm {
  private:
   NormCall call_{};
   Tensor x_;
+  std::vector<Tensor> kept_;
 
   ScalarType sums() const { return x_.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
   Tensor empty(const std::initializer_list<int64_t>& sizes) const {
-    return torch::stable::empty(sizes, x_.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
-                                MemoryFormat::ChannelsLast);
+    return mim4dd::empty_channels_last(sizes, x_.scalar_type());
   }
 
   const void* per_channel(const Tensor& t) const {
@@ -118,15 +117,13 @@ Three forward(const Tensor& x, const Tensor& weight, const Tensor& bias, double 
   return {out, mean, rstd};
 }
 
-Three backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
+Three backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
                const Tensor& rstd, bool relu, int64_t pool) {
   Norm norm(NormCall::kBackward, x, weight, bias, relu, pool);
-  norm.check_like(grad, true);
-  const Tensor grad_out = Norm::channels_last(grad);
   Tensor grad_x = norm.like_x(), grad_weight = norm.per_image(), grad_bias = norm.per_image();
   norm.call().mean = const_cast<void*>(norm.per_image(mean));
   norm.call().rstd = const_cast<void*>(norm.per_image(rstd));
-  norm.call().grad_out = grad_out.const_data_ptr();
+  norm.call().grad_out = norm.read(grad_out, pool);
   norm.call().grad_x = grad_x.mutable_data_ptr();
   norm.call().grad_weight = grad_weight.mutable_data_ptr();
   norm.call().grad_bias = grad_bias.mutable_data_ptr();
@@ -134,25 +131,22 @@ Three backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const 
   return {grad_x, grad_weight, grad_bias};
 }
 
-Three backward_twice(const Tensor& of_x, const Tensor& of_weight, const Tensor& of_bias, const Tensor& grad,
-                     const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& rstd,
-                     bool relu, int64_t pool) {
+Three backward_twice(const Tensor& grad_grad_x, const Tensor& grad_grad_weight, const Tensor& grad_grad_bias,
+                     const Tensor& grad_out, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                     const Tensor& mean, const Tensor& rstd, bool relu, int64_t pool) {
   Norm norm(NormCall::kBackwardTwice, x, weight, bias, relu, pool);
-  norm.check_like(grad, true);
-  norm.check_like(of_x, false);
-  const Tensor grad_out = Norm::channels_last(grad), upstream = Norm::channels_last(of_x);
-  Tensor grad_grad = norm.like_out(), grad_x = norm.like_x(), grad_weight = norm.per_image();
+  Tensor grad_grad_out = norm.like_out(), grad_x = norm.like_x(), grad_weight = norm.per_image();
   norm.call().mean = const_cast<void*>(norm.per_image(mean));
   norm.call().rstd = const_cast<void*>(norm.per_image(rstd));
-  norm.call().grad_out = grad_out.const_data_ptr();
-  norm.call().upstream = upstream.const_data_ptr();
-  norm.call().upstream_weight = norm.per_image(of_weight);
-  norm.call().upstream_bias = norm.per_image(of_bias);
-  norm.call().grad_grad_out = grad_grad.mutable_data_ptr();
+  norm.call().grad_out = norm.read(grad_out, pool);
+  norm.call().grad_grad_x = norm.read(grad_grad_x, 1);
+  norm.call().grad_grad_weight = norm.per_image(grad_grad_weight);
+  norm.call().grad_grad_bias = norm.per_image(grad_grad_bias);
+  norm.call().grad_grad_out = grad_grad_out.mutable_data_ptr();
   norm.call().grad_x = grad_x.mutable_data_ptr();
   norm.call().grad_weight = grad_weight.mutable_data_ptr();
   norm.run();
-  return {grad_grad, grad_x, grad_weight};
+  return {grad_grad_out, grad_x, grad_weight};
 }
 
 }  // namespace
@@ -162,12 +156,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mim4dd, m) {
       "instance_norm(Tensor x, Tensor weight, Tensor bias, float eps, bool relu, int pool) "
       "-> (Tensor out, Tensor mean, Tensor rstd)");
   m.def(
-      "instance_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, "
+      "instance_norm_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, "
       "bool relu, int pool) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
   m.def(
-      "instance_norm_backward_twice(Tensor of_x, Tensor of_weight, Tensor of_bias, Tensor grad, Tensor x, "
-      "Tensor weight, Tensor bias, Tensor mean, Tensor rstd, bool relu, int pool) "
-      "-> (Tensor grad_grad, Tensor grad_x, Tensor grad_weight)");
+      "instance_norm_backward_twice(Tensor grad_grad_x, Tensor grad_grad_weight, Tensor grad_grad_bias, "
+      "Tensor grad_out, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, bool relu, int pool) "
+      "-> (Tensor grad_grad_out, Tensor grad_x, Tensor grad_weight)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mim4dd, CPU, m) {

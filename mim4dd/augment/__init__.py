@@ -56,9 +56,9 @@ def apply(
         backend: "reference", "fused" (compiled), or None for the best that is built.
 
     Returns:
-        A new tensor [B, C, H, W] of the images' dtype (float32 for uint8) and memory format. Where
-        looking at values would wait for the device, the compiled op on CUDA makes all NaN of an image whose
-        parameters are not finite or whose row is out of range; on the CPU that is an error.
+        A new tensor [B, C, H, W] of the images' dtype (float32 for uint8) and memory format. To avoid a
+        device synchronisation, the op on CUDA fills an image with NaN if its parameters are not finite or its
+        row is out of range; on the CPU that is an error.
 
     Raises:
         ValueError: wrong rank, size, dtype, device or number of rows; parameters that are not finite or rows

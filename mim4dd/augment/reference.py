@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..dtypes import at_least_float32
+
 if TYPE_CHECKING:
     from . import AugmentParams
 
@@ -25,7 +27,7 @@ def augment(
         _check_values(params, rows)
     if rows is not None:
         params = params[rows]
-    x = images.to(torch.promote_types(images.dtype, torch.float32))
+    x = at_least_float32(images)
     if images.dtype == torch.uint8:
         x = x / 255
     if mean is not None and std is not None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import ImageSet
+from .image_set import ImageSet
 
 
 def kmeans_centres(real: ImageSet, k: int, generator: torch.Generator) -> Tensor:
@@ -36,8 +36,8 @@ def members(images: ImageSet) -> list[Tensor]:
 def image_for_each(centres: Tensor, real: ImageSet, candidates: Iterable[Tensor]) -> Tensor:
     """Return indices [num_classes, k] of the images that go with the centres [num_classes, k, ...].
 
-    Each centre takes an image of its own from its class's candidates (indices, at least k), such that the sum
-    of the distances is smallest.
+    Each centre takes an image of its own from its class's candidates (indices, at least k), so that the sum
+    of the distances is as small as it can be.
     """
     from scipy.optimize import linear_sum_assignment
 

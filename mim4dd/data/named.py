@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from ..files import atomic, cache_folder
 from . import pictures, readers
 
 DEBIAN = Path("/usr/share/datasets")  # where Debian's dataset-* packages install
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Named:
 
     read: Callable[..., readers.Pair]
     files: tuple[File, ...] = ()
-    class_names: tuple[str, ...] | None = None  # None: they lie in the files
+    class_names: tuple[str, ...] | None = None  # None: read from the files
     mean: tuple[float, ...] = ()  # empty: measured
     std: tuple[float, ...] = ()
 
@@ -62,13 +60,21 @@ class Named:
         where = " or ".join(map(str, folders))
         raise InputError(
             f"{name}: {', '.join(f.names[0] for f in lacking)} not found in {where}; "
-            f"get {' '.join(f.url for f in lacking)} and name its folder with --data-dir"
+            f"download {' '.join(f.url for f in lacking)} and give the folder with --data-dir"
         )
 
 
 def fetch(url: str, target: Path, md5: str) -> None:
-    """Download `url` to `target`, which appears only once it is complete and has the right sum."""
-    log.info("fetching %s into %s", url, target.parent)
+    """Download `url` to `target`, which appears only once it is complete and has the right md5 sum.
+
+    Says so on stderr, in one line, and shows a bar if that is a terminal. Raises `InputError` if it fails.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True, highlight=False, markup=False)
+    console.print(f"fetching {url} into {target.parent}", soft_wrap=True)
+    columns = BarColumn(), DownloadColumn(), TimeRemainingColumn()
     digest = hashlib.md5(usedforsecurity=False)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -76,15 +82,20 @@ def fetch(url: str, target: Path, md5: str) -> None:
             urllib.request.urlopen(url, timeout=60) as source,
             atomic(target) as partial,
             partial.open("wb") as file,
+            Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
         ):
-            while block := source.read(1 << 20):
+            task = bar.add_task("", total=source.length)  # None if the server does not say
+            while block := source.read(1 << 16):
                 digest.update(block)
                 file.write(block)
+                bar.advance(task, len(block))
             if digest.hexdigest() != md5:
-                raise InputError(f"{url}: md5 {digest.hexdigest()}, expected {md5}; damaged, try again")
+                raise InputError(
+                    f"{url}: md5 {digest.hexdigest()}, expected {md5}; the file arrived damaged, try again"
+                )
     except (OSError, HTTPException) as error:
         raise InputError(
-            f"{url} cannot be fetched ({error}); download it by hand and name its folder with --data-dir"
+            f"{url} cannot be fetched ({error}); download it by hand and give its folder with --data-dir"
         ) from error
 
 

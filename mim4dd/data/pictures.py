@@ -24,7 +24,7 @@ DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # converting these w
 
 
 def read_folder(path: Path, image_size: int | None) -> Pair:
-    """`path/train/<class>/*` with `path/test|val|validation/<class>/*`, or `path/<class>/*` alone."""
+    """Read `path/train/<class>/*` with `path/test|val|validation/<class>/*`, or `path/<class>/*` alone."""
     root = path / "train" if (path / "train").is_dir() else path
     classes = tuple(sorted(folder.name for folder in _folders(root)))
     if root == path and (reserved := next((name for name in TEST_NAMES if name in classes), None)):
@@ -78,7 +78,7 @@ def _folder_part(root: Path, classes: tuple[str, ...], image_size: int | None) -
 
 
 def read_parquet(path: Path, image_size: int | None) -> Pair:
-    """A Hugging Face image file, or a folder (or its `data/`) of train* and test* files or folders."""
+    """Read a Hugging Face image file, or a folder (or its `data/`) of train* and test* files or folders."""
     if path.is_file():
         return _parquet_part([path], image_size), None
     roots = (path, path / "data")
@@ -91,7 +91,7 @@ def read_parquet(path: Path, image_size: int | None) -> Pair:
     train = files("train")
     if not train:
         raise InputError(
-            f"{path}: its parquet files do not start with 'train'; name one file instead of the folder"
+            f"{path}: no parquet file's name starts with 'train'; give one file instead of the folder"
         )
     tests = next((found for found in map(files, TEST_NAMES) if found), None)
     if tests is None:
@@ -127,7 +127,7 @@ def _parquet_part(paths: list[Path], image_size: int | None) -> Raw:
                 for data in batch.column(picture).field("bytes").to_pylist():
                     if data is None:
                         raise InputError(
-                            f"{file}: {picture} of row {row} has no bytes, only a path; write the file anew "
+                            f"{file}: {picture} of row {row} has no bytes, only a path; write the file again "
                             "with the pictures in it"
                         )
                     yield f"{file}: {picture} of row {row}", data
@@ -186,7 +186,7 @@ def _decode(pictures: Iterable[tuple[str, bytes]], count: int, image_size: int |
         height, width = images.shape[2:]
         if picture.size != (width, height):
             raise InputError(
-                f"{name}: {picture.width}x{picture.height} pixels, the ones before it {width}x{height}; "
+                f"{name}: {picture.width}x{picture.height} pixels, but {width}x{height} before it; "
                 "resize them all with --image-size"
             )
         if len(pixels) > images.shape[1]:  # the first colour picture after grey ones
@@ -196,7 +196,7 @@ def _decode(pictures: Iterable[tuple[str, bytes]], count: int, image_size: int |
 
 
 def _same_channels(train: Raw, test: Raw) -> tuple[Raw, Raw]:
-    """Grey pictures on one side are shown in colour if the other side has colour."""
+    """Give grey pictures three channels if those of the other part are in colour."""
 
     def colour(raw: Raw) -> Raw:
         return raw._replace(images=np.repeat(raw.images, 3, axis=1)) if raw.images.shape[1] == 1 else raw

@@ -1,7 +1,7 @@
 """Files that hold arrays of images: idx, CIFAR, SVHN, .npz (`pictures.py` reads encoded pictures).
 
-Every reader returns `Raw` arrays as they lie in the file; `data.py` checks, scales and normalises them.
-Whatever a damaged file makes a decoder raise leaves here as an `InputError` that names the file.
+Every reader returns `Raw` arrays as they lie in the file; `loading.py` checks and scales them. Whatever a
+decoder raises about a damaged file becomes an `InputError` that names the file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Raw(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
     class_names: tuple[str, ...] | None
-    source: str
+    source: str  # what errors call it
 
 
 Pair = tuple[Raw, Raw | None]  # train and test; None: the file has no test set
@@ -69,7 +69,7 @@ def read_digits() -> Pair:
 
 
 def read_idx(train_images: Path, train_labels: Path, test_images: Path, test_labels: Path) -> tuple[Raw, Raw]:
-    """The four files of MNIST and its likes, gzipped or not."""
+    """The four files of MNIST and sets like it, gzipped or not."""
 
     def pair(images: Path, labels: Path) -> Raw:
         return Raw(_idx_array(images, 3)[:, None], _idx_array(labels, 1), None, str(images))
@@ -96,7 +96,7 @@ def _idx_array(path: Path, dims: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
-# numpy has moved the function that rebuilds an array between its modules, so it is asked of an example
+# numpy has moved the function that rebuilds an array from one module to another: an example knows where it is
 PICKLED = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
 
 
@@ -179,7 +179,7 @@ def read_svhn(train: Path, test: Path) -> tuple[Raw, Raw]:
 
 
 def read_npz(path: Path) -> Pair:
-    """`x_train`, `y_train` and, unless a share of them is to be held out, `x_test`, `y_test`."""
+    """`x_train` and `y_train`, and `x_test` and `y_test` if the file has a test set of its own."""
     with reading(path, ".npz file"), np.load(path, allow_pickle=False) as file:
         arrays = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test") if key in file.files}
         found = ", ".join(file.files) or "nothing"

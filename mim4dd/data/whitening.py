@@ -1,4 +1,4 @@
-"""ZCA whitening: pixels made uncorrelated, as trajectory matching is often run."""
+"""ZCA whitening: pixels made uncorrelated, as is common in trajectory matching."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .pixels import full_scale
+
 EPSILON = 0.1  # added to the variances, as published
-CHUNK = 4096  # images looked at together
+CHUNK = 4096  # images taken at a time
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,12 @@ class Whitening:
 
     @classmethod
     def fit(cls, images: Tensor) -> Whitening:
-        """Measure images [N, C, H, W], uint8 or float in [0, 1]."""
+        """Return the whitening of images [N, C, H, W], uint8 or float32 in [0, 1]."""
         size = images[0].numel()
         total = torch.zeros(size, dtype=torch.float64, device=images.device)
         square = torch.zeros(size, size, dtype=torch.float64, device=images.device)
         for chunk in images.split(CHUNK):
-            # About the middle grey, so that float32 products lose nothing in the difference below.
+            # Around middle grey, so that the difference below does not cancel digits of float32 products.
             pixels = _unit(chunk).flatten(1) - 0.5
             total += pixels.sum(0, dtype=torch.float64)
             square += pixels.T @ pixels
@@ -45,7 +47,7 @@ class Whitening:
         return cls((mean + 0.5).float(), matrix.float())
 
     def apply(self, images: Tensor) -> Tensor:
-        """Whiten images [n, C, H, W], uint8 or float in [0, 1]: float32 of the same shape."""
+        """Whiten images [n, C, H, W], uint8 or float32 in [0, 1]: float32 of the same shape."""
         chunks = [(_unit(chunk).flatten(1) - self.mean) @ self.matrix for chunk in images.split(CHUNK)]
         return torch.cat(chunks).view(images.shape)
 
@@ -57,4 +59,4 @@ class Whitening:
 
 
 def _unit(images: Tensor) -> Tensor:
-    return images.float() / 255 if images.dtype == torch.uint8 else images
+    return images.float() / full_scale(images)

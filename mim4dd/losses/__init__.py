@@ -18,6 +18,7 @@ from .calibration import calibrated_noise_ratio
 from .checks import (
     check_features,
     check_labels,
+    check_layers,
     check_negatives,
     check_positive,
     check_self,
@@ -121,6 +122,7 @@ def nce_losses(
         ValueError: as in `nce_loss`; or there is no layer, or the numbers of layers differ.
         RuntimeError: as in `nce_loss`.
     """
+    check_layers("nce_losses", anchors, keys)
     given: Any = noise_ratio  # what is neither number nor tensor, a string too, is refused by name
     several = isinstance(given, Sequence) and not isinstance(given, str)
     ratios = [*given] if several else [given] * len(anchors)
@@ -212,6 +214,7 @@ def info_nce_losses(
         ValueError: as in `info_nce_loss`; or there is no layer, or the numbers of layers differ.
         RuntimeError: as in `info_nce_loss`.
     """
+    check_layers("info_nce_losses", anchors, keys)
     options = (temperature, positives, symmetric, exclude_self, backend)
     return _info_nce_losses("info_nce_losses", anchors, keys, anchor_labels, key_labels, *options)
 
@@ -231,7 +234,7 @@ def _info_nce_losses(
     names = {"each": "info_nce", "any": "info_nce_any"}
     if positives not in names:
         raise ValueError(f"mim4dd.{function}: positives is {positives!r}, expected 'each' or 'any'")
-    if anchors and keys and anchor_labels is None and key_labels is None:
+    if anchor_labels is None and key_labels is None:
         if exclude_self:
             raise ValueError(
                 f"mim4dd.{function}: exclude_self is {exclude_self}, but without labels the only positive of "
@@ -262,10 +265,10 @@ def _losses(
     backend: str | None,
 ) -> Tensor:
     """The losses [L] of L layers, after all checks."""
-    if not anchors or not len(anchors) == len(keys) == len(noise_ratios):
+    if len(noise_ratios) != len(anchors):
         raise ValueError(
-            f"mim4dd.{function}: anchors has {len(anchors)} layers, keys {len(keys)}, noise_ratio "
-            f"{len(noise_ratios)}; expected the same number, at least 1"
+            f"mim4dd.{function}: noise_ratio has {len(noise_ratios)} numbers, expected one or "
+            f"{len(anchors)}, one per layer"
         )
     check_positive(function, temperature=temperature)
     check_negatives(function, form.negatives)

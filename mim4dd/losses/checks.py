@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,21 @@ def check_tensor(function: str, name: str, value: object, dtypes: Sequence[torch
     found = f"has dtype {value.dtype}" if isinstance(value, Tensor) else f"is of type {type(value).__name__}"
     expected = " or ".join([str(dtype).removeprefix("torch.") for dtype in dtypes])
     raise ValueError(f"mim4dd.{function}: {name} {found}, expected a tensor of {expected}; convert it")
+
+
+def check_layers(function: str, anchors: Any, keys: Any) -> None:
+    """Both a sequence of tensors, as many of them and at least one."""
+    for name, layers in (("anchors", anchors), ("keys", keys)):
+        if isinstance(layers, Tensor) or not isinstance(layers, Sequence):
+            found = f"a tensor {list(layers.shape)}" if isinstance(layers, Tensor) else type(layers).__name__
+            raise ValueError(
+                f"mim4dd.{function}: {name} is {found}, expected a list of a tensor [rows, width] per layer"
+            )
+    if not anchors or len(anchors) != len(keys):
+        raise ValueError(
+            f"mim4dd.{function}: anchors has {len(anchors)} layers, keys {len(keys)}; "
+            "expected the same number, at least 1"
+        )
 
 
 def check_features(function: str, anchors: Tensor, keys: Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dtypes import at_least_float32
 from .form import LossForm, saved_dtype
 
 # Pairs looked at together: 4 MiB a float32 temporary, which stays in the cache of a CPU.
@@ -28,7 +29,7 @@ def inverse_norms(features: Tensor) -> Tensor:
 
 def unit_rows(features: Tensor) -> Tensor:
     """Return rows of length 1, at least in float32; a zero row stays zero and passes no gradient."""
-    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    features = at_least_float32(features)
     return features * inverse_norms(features)
 
 

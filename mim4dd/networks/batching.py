@@ -1,7 +1,7 @@
 """How the compiled layers run under `torch.vmap`: as one call, on more images or on more channels.
 
-What is batched joins the images; but where each of the batch has weights of its own, it joins the channels:
-so does a convolution before or after it, and no map is copied between them.
+The batch of vmap joins the images. But where every element of it has weights of its own, it joins the
+channels, as it does in the convolutions before and after, so that no map is copied between them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Where the images and the channels of a tensor are counted, None where they are not.
+# The dimensions of a tensor's images and of its channels; None where it has none.
 KINDS: dict[str, tuple[int | None, int]] = {
     "map": (0, 1),  # [B, C, H, W]
     "value": (0, 1),  # [B, C]
@@ -25,12 +25,12 @@ Dims = Sequence[int | None]
 
 
 def register(op: str, arguments: Sequence[str], results: Sequence[str], *, grouped: bool = True) -> None:
-    """Teach `torch.vmap` an operator of this package whose images and channels do not mix.
+    """Teach `torch.vmap` an operator of this package that mixes neither images nor channels.
 
     Args:
         op: its name.
-        arguments: kinds of its first arguments, of `KINDS`; the others are not tensors.
-        results: kinds of what it returns.
+        arguments: kinds, from `KINDS`, of its first arguments; the others are not tensors.
+        results: kinds of its results.
         grouped: whether it takes several groups of channels, each with its own images, on a CPU too.
     """
     call = getattr(torch.ops.mim4dd, op)
@@ -62,14 +62,14 @@ def rule(
 
 
 def takes_groups(device: torch.device) -> bool:
-    """Return whether convolutions with groups run on a device; those of a CPU have none."""
+    """Return whether the compiled convolutions of a device take groups; those of a CPU do not."""
     return device.type != "cpu"
 
 
 def fold(tensor: Tensor, dim: int | None, axis: int | None, size: int) -> Tensor:
-    """Merge the batch at `dim`, or `size` times the same if that is None, into an axis.
+    """Merge the batch at `dim`, or `size` copies where `dim` is None, into an axis.
 
-    What is not given is empty, of one dimension, and stays so.
+    An argument that was left out is an empty vector, and is returned as it is.
     """
     if axis is None or (not tensor.numel() and tensor.ndim - (dim is not None) == 1):
         return tensor
@@ -81,12 +81,12 @@ def fold(tensor: Tensor, dim: int | None, axis: int | None, size: int) -> Tensor
 
 
 def unfold(tensor: Tensor, axis: int | None, size: int) -> tuple[Tensor, int | None]:
-    """Take the batch out of an axis again, and say where it is; what was not wanted is empty."""
+    """Split the batch off an axis again; return its dimension as well, None for an unwanted, empty result."""
     if axis is None or tensor.ndim == 1:
         return tensor, None
     return tensor.unflatten(axis, (size, tensor.shape[axis] // size)), axis
 
 
 def slices(tensor: Tensor, dim: int | None, size: int) -> Sequence[Tensor]:
-    """Return each of the batch at `dim`, or `size` times the same if that is None."""
+    """Return the elements of the batch at `dim`, or `size` times the same tensor where `dim` is None."""
     return [tensor] * size if dim is None else tensor.unbind(dim)

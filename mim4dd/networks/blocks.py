@@ -1,4 +1,4 @@
-"""What the networks are made of, where that is not a module of PyTorch."""
+"""The modules of the networks that are not PyTorch's own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .normalisation import instance_norm
 
 
 class InstanceNorm(nn.GroupNorm):
-    """One group per channel, and the ReLU and the pooling by two that follow it, if they do."""
+    """Group normalisation with one group per channel; on request, the ReLU and the pooling after it."""
 
     def __init__(self, channels: int, *, relu: bool = False, pool: int = 1) -> None:
         super().__init__(channels, channels)
@@ -24,10 +24,11 @@ class InstanceNorm(nn.GroupNorm):
 
 
 class OnePassBlock(nn.Sequential):
-    """A convolution and the normalisation, which takes the convolution's bias away again.
+    """A convolution and the normalisation after it.
 
-    So the bias is never added, and gets its gradient, zero, for free: oneDNN takes nine times as long for the
-    first layer's gradients by weight and bias as for the weight's alone.
+    The normalisation cancels the convolution's bias, so it is never added. Its gradient, zero, is then free:
+    oneDNN takes nine times as long for the first layer's gradients of weight and bias as for that of the
+    weight alone.
     """
 
     @property
@@ -54,12 +55,12 @@ class OnePassBlock(nn.Sequential):
 
 
 def one_pass(network: nn.Module) -> bool:
-    """Return whether all of a network's blocks are such."""
+    """Return whether all of a network's blocks are `OnePassBlock`s."""
     return all(isinstance(block, OnePassBlock) for block in network.get_submodule("blocks").children())
 
 
 class Residual(nn.Module):
-    """Two convolutions 3x3 and a way around them, as in ResNet-18, with instance normalisation."""
+    """ResNet-18's block, with instance normalisation: two 3x3 convolutions and a skip connection."""
 
     def __init__(self, before: int, wide: int, stride: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Convolutions 3x3: on a CPU in float32 Winograd's, compiled, else torch's operator.
+"""3x3 convolutions: on a CPU in float32 the compiled one by Winograd's method, else torch's operator.
 
-On a GPU too, the gradients of gradients are made of the three operations that the gradients are: torch's own
-are convolutions with images for channels, for which its library has slow kernels.
+Second derivatives are made of the same three operations as first ones, on a GPU too: torch's own are
+convolutions with images for channels, for which its library has slow kernels.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from . import batching, on_gpu
 def conv2d(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> Tensor:
     """Convolve without a bias; differentiable any number of times.
 
-    A quarter of the multiplications of torch's, with sums in another order: the largest error is about twice
-    that of the plain sum in float32.
+    Winograd's method takes a quarter of the multiplications, and sums in another order: the largest error is
+    about twice that of the plain sum in float32.
 
     Args:
         x: float [B, I, H, W].
@@ -47,12 +47,12 @@ def _is_compiled(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> bool:
     return runs and weight.shape[2:] == (3, 3) and padding == (1, 1)
 
 
-# The sum over outputs <g, convolve(x, w)> is linear in each of g, x and w. Its gradients are the three
-# operations below, and theirs are these again.
+# The scalar <grad_y, convolve(x, w)> is linear in each of grad_y, x and w. Its gradients are the convolution,
+# the transposed one and `convolve_grad_weight`, and the gradients of these are again the same three.
 
 
 class _Convolve(torch.autograd.Function):
-    """(x, w) -> y, or `turned`, (g, w) -> the gradient by x."""
+    """(x, weight) -> y, or if `turned`, (grad_y, weight) -> grad_x."""
 
     generate_vmap_rule = True
 
@@ -66,36 +66,36 @@ class _Convolve(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
-        by_x, by_weight, _ = ctx.needs_input_grad
+        want_x, want_weight, _ = ctx.needs_input_grad
         return (
-            _Convolve.apply(grad, weight, not ctx.turned) if by_x else None,
-            _ByWeight.apply(*((x, grad) if ctx.turned else (grad, x))) if by_weight else None,
+            _Convolve.apply(grad_y, weight, not ctx.turned) if want_x else None,
+            _GradWeight.apply(*((x, grad_y) if ctx.turned else (grad_y, x))) if want_weight else None,
             None,
         )
 
 
-class _ByWeight(torch.autograd.Function):
-    """(g, x) -> the gradient by w."""
+class _GradWeight(torch.autograd.Function):
+    """(grad_y, x) -> grad_weight."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad: Tensor, x: Tensor) -> Tensor:
-        return torch.ops.mim4dd.convolve_by_weight(grad, x)
+    def forward(grad_y: Tensor, x: Tensor) -> Tensor:
+        return torch.ops.mim4dd.convolve_grad_weight(grad_y, x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, of_weight: Tensor) -> tuple[Any, ...]:
-        grad, x = ctx.saved_tensors
-        by_grad, by_x = ctx.needs_input_grad
+    def backward(ctx: Any, grad_grad_weight: Tensor) -> tuple[Any, ...]:
+        grad_y, x = ctx.saved_tensors
+        want_grad_y, want_x = ctx.needs_input_grad
         return (
-            _Convolve.apply(x, of_weight, False) if by_grad else None,
-            _Convolve.apply(grad, of_weight, True) if by_x else None,
+            _Convolve.apply(x, grad_grad_weight, False) if want_grad_y else None,
+            _Convolve.apply(grad_y, grad_grad_weight, True) if want_x else None,
         )
 
 
@@ -103,24 +103,26 @@ def _batched(
     info: Any, in_dims: batching.Dims, x: Tensor, weight: Tensor, turned: bool, groups: int = 1
 ) -> Any:
     """How `convolve` runs under `torch.vmap`."""
-    (of_x, of_weight), size, op = in_dims[:2], info.batch_size, torch.ops.mim4dd.convolve
-    if of_weight is None:
-        return batching.unfold(op(batching.fold(x, of_x, 0, size), weight, turned, groups), 0, size)
+    (x_dim, weight_dim), size, op = in_dims[:2], info.batch_size, torch.ops.mim4dd.convolve
+    if weight_dim is None:
+        return batching.unfold(op(batching.fold(x, x_dim, 0, size), weight, turned, groups), 0, size)
     if not batching.takes_groups(x.device):
-        each = zip(batching.slices(x, of_x, size), batching.slices(weight, of_weight, size), strict=True)
+        each = zip(batching.slices(x, x_dim, size), batching.slices(weight, weight_dim, size), strict=True)
         return torch.stack([op(*own, turned, groups) for own in each]), 0
-    folded = batching.fold(x, of_x, 1, size), batching.fold(weight, of_weight, 0, size)
+    folded = batching.fold(x, x_dim, 1, size), batching.fold(weight, weight_dim, 0, size)
     return batching.unfold(op(*folded, turned, groups * size), 1, size)
 
 
-def _batched_by_weight(info: Any, in_dims: batching.Dims, grad: Tensor, x: Tensor, groups: int = 1) -> Any:
-    """How `convolve_by_weight` runs under `torch.vmap`."""
-    (of_grad, of_x), size, op = in_dims[:2], info.batch_size, torch.ops.mim4dd.convolve_by_weight
-    # On more channels, maps that lie one after the other would be copied.
-    if not batching.takes_groups(x.device) or of_grad == of_x == 0:
-        each = zip(batching.slices(grad, of_grad, size), batching.slices(x, of_x, size), strict=True)
+def _batched_grad_weight(
+    info: Any, in_dims: batching.Dims, grad_y: Tensor, x: Tensor, groups: int = 1
+) -> Any:
+    """How `convolve_grad_weight` runs under `torch.vmap`."""
+    (grad_y_dim, x_dim), size, op = in_dims[:2], info.batch_size, torch.ops.mim4dd.convolve_grad_weight
+    # To join the channels of maps that lie one after the other, they would have to be copied.
+    if not batching.takes_groups(x.device) or grad_y_dim == x_dim == 0:
+        each = zip(batching.slices(grad_y, grad_y_dim, size), batching.slices(x, x_dim, size), strict=True)
         return torch.stack([op(*own, groups) for own in each]), 0
-    folded = batching.fold(grad, of_grad, 1, size), batching.fold(x, of_x, 1, size)
+    folded = batching.fold(grad_y, grad_y_dim, 1, size), batching.fold(x, x_dim, 1, size)
     return batching.unfold(op(*folded, groups * size), 0, size)
 
 
@@ -135,12 +137,12 @@ def _register() -> None:
         channels = groups * weight.shape[1] if turned else weight.shape[0]
         return empty(x, x.shape[0], channels, *x.shape[2:])
 
-    @torch.library.register_fake("mim4dd::convolve_by_weight")
-    def _(grad, x, groups=1):  # type: ignore[no-untyped-def]
-        return empty(x, grad.shape[1], x.shape[1] // groups, 3, 3)
+    @torch.library.register_fake("mim4dd::convolve_grad_weight")
+    def _(grad_y, x, groups=1):  # type: ignore[no-untyped-def]
+        return empty(x, grad_y.shape[1], x.shape[1] // groups, 3, 3)
 
     torch.library.register_vmap("mim4dd::convolve", _batched)
-    torch.library.register_vmap("mim4dd::convolve_by_weight", _batched_by_weight)
+    torch.library.register_vmap("mim4dd::convolve_grad_weight", _batched_grad_weight)
 
 
 if extension.available():

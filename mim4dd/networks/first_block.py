@@ -1,7 +1,7 @@
 """The first block of a network: its convolution of few channels and all that follows, compiled as one.
 
-The convolution's output is the largest map of a network, and cheap to work out: it stays in the cache, image
-by image, and is worked out anew for the gradients instead of being kept.
+The convolution's output is the largest map of a network, and cheap to compute: image by image it stays in the
+cache, and is computed again for the gradients instead of being saved.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def is_compiled(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> bool:
 
 
 def fits(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> bool:
-    """Return whether the images [B, I, H, W] and the weight [O, I, h, w] are of sizes that it is made for."""
+    """Return whether `first_block` is made for the sizes of images [B, I, H, W] and a weight [O, I, h, w]."""
     return (
         x.shape[1] <= MOST_CHANNELS
         and weight.shape[0] % 32 == 0
@@ -92,33 +92,36 @@ class _FirstBlock(torch.autograd.Function):
         *tensors, _, ctx.padding, ctx.relu, ctx.pool = inputs
         _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
-        ctx.set_materialize_grads(False)  # for these two have none
+        ctx.set_materialize_grads(False)  # mean and rstd have none
         ctx.save_for_backward(*tensors, mean, rstd)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
-        if grad is None:
+    def backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Any, ...]:
+        if grad_y is None:
             return (None,) * 8
         want_x, want_taps = ctx.needs_input_grad[:2]
         options = (ctx.padding, ctx.relu, ctx.pool, want_x, want_taps)
-        by_x, by_taps, by_scale, by_bias = _Backward.apply(grad, *ctx.saved_tensors, *options)
+        grad_x, grad_taps, grad_scale, grad_bias = _Backward.apply(grad_y, *ctx.saved_tensors, *options)
         return (
-            by_x if want_x else None,
-            by_taps if want_taps else None,
-            by_scale,
-            by_bias,
+            grad_x if want_x else None,
+            grad_taps if want_taps else None,
+            grad_scale,
+            grad_bias,
             *[None] * 4,
         )
 
 
 class _Backward(torch.autograd.Function):
-    """(grad, x, taps, scale, bias, mean, rstd) -> gradients by x, taps, scale, bias; empty if unwanted."""
+    """(grad_y, x, taps, scale, bias, mean, rstd) -> grad_x, grad_taps, grad_scale, grad_bias.
+
+    Of the first two, what is not wanted is empty.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        grad: Tensor,
+        grad_y: Tensor,
         x: Tensor,
         taps: Tensor,
         scale: Tensor,
@@ -131,11 +134,11 @@ class _Backward(torch.autograd.Function):
         want_x: bool,
         want_taps: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        by_x, *by_others = torch.ops.mim4dd.first_block_backward(
-            grad, x, taps, scale, bias, mean, rstd, padding, relu, pool, want_x, want_taps
+        grad_x, *per_image = torch.ops.mim4dd.first_block_backward(
+            grad_y, x, taps, scale, bias, mean, rstd, padding, relu, pool, want_x, want_taps
         )
-        by_taps, by_scale, by_bias = (by.sum(0) if by.ndim > 1 else by for by in by_others)
-        return by_x, by_taps, by_scale, by_bias
+        grad_taps, grad_scale, grad_bias = (each.sum(0) if each.ndim > 1 else each for each in per_image)
+        return grad_x, grad_taps, grad_scale, grad_bias
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -146,16 +149,24 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, of_x: Tensor | None, of_taps: Tensor | None, of_scale: Tensor | None, of_bias: Tensor | None
+        ctx: Any,
+        grad_grad_x: Tensor | None,
+        grad_grad_taps: Tensor | None,
+        grad_grad_scale: Tensor | None,
+        grad_grad_bias: Tensor | None,
     ) -> tuple[Any, ...]:
-        grad, x, taps, scale, bias, *kept = ctx.saved_tensors
-        by_grad, by_x, by_taps, by_scale = torch.ops.mim4dd.first_block_backward_twice(
-            x.new_empty(0) if of_x is None else of_x,
+        grad_y, x, taps, scale, bias, *kept = ctx.saved_tensors
+        grad_grad_y, grad_x, grad_taps, grad_scale = torch.ops.mim4dd.first_block_backward_twice(
+            x.new_empty(0) if grad_grad_x is None else grad_grad_x,
             *(
-                torch.zeros_like(weight) if of is None else of
-                for of, weight in ((of_taps, taps), (of_scale, scale), (of_bias, bias))
+                torch.zeros_like(weight) if given is None else given
+                for given, weight in (
+                    (grad_grad_taps, taps),
+                    (grad_grad_scale, scale),
+                    (grad_grad_bias, bias),
+                )
             ),
-            grad,
+            grad_y,
             x,
             taps,
             scale,
@@ -165,8 +176,9 @@ class _Backward(torch.autograd.Function):
             ctx.relu,
             ctx.pool,
         )
-        # The bias decides only where the ReLU is open; mean and rstd are functions of x and taps.
-        return by_grad, by_x, by_taps.sum(0), by_scale.sum(0), *[None] * 8
+        # None for the bias, which decides only where the ReLU is open, and for mean and rstd, which are
+        # functions of x and taps.
+        return grad_grad_y, grad_x, grad_taps.sum(0), grad_scale.sum(0), *[None] * 8
 
 
 def _register() -> None:
@@ -182,7 +194,7 @@ def _register() -> None:
     def per_image(x: Tensor, taps: Tensor) -> Tensor:
         return taps.new_empty(x.shape[0], taps.shape[1])
 
-    def by_taps(x: Tensor, taps: Tensor) -> Tensor:
+    def taps_per_image(x: Tensor, taps: Tensor) -> Tensor:
         return taps.new_empty(x.shape[0], *taps.shape)
 
     @torch.library.register_fake("mim4dd::first_block")
@@ -190,17 +202,20 @@ def _register() -> None:
         return like_y(x, taps, padding, pool), per_image(x, taps), per_image(x, taps)
 
     @torch.library.register_fake("mim4dd::first_block_backward")
-    def _(grad, x, taps, scale, bias, mean, rstd, padding, relu, pool, want_x, want_taps):  # type: ignore[no-untyped-def]
+    def _(grad_y, x, taps, scale, bias, mean, rstd, padding, relu, pool, want_x, want_taps):  # type: ignore[no-untyped-def]
         return (
             like_x(x) if want_x else x.new_empty(0),
-            by_taps(x, taps) if want_taps else taps.new_empty(0),
+            taps_per_image(x, taps) if want_taps else taps.new_empty(0),
             per_image(x, taps),
             per_image(x, taps),
         )
 
     @torch.library.register_fake("mim4dd::first_block_backward_twice")
-    def _(of_x, of_taps, of_scale, of_bias, grad, x, taps, scale, bias, mean, rstd, padding, relu, pool):  # type: ignore[no-untyped-def]
-        return like_y(x, taps, padding, pool), like_x(x), by_taps(x, taps), per_image(x, taps)
+    def _(  # type: ignore[no-untyped-def]
+        grad_grad_x, grad_grad_taps, grad_grad_scale, grad_grad_bias,
+        grad_y, x, taps, scale, bias, mean, rstd, padding, relu, pool,
+    ):  # fmt: skip
+        return like_y(x, taps, padding, pool), like_x(x), taps_per_image(x, taps), per_image(x, taps)
 
     block = ("map", "taps", "channel", "channel")
     kept = ("value", "value")

@@ -1,7 +1,7 @@
 """The weights of a network as one vector: one copy, update or sum takes the place of one for each weight.
 
-Those of a convolution lie with the channels last, as everything that convolves wants them. The vector of
-several networks holds the first weight of all, then the second of all, and so on: each is one tensor.
+The weight of a convolution has its channels last, as the convolutions want it. The vector of several networks
+holds the first weight of all of them, then the second of all, and so on, so that each is one tensor.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ def unflatten(flat: Tensor, network: nn.Module) -> dict[str, Tensor]:
 
 
 def unflatten_all(flat: Tensor, network: nn.Module, count: int) -> dict[str, Tensor]:
-    """Return the weights [count, ...] of several networks likewise."""
+    """Return the same for several networks: every weight is [count, ...]."""
     parts = flat.split([count * size for size in _sizes(network)])
     named = network.named_parameters()
     return {name: _shaped(part, (count, *w.shape)) for part, (name, w) in zip(parts, named, strict=True)}
 
 
 def stack(rows: Iterable[Tensor], network: nn.Module) -> Tensor:
-    """Return one vector of those of several networks."""
+    """Return one vector made of the vectors of several networks."""
     return torch.cat([part.flatten() for part in torch.stack([*rows]).split(_sizes(network), 1)])
 
 
 def unstack(flat: Tensor, network: nn.Module, count: int) -> Tensor:
-    """Return the vectors [count, all of one] of several networks, as a copy."""
+    """Return the vectors of several networks as rows [count, weights of one], a copy."""
     parts = flat.split([count * size for size in _sizes(network)])
     return torch.cat([part.view(count, -1) for part in parts], 1)
 

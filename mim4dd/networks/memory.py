@@ -9,27 +9,29 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import CHUNK, Network
 from .blocks import OnePassBlock, one_pass
 from .first_block import fits
+from .network import Network
 from .on_gpu import runs as kernels_run
 
 GIB = 2**30
 SHARE = 0.5  # of a GPU's free memory, where no budget is given
+# Images per forward pass without gradients: on CPU what keeps a map in the cache (twice as fast as 640).
+CHUNK = {"cpu": 32, "cuda": 1024}
 
 
 def per_image(network: Network, image: tuple[int, ...], *, gradients: bool, transformed: bool = False) -> int:
-    """Return the bytes that an image [C, H, W] takes on its way through, worked out from shapes alone.
+    """Return the bytes that an image [C, H, W] takes on its way through, computed from shapes alone.
 
-    Without gradients that is the largest input and output of an operator together, with them what all
-    operators give. Weights, the workspace of a library (of cuDNN in float32 larger than the maps) and
-    fragmentation come on top.
+    Without gradients that is the largest input and output of one operator together, with gradients the
+    outputs of all operators. Weights, the workspace of a library (cuDNN's, in float32, is larger than the
+    maps) and fragmentation come on top.
 
     Args:
         network: with its precision, on the device it is to run on.
         image: shape of the image.
-        gradients: whether maps are kept for gradients by the weights.
-        transformed: whether these are made by `torch.func`, which keeps the maps of the way back as well.
+        gradients: whether maps are saved for the gradients of the weights.
+        transformed: whether `torch.func` computes these, which saves the maps of the backward pass as well.
     """
     device = next(network.parameters()).device
     dtype = torch.bfloat16 if network.precision == "bf16" else torch.float32
@@ -40,12 +42,12 @@ def per_image(network: Network, image: tuple[int, ...], *, gradients: bool, tran
     numbers = sum(out for _, out in steps) if gradients else max(given + out for given, out in steps)
     if not gradients and not fused and device.type != "cpu":
         numbers = numbers * 3 // 2  # the operators around a normalisation are not fused there
-    # On a GPU autocast normalises in float32, whatever the precision, but in the blocks that are kernels.
+    # On a GPU autocast normalises in float32, whatever the precision, except in blocks that run as kernels.
     half = dtype == torch.bfloat16 and (fused or device.type == "cpu")
     return numbers * (2 if half else 4) * (2 if transformed else 1)
 
 
-Steps = list[tuple[int, int]]  # of one image, the numbers that each step is given and gives
+Steps = list[tuple[int, int]]  # for one image, how many numbers each step reads and writes
 
 
 @torch.no_grad()
@@ -73,7 +75,7 @@ def _blocks(network: Network, x: Tensor) -> Steps:
 
 
 class _Operators(TorchDispatchMode):
-    """Notes the numbers in the maps [1, ...] that every operator is given and gives."""
+    """Records how many numbers there are in the maps [1, ...] that every operator reads and writes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,22 +91,22 @@ class _Operators(TorchDispatchMode):
 
 
 def budget(gib: float | None, device: torch.device) -> int | None:
-    """Return the bytes that a pass may take: on a GPU what is asked for, or a share of what is free.
+    """Return the bytes that a pass may take: on a GPU `gib`, or else a share of what is free.
 
-    None on a CPU, where chunks are of the size of its cache, which is far below any budget.
+    None on a CPU, where the cache decides the size of a chunk, far below any budget.
     """
     if device.type == "cpu":
         return None
     if gib:
         return int(gib * GIB)
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, to use again
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for reuse
     return int(SHARE * (torch.cuda.mem_get_info(device)[0] + kept))
 
 
 def passing(network: Network, images: Tensor) -> int:
     """Return how many images [N, C, H, W] to take through a network at once without gradients.
 
-    Those are `CHUNK`, on a GPU fewer where they would take more than the share of its free memory.
+    That is `CHUNK`, or on a GPU fewer where so many would take more than `SHARE` of its free memory.
     """
     most, free = CHUNK[images.device.type], budget(None, images.device)
     if free is None:

@@ -1,10 +1,12 @@
-"""The compiled layers on a GPU: the Triton kernels under the names of the operators.
+"""The compiled layers on a GPU: the Triton kernels, registered under the operators' names.
 
-Float32 products follow `torch.set_float32_matmul_precision`, the kernels and the library cuDNN's switch.
+Float32 matrix products follow `torch.set_float32_matmul_precision`; the kernels, and the library's
+convolutions, follow cuDNN's switch.
 
-The first block has kernels of its own for its output and for the gradients by its weights, which real images
-and the training of networks need. Of synthetic images, which are few, the gradients by the images and the
-gradients of gradients are put together from products and the normalisation's kernels.
+The first block has kernels of its own for its output and for the gradients of its weights, which real images
+and the training of networks need. The gradients of the images and all second derivatives are needed for
+synthetic images only, which are few: they are put together from matrix products and the normalisation's
+kernels.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ SMALL_MAP = 64  # pixels
 
 
 def computed_in(x: Tensor) -> torch.dtype:
-    """Return the dtype that a convolution of x computes in: its own, or on a GPU autocast's."""
+    """Return the dtype in which a convolution of x computes: its own, or autocast's on a GPU."""
     if x.device.type != "cuda" or x.dtype == torch.float64 or not torch.is_autocast_enabled("cuda"):
         return x.dtype
     return torch.get_autocast_dtype("cuda")
@@ -36,7 +38,7 @@ def runs(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _kernels() -> tuple[ModuleType, ModuleType]:
-    from ..kernels import first_block, normalisation  # only where they run: Triton is imported with them
+    from ..kernels import first_block, normalisation  # only where they run, as they import Triton
 
     return first_block, normalisation
 
@@ -50,28 +52,28 @@ def _first_block(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _convolve(x: Tensor, weight: Tensor, turned: bool, groups: int = 1) -> Tensor:
-    """The convolution, or turned, its gradient by x: a convolution with the weight turned."""
+    """Return y of x, or if `turned`, grad_x of grad_y: a convolution with the weight turned round."""
     if turned:
         weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
     weight = weight.contiguous(memory_format=torch.channels_last)
     return F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, padding=1, groups=groups)
 
 
-def _convolve_by_weight(grad: Tensor, x: Tensor, groups: int = 1) -> Tensor:
+def _convolve_grad_weight(grad_y: Tensor, x: Tensor, groups: int = 1) -> Tensor:
     if groups > 1 and x.shape[2] * x.shape[3] <= SMALL_MAP:
-        return _by_products(grad, x, groups)
-    shape = grad.shape[1], x.shape[1] // groups, 3, 3
+        return _grad_weight_by_products(grad_y, x, groups)
+    shape = grad_y.shape[1], x.shape[1] // groups, 3, 3
     weight = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
+    grad_y, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad_y, x))
     one, wanted = [1, 1], (False, True, False)
     return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, one, one, one, False, [0, 0], groups, wanted
+        grad_y, x, weight, None, one, one, one, False, [0, 0], groups, wanted
     )[1]
 
 
-def _by_products(grad: Tensor, x: Tensor, groups: int) -> Tensor:
-    """The gradient by the weight; of small maps the library works on one group after the other."""
-    rows = grad.movedim(1, 3).unflatten(3, (groups, -1)).flatten(0, 2).permute(1, 2, 0)
+def _grad_weight_by_products(grad_y: Tensor, x: Tensor, groups: int) -> Tensor:
+    """The same for small maps, of which the library would take one group after the other."""
+    rows = grad_y.movedim(1, 3).unflatten(3, (groups, -1)).flatten(0, 2).permute(1, 2, 0)
     patches = _windows(x, 1).unflatten(1, (groups, -1)).permute(1, 0, 3, 4, 5, 6, 2).flatten(4).flatten(1, 3)
     return (rows @ patches).unflatten(2, (3, 3, -1)).flatten(0, 1).movedim(3, 1)
 
@@ -82,9 +84,9 @@ def _windows(x: Tensor, padding: int) -> Tensor:
 
 
 class _FirstConvolution:
-    """The first block's, by products with the patches of images x [B, G * I, H, W], G being its groups.
+    """The first block's convolution, by products with the patches of images x [B, G * I, H, W] in G groups.
 
-    Maps are [B, O, h, w] with channels last, weights taps [9 * I, O].
+    Its output y is [B, O, h, w] with channels last, its weight is the taps [9 * I, O].
     """
 
     def __init__(self, x: Tensor, taps: Tensor, padding: int) -> None:
@@ -96,17 +98,17 @@ class _FirstConvolution:
         rows = self._patches(x).mT @ self._grouped(taps, x)
         return rows.transpose(1, 2).flatten(2).unflatten(1, self.map_size).movedim(3, 1)
 
-    def by_x(self, by_y: Tensor, taps: Tensor) -> Tensor:
-        patches = (self._rows(by_y) @ self._grouped(taps, by_y).mT).mT
+    def grad_x(self, grad_y: Tensor, taps: Tensor) -> Tensor:
+        patches = (self._rows(grad_y) @ self._grouped(taps, grad_y).mT).mT
         return F.fold(patches.flatten(1, 2), self.size, 3, padding=self.padding)
 
-    def by_taps(self, by_y: Tensor, x: Tensor) -> Tensor:
+    def grad_taps(self, grad_y: Tensor, x: Tensor) -> Tensor:
         """Return float32 [B, 9 * I, O], image by image."""
-        products = self._patches(x) @ self._rows(by_y)
+        products = self._patches(x) @ self._rows(grad_y)
         return products.transpose(1, 2).flatten(2).float()
 
     def _patches(self, x: Tensor) -> Tensor:
-        """Return [B, G, 9 * I, h * w]; not by `F.unfold`, which launches a kernel for every image."""
+        """Return [B, G, 9 * I, h * w], without `F.unfold`, which launches a kernel for every image."""
         windows = _windows(x, self.padding)
         return windows.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3).unflatten(1, (self.groups, -1))
 
@@ -120,7 +122,7 @@ class _FirstConvolution:
 
 
 def _first_block_backward(
-    grad: Tensor,
+    grad_y: Tensor,
     x: Tensor,
     taps: Tensor,
     scale: Tensor,
@@ -134,25 +136,27 @@ def _first_block_backward(
     want_taps: bool,
 ) -> tuple[Tensor, ...]:
     first_block, normalisation = _kernels()
-    by_x = by_taps = x.new_empty(0)
+    grad_x = grad_taps = x.new_empty(0)
     if want_x:
         convolution = _FirstConvolution(x, taps, padding)
-        y = convolution(x, taps)
-        by_y, *by_channels = normalisation.backward(grad, y, scale, bias, mean, rstd, relu, pool)
-        by_x = convolution.by_x(by_y, taps)
-    if want_taps or not want_x:
-        by_taps, *by_channels = first_block.backward(
-            grad, x, taps, scale, bias, mean, rstd, padding, relu, pool
+        convolved = convolution(x, taps)
+        grad_convolved, *grad_channels = normalisation.backward(
+            grad_y, convolved, scale, bias, mean, rstd, relu, pool
         )
-    return by_x, by_taps if want_taps else taps.new_empty(0), *by_channels
+        grad_x = convolution.grad_x(grad_convolved, taps)
+    if want_taps or not want_x:
+        grad_taps, *grad_channels = first_block.backward(
+            grad_y, x, taps, scale, bias, mean, rstd, padding, relu, pool
+        )
+    return grad_x, grad_taps if want_taps else taps.new_empty(0), *grad_channels
 
 
 def _first_block_backward_twice(
-    of_x: Tensor,
-    of_taps: Tensor,
-    of_scale: Tensor,
-    of_bias: Tensor,
-    grad: Tensor,
+    grad_grad_x: Tensor,
+    grad_grad_taps: Tensor,
+    grad_grad_scale: Tensor,
+    grad_grad_bias: Tensor,
+    grad_y: Tensor,
     x: Tensor,
     taps: Tensor,
     scale: Tensor,
@@ -165,18 +169,22 @@ def _first_block_backward_twice(
 ) -> tuple[Tensor, ...]:
     _, normalisation = _kernels()
     convolution = _FirstConvolution(x, taps, padding)
-    y, rest = convolution(x, taps), (scale, bias, mean, rstd, relu, pool)
-    by_y, *_ = normalisation.backward(grad, y, *rest)
-    of_y = convolution(x, of_taps)
-    if of_x.numel():
-        of_y += convolution(of_x, taps)
-    of_channels = (of.expand_as(mean).contiguous() for of in (of_scale, of_bias))
-    by_grad, twice_by_y, by_scale = normalisation.backward_twice(of_y, *of_channels, grad, y, *rest)
-    by_x = convolution.by_x(twice_by_y, taps) + convolution.by_x(by_y, of_taps)
-    by_taps = convolution.by_taps(twice_by_y, x)
-    if of_x.numel():
-        by_taps += convolution.by_taps(by_y, of_x)
-    return by_grad, by_x, by_taps, by_scale
+    convolved, rest = convolution(x, taps), (scale, bias, mean, rstd, relu, pool)
+    grad_convolved, *_ = normalisation.backward(grad_y, convolved, *rest)
+    grad_grad_convolved = convolution(x, grad_grad_taps)
+    if grad_grad_x.numel():
+        grad_grad_convolved += convolution(grad_grad_x, taps)
+    grad_grad_channels = (each.expand_as(mean).contiguous() for each in (grad_grad_scale, grad_grad_bias))
+    grad_grad_y, second_grad_convolved, grad_scale = normalisation.backward_twice(
+        grad_grad_convolved, *grad_grad_channels, grad_y, convolved, *rest
+    )
+    grad_x = convolution.grad_x(second_grad_convolved, taps) + convolution.grad_x(
+        grad_convolved, grad_grad_taps
+    )
+    grad_taps = convolution.grad_taps(second_grad_convolved, x)
+    if grad_grad_x.numel():
+        grad_taps += convolution.grad_taps(grad_convolved, grad_grad_x)
+    return grad_grad_y, grad_x, grad_taps, grad_scale
 
 
 _library = torch.library.Library("mim4dd", "IMPL")
@@ -186,7 +194,7 @@ def _register() -> None:
     """Register the kernels of the operators that the compiled extension has defined."""
     for name, call in {
         "convolve": _convolve,
-        "convolve_by_weight": _convolve_by_weight,
+        "convolve_grad_weight": _convolve_grad_weight,
         "instance_norm": _normalisation("forward"),
         "instance_norm_backward": _normalisation("backward"),
         "instance_norm_backward_twice": _normalisation("backward_twice"),

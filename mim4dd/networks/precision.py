@@ -19,8 +19,9 @@ def resolve(precision: Precision, device: torch.device) -> Precision:
     """Return "fp32", "tf32" or "bf16"; "auto" is the fastest for a ConvNet, as measured.
 
     On CPUs with AVX512-BF16 torch's convolutions are twice as fast in bfloat16 as in float32; on those
-    without, where it is emulated, twenty times slower. The compiled ones of the ConvNet, float32 only, are a
-    little faster still (`mim4dd.networks.convolution`). With AMX, not measured yet, it is bfloat16.
+    without, where bfloat16 is emulated, twenty times slower. The ConvNet's compiled convolutions, in float32
+    only, are a little faster still (`mim4dd.networks.convolution`). With AMX, not measured yet, "auto" is
+    bfloat16.
 
     Raises:
         InputError: the device cannot compute in it.
@@ -56,17 +57,17 @@ def _is_ampere(device: torch.device) -> bool:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context in which a network runs; an outer one of the caller's stays where it is "fp32"."""
+    """Return the context in which a network runs; for "fp32" the caller's own autocast stays in force."""
     if precision == "bf16":
-        # Every weight is used once in a pass: a cache of the casts would only hold memory.
+        # Every weight is used once in a pass: a cache of the casts would only take memory.
         return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
     return contextlib.nullcontext()
 
 
 def configure(precision: str) -> None:
-    """Set what the convolutions of the whole process may do.
+    """Set how the convolutions of the whole process compute.
 
-    Round to TF32 or not, which torch does by default; and sum in any order never, as it is no faster.
+    They round to TF32, torch's default, for "tf32" only. They are always deterministic, which costs no time.
     """
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.deterministic = True

@@ -11,10 +11,10 @@ from .distribution import DistributionMatching, distribution_distance
 from .estimate import mutual_information_estimate
 from .gradient import GradientMatching, gradient_distance, loops
 from .mutual_information import MutualInformation
-from .own_networks import OwnNetworks, TrainedOnReal, TrainedOnSynthetic
 from .student import trajectory_distance
+from .term_networks import TermNetworks, TrainedOnReal, TrainedOnSynthetic
+from .through import ThroughTermNetworks
 from .trajectory import TrajectoryConfig, TrajectoryMatching, train_experts
-from .view import through
 
 __all__ = [
     "METHODS",
@@ -25,8 +25,9 @@ __all__ = [
     "Method",
     "MutualInformation",
     "Objective",
-    "OwnNetworks",
     "Problem",
+    "TermNetworks",
+    "ThroughTermNetworks",
     "TrainedOnReal",
     "TrainedOnSynthetic",
     "TrajectoryConfig",
@@ -35,7 +36,6 @@ __all__ = [
     "distribution_distance",
     "gradient_distance",
     "mutual_information_estimate",
-    "through",
     "trajectory_distance",
 ]
 

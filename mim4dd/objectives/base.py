@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from .. import augment
 from ..augment import AugmentParams
 from ..data import ImageSet
-from ..lasting import Lasting
 from ..networks import CHUNK, Network, create
 from ..networks.memory import per_image
+from ..state import State
 
 if TYPE_CHECKING:
     from .trajectory import TrajectoryConfig
@@ -100,11 +100,11 @@ class Problem:
             precision=self.precision,
         ).requires_grad_(False)
 
-    def settle(self, network: Network, generator: torch.Generator) -> None:
-        """Set the statistics of batch normalisation to those of 16 real images a class, and keep them so.
+    def set_batch_norm_statistics(self, network: Network, generator: torch.Generator) -> None:
+        """Set the statistics of batch normalisation to those of 16 real images a class, and freeze them.
 
-        Other networks stay as they are. Published DC lets these images move the statistics by a tenth, which
-        in a new network leaves them nine tenths 0 and 1.
+        Networks without batch normalisation are unchanged. The published DC code moves the statistics only a
+        tenth of the way to these images, which in a new network leaves them mostly at 0 and 1.
         """
         if network.batch_normalised:
             index = self.real.sample(STATISTICS_BATCH, generator).flatten()
@@ -199,11 +199,11 @@ class Objective(ABC):
         Takes the images [n, C, H, W] and targets that are then matched, as constants.
         """
 
-    def lasting(self) -> Lasting | None:
-        """Return what lasts from one match to the next, so that a run can go on where it was cut off.
+    def state(self) -> State | None:
+        """Return what one match leaves to the next, so that an interrupted run can be resumed.
 
         By default the `generators`; networks that are trained meanwhile, and whatever else `prepare` keeps,
-        belong to it too. None: nothing is known of that, and a run cannot go on.
+        belong to it too. None: that is not known, and a run cannot be resumed.
         """
         if self.generators is None:
             return None

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dtypes import at_least_float32
 from ..networks import initialise
 from ..seeding import generator
 from .base import Matched, Objective, Problem
@@ -23,7 +24,7 @@ def distribution_distance(
 ) -> Tensor:
     """Return the sum over classes of the squared distance between the mean features, a scalar.
 
-    A class that one of the sides lacks contributes nothing.
+    A class that one of the sides lacks contributes nothing. Features of half precision are taken to float32.
 
     Args:
         real_features: float [N, ...], flattened to rows.
@@ -35,7 +36,7 @@ def distribution_distance(
     Raises:
         ValueError: one label per row is expected, and equal widths.
     """
-    real, synthetic = real_features.flatten(1), synthetic_features.flatten(1)
+    real, synthetic = (at_least_float32(x.flatten(1)) for x in (real_features, synthetic_features))
     if real.shape[1] != synthetic.shape[1]:
         raise ValueError(
             f"mim4dd.distribution_distance: real_features have width {real.shape[1]} and synthetic_features "

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from .. import augment
-from ..lasting import Count, Lasting
+from ..dtypes import at_least_float32
 from ..networks import CHUNK, Network, initialise, nothing_of
 from ..seeding import generator
 from ..stacked import Stack, augmented_batch
+from ..state import Count, State
 from .base import Matched, Objective, Problem
 
 NETWORK_LR = 0.01
@@ -26,6 +27,8 @@ def gradient_distance(
     synthetic_grads: Sequence[Tensor], real_grads: Sequence[Tensor], metric: str = "rowwise"
 ) -> Tensor:
     """Return the distance between two sets of gradients, a scalar; the real ones are taken as constants.
+
+    Those of half precision are taken to float32.
 
     Args:
         synthetic_grads: one tensor per parameter, in the same order as `real_grads`.
@@ -46,6 +49,9 @@ def gradient_distance(
         raise ValueError(
             f"mim4dd.gradient_distance: metric is {metric!r}, expected 'rowwise', 'mse' or 'cosine'"
         )
+    synthetic_grads, real_grads = (
+        [at_least_float32(g) for g in grads] for grads in (synthetic_grads, real_grads)
+    )
     if metric == "rowwise":
         pairs = [
             (s.flatten(1), r.detach().flatten(1))
@@ -81,8 +87,8 @@ def loops(ipc: int) -> tuple[int, int]:
 class GradientMatching(Objective):
     """Class by class, equal gradients of a network that is itself trained on the synthetic images meanwhile.
 
-    Batch normalisation trains in training mode and is matched with the statistics of real images
-    (`Problem.settle`), so that the gradients of real and synthetic images are those of one network.
+    Batch normalisation trains in training mode and is matched with the statistics of real images, so that the
+    gradients of real and synthetic images are those of one network (`Problem.set_batch_norm_statistics`).
 
     A network serves `loops(ipc)[0]` calls and is trained on the images, as they are by then, between them.
     With a siamese augmentation this is DSA, without one DC.
@@ -111,9 +117,9 @@ class GradientMatching(Objective):
         else:
             self._train(images, targets)
         self.calls.times += 1
-        self.problem.settle(self.network.network, self.statistics)
+        self.problem.set_batch_norm_statistics(self.network.network, self.statistics)
 
-    def lasting(self) -> Lasting:
+    def state(self) -> State:
         """The network, how far its training is, and all that is drawn from."""
         return {
             **self.network.state_dict(),

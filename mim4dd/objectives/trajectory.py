@@ -12,29 +12,32 @@ from torch import Tensor
 from .. import augment, experts
 from ..errors import InputError
 from ..experts import ExpertConfig, Experts, Recipe
-from ..lasting import Lasting
 from ..networks.flat import flatten, load
 from ..seeding import generator
+from ..state import State
 from .base import Matched, Objective, Problem
 from .student import Batch, follow, squared_distance
 
 
 @dataclass(frozen=True)
 class TrajectoryConfig(ExpertConfig):
-    """Trajectory matching (mtt): its experts, which are kept and found again, and how they are followed."""
+    """Trajectory matching (mtt): its experts, which are kept and found again, and how they are followed.
+
+    Attributes:
+        max_start: A match starts from one of this many first snapshots.
+        span: Snapshots from the start of a match to its target.
+        student_steps: Steps on the synthetic images that are to lead there.
+        student_batch: Images per step; default: all.
+        student_lr: Size of those steps at first; it is learned.
+        student_lr_rate: Learning rate of its logarithm.
+    """
 
     max_start: int | None = None
-    """A match starts from one of this many first snapshots."""
     span: int = 2
-    """Snapshots from the start of a match to its target."""
     student_steps: int | None = None
-    """Steps on the synthetic images that are to lead there."""
     student_batch: int | None = None
-    """Images per step; default: all."""
     student_lr: float = 0.01
-    """Size of those steps at first; it is learned."""
     student_lr_rate: float = 0.1
-    """Learning rate of its logarithm."""
 
 
 def settings(problem: Problem) -> TrajectoryConfig:
@@ -144,7 +147,7 @@ class TrajectoryMatching(Objective):
         for held, k in ((self.start, snapshot), (self.target, snapshot + self.config.span)):
             held.copy_(self.experts.weights(expert, k, images.device))
 
-    def lasting(self) -> Lasting:
+    def state(self) -> State:
         """All that is drawn from; the experts are in their file."""
         return {
             "matches": self.matches,

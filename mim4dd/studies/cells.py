@@ -13,7 +13,8 @@ from typing import Any
 
 from .. import __version__
 from ..checkpoint import STATE, Checkpoint
-from ..config import Config, DistillConfig, MimConfig, settled, to_json
+from ..config import Config, DistillConfig, MimConfig, settled
+from ..config_json import to_json
 from ..console import complain, with_accuracy
 from ..data import load
 from ..devices import device_name
@@ -51,6 +52,8 @@ class Cell:
         outcome = facts = outcome_in(self.folder)
         if facts is None and (self.folder / IMAGES).exists():
             facts = SyntheticSet.load(self.folder / IMAGES).metadata
+            if "config" not in facts:
+                raise InputError(f"{self.folder / IMAGES} is not of a mim4dd run; remove its folder")
         if facts is not None:
             refuse_others(self.folder, facts["config"], self.config)
             data = facts.get("data")  # older ones do not tell
@@ -62,7 +65,7 @@ class Cell:
         return outcome
 
     def run(self) -> dict[str, Any]:
-        """Run it, or go on where it was cut off, and return what `found` will find from now on.
+        """Run it, or resume it, and return what `found` will find from now on.
 
         Raises:
             InputError: the data or the device do not go with the settings.
@@ -80,7 +83,7 @@ class Cell:
             try:
                 checkpoint = Checkpoint.load(self.folder)
             except InputError as error:
-                complain(f"{error}: that is done now")
+                complain(f"{error}; it starts again now")
         return run(Experiment.prepare(self.config, _load), self.folder, checkpoint)
 
     def _write(self, name: str, outcome: dict[str, Any]) -> dict[str, Any]:

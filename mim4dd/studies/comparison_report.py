@@ -17,7 +17,7 @@ from .comparison import COLUMNS, Arm, Outcomes, Row, rows
 
 NOTES = """\
 Accuracy on the {split} set: mean ± standard deviation over the seeds, each the mean of {networks}
-trained from nothing on the images alone. The arms of a seed start from the same images, draw on the same real
+trained from scratch on the images alone. The arms of a seed start from the same images, draw on the same real
 images and train the same networks; differences are paired by seed: mean [95 % t-interval], no interval for a
 single seed. An interval without 0 is p < 0.05 for that row alone: among many rows some will be, by chance.
 The arms have as many iterations, not as much time: what distilling took is the mean of the seeds, in seconds

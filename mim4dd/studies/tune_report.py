@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, files
-from ..config import Config, MimConfig, to_json
+from ..config import Config, MimConfig
+from ..config_json import to_json
 from ..console import console, print_table
 from .comparison import number
 from .comparison_report import markdown_table

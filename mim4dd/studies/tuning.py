@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import Config, DataConfig, EvalConfig, MimConfig, check
+from ..config import Config, DataConfig, EvalConfig, MimConfig
+from ..config_check import check
 from ..errors import InputError
 from ..options import Hidden, plain, recast
 
@@ -25,11 +26,14 @@ SEARCHED = RANGES | CHOICES  # option of the search -> setting of the term
 
 @dataclass(frozen=True)
 class TunedDataConfig(DataConfig):
-    """The real images."""
+    """The real images.
+
+    Attributes:
+        validation: Fraction of the training images to hold out and tune on, drawn for each seed; the test set
+            is not used.
+    """
 
     validation: float = 0.1
-    """Share of the training images that is held out to tune on, drawn anew for every seed; the test set is
-    never looked at."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class TunedMimConfig(MimConfig):
 
 @dataclass(frozen=True)
 class TunedEvalConfig(EvalConfig):
-    """The evaluation: networks trained from nothing on the synthetic images."""
+    """The evaluation: networks trained from scratch on the synthetic images."""
 
     baselines: Hidden[tuple[Literal["random", "kmeans", "base", "full"], ...]] = ()
     eval_archs: Hidden[tuple[str, ...]] = ()
@@ -57,32 +61,34 @@ class Tuning(Config):
     """Choose weight, temperature, layers and networks of the term for one method and IPC.
 
     The base method alone comes first, then its default settings, then trials chosen by Optuna's TPE sampler,
-    each on all seeds unless the median of the trials before was better on the first ones. The same command
-    goes on where it was cut off; more --trials add to what is there. OUT/tune.json has the best settings,
-    for run --config, and OUT/tune.md the table. Needs Optuna: pip install optuna.
+    each on all seeds unless the median of the earlier trials was better on the first ones. The same command
+    continues an interrupted search; more --trials add to it. OUT/tune.json has the best settings, for
+    run --config, and OUT/tune.md the table. Needs Optuna: pip install optuna.
+
+    Attributes:
+        trials: Trials, not counting the base method.
+        seeds: Seeds, a run of each trial for each; a single one gives no interval.
+        weights: Range of the weight, searched on a logarithmic scale.
+        temperatures: Range of the temperature, searched on a logarithmic scale.
+        layers: Feature maps: all, last, or indices such as 0,2.
+        networks: Whose features are compared: of networks trained on the synthetic or the real images, or of
+            the base method's own.
+        noise_ratios: Noise ratios; only nce has one.
+        projections: Linear maps into a common space.
+        out: Folder of the results; default: runs/tune-<dataset>-<method>-ipc<n>.
+        seed: Of the search.
     """
 
     trials: int = 30
-    """Trials, the base method not counted."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the runs of a trial, each once; a single one gives no interval."""
     weights: tuple[float, float] = (1.0, 3000.0)
-    """Range of the weight, searched on a logarithmic scale."""
     temperatures: tuple[float, float] = (0.01, 1.0)
-    """Range of the temperature, searched on a logarithmic scale."""
     layers: tuple[str, ...] = ("all", "last")
-    """Feature maps: all, last, or indices such as 0,2."""
     networks: tuple[Literal["synthetic", "real", "base"], ...] = ("synthetic",)
-    """Whose features are compared: of networks trained on the synthetic or the real images, or of the base
-    method's own."""
     noise_ratios: tuple[float | Literal["calibrated"], ...] = ("calibrated",)
-    """Noise ratios; only nce has one."""
     projections: tuple[Literal["none", "random", "trained"], ...] = ("none",)
-    """Linear maps into a common space."""
     out: Path | None = None
-    """Folder of the results; default: runs/tune-<dataset>-<method>-ipc<n>."""
     seed: int = 0
-    """Of the search."""
     data: TunedDataConfig = field(default_factory=TunedDataConfig)
     mim: TunedMimConfig = field(default_factory=TunedMimConfig)
     eval: TunedEvalConfig = field(default_factory=TunedEvalConfig)

@@ -1,4 +1,4 @@
-"""The add-on's own networks: trained for a moment, they tell the classes apart as random ones cannot."""
+"""The add-on's own networks: briefly trained, they tell the classes apart as random ones cannot."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..lasting import Count, Lasting
 from ..networks import Network, initialise
 from ..networks.flat import flatten, load
 from ..seeding import generator
 from ..stacked import Batch, Stack, augmented_batch
+from ..state import Count, State
 from .base import Problem
 
 LR = 0.01
@@ -27,7 +27,7 @@ STUDENT_EPOCHS = (100, 400)  # the least and the most of one; an evaluated netwo
 STUDENT_BATCH = 256
 
 
-class OwnNetworks(ABC):
+class TermNetworks(ABC):
     """Networks for the add-on to look through.
 
     Attributes:
@@ -43,8 +43,8 @@ class OwnNetworks(ABC):
         Takes them as constants.
         """
 
-    def lasting(self) -> Lasting:
-        """Return what lasts beside that which is the same for every run of a problem."""
+    def state(self) -> State:
+        """Return the state that differs between two runs of the same problem."""
         return {}
 
     @torch.no_grad()
@@ -55,7 +55,7 @@ class OwnNetworks(ABC):
         load(network, self.weights.index_select(0, chosen)[0])
 
 
-class TrainedOnReal(OwnNetworks):
+class TrainedOnReal(TermNetworks):
     """Ten networks, trained on the real images once.
 
     A few steps are enough: networks trained ten times as long helped no more.
@@ -88,7 +88,7 @@ class TrainedOnReal(OwnNetworks):
             pass
 
 
-class TrainedOnSynthetic(OwnNetworks):
+class TrainedOnSynthetic(TermNetworks):
     """A student: one network, trained on the synthetic images as they are, and every so often a new one.
 
     What it cannot tell apart among the real images is what the synthetic ones do not teach yet.
@@ -112,7 +112,7 @@ class TrainedOnSynthetic(OwnNetworks):
                     self._training.step(index, images, targets)
         self._matches.times += 1
 
-    def lasting(self) -> Lasting:
+    def state(self) -> State:
         """The student, how many matches it served, and what the next one is drawn from."""
         return {
             "weights": self.weights,

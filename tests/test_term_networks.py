@@ -18,11 +18,11 @@ from mim4dd.objectives import (
     Matched,
     MutualInformation,
     Objective,
+    ThroughTermNetworks,
     TrainedOnReal,
     TrainedOnSynthetic,
     TrajectoryMatching,
-    own_networks,
-    through,
+    term_networks,
 )
 from mim4dd.seeding import generator
 
@@ -47,7 +47,7 @@ def weights_of(networks, problem):
 def test_networks_on_real_images_are_trained_the_later_the_longer(problem):
     weights = weights_of(TrainedOnReal(problem), problem)
     assert weights.shape == (
-        own_networks.REAL_NETWORKS,
+        term_networks.REAL_NETWORKS,
         sum(p.numel() for p in problem.network().parameters()),
     )
     _, test = load("digits")
@@ -73,8 +73,8 @@ def trained_by_hand(problem, random, images, labels, batches):
 
 
 def test_training_on_real_images_is_plain_sgd(problem, monkeypatch):
-    monkeypatch.setattr(own_networks, "REAL_NETWORKS", 1)
-    monkeypatch.setattr(own_networks, "REAL_STEPS", 3)
+    monkeypatch.setattr(term_networks, "REAL_NETWORKS", 1)
+    monkeypatch.setattr(term_networks, "REAL_STEPS", 3)
     real, random = problem.real, generator(0, "mim/network/0")
     images = real.batch(torch.arange(len(real)))
     batches = (torch.randint(len(real), (128,), generator=random) for _ in range(3))
@@ -84,7 +84,7 @@ def test_training_on_real_images_is_plain_sgd(problem, monkeypatch):
 
 def test_training_a_student_is_plain_sgd(monkeypatch):
     """Through all images in every epoch, no more than 256 a step."""
-    monkeypatch.setattr(own_networks, "STUDENT_EPOCHS", (2, 2))
+    monkeypatch.setattr(term_networks, "STUDENT_EPOCHS", (2, 2))
     problem, start = digits_problem(ipc=26)
     random = generator(0, "mim/student")
     epochs = (torch.randperm(260, generator=random) for _ in range(2))
@@ -96,7 +96,7 @@ def test_training_a_student_is_plain_sgd(monkeypatch):
 
 
 def test_every_network_starts_from_weights_of_its_own(problem, monkeypatch):
-    monkeypatch.setattr(own_networks, "REAL_STEPS", 0)
+    monkeypatch.setattr(term_networks, "REAL_STEPS", 0)
     weights = weights_of(TrainedOnReal(problem), problem)
     assert len(weights.unique(dim=0)) == 10
 
@@ -136,10 +136,10 @@ def test_a_student_learns_the_synthetic_images_and_makes_room_for_the_next(probl
         targets = F.one_hot(targets, 10) * 0.9 + 0.01
     networks = TrainedOnSynthetic(problem)
     students = []
-    for _ in range(2 * own_networks.STUDENT_EVERY + 1):
+    for _ in range(2 * term_networks.STUDENT_EVERY + 1):
         networks.renew(images, targets)
         students.append(networks.weights[0].clone())
-    every = own_networks.STUDENT_EVERY
+    every = term_networks.STUDENT_EVERY
     first, second, third = (students[k * every] for k in range(3))
     assert all(torch.equal(student, first) for student in students[:every])
     assert all(torch.equal(student, second) for student in students[every : 2 * every])
@@ -147,7 +147,7 @@ def test_a_student_learns_the_synthetic_images_and_makes_room_for_the_next(probl
     assert not torch.equal(second, third)
     for student in (first, second, third):
         network = network_of(problem, student)
-        problem.settle(network, generator(0, "any"))
+        problem.set_batch_norm_statistics(network, generator(0, "any"))
         assert (network(images).argmax(1) == problem.labels).float().mean() > 0.9
     again = TrainedOnSynthetic(problem)
     again.renew(images, targets)
@@ -157,8 +157,8 @@ def test_a_student_learns_the_synthetic_images_and_makes_room_for_the_next(probl
 def test_a_student_starts_from_nothing(problem, monkeypatch):
     """Neither weights nor momentum of the one before are left in it."""
     _, start = digits_problem()
-    monkeypatch.setattr(own_networks, "STUDENT_EVERY", 1)
-    monkeypatch.setattr(own_networks, "STUDENT_EPOCHS", (1, 1))
+    monkeypatch.setattr(term_networks, "STUDENT_EVERY", 1)
+    monkeypatch.setattr(term_networks, "STUDENT_EPOCHS", (1, 1))
     problem = dataclasses.replace(problem, augmentation="none")
     networks = TrainedOnSynthetic(problem)
     networks.renew(start.images, problem.labels)
@@ -170,18 +170,18 @@ def test_a_student_starts_from_nothing(problem, monkeypatch):
     initialise(network, random)
     network.requires_grad_()
     F.cross_entropy(network(start.images), problem.labels).backward()
-    expected = flatten(p - own_networks.LR * p.grad for p in network.parameters())
+    expected = flatten(p - term_networks.LR * p.grad for p in network.parameters())
     torch.testing.assert_close(networks.weights[0], expected)
 
 
 @pytest.mark.parametrize("architecture", ["convnet", "convnet-bn"])
 def test_features_are_those_of_one_of_the_networks(problem, architecture, monkeypatch):
-    monkeypatch.setattr(own_networks, "REAL_STEPS", 0)
+    monkeypatch.setattr(term_networks, "REAL_STEPS", 0)
     problem = dataclasses.replace(problem, architecture=architecture, augmentation="none")
     networks = TrainedOnReal(problem)
     weights = weights_of(networks, problem)
     alone = DistributionMatching(problem)
-    objective = through(networks, DistributionMatching(problem), problem)
+    objective = ThroughTermNetworks(networks, DistributionMatching(problem), problem)
     images = torch.randn(10, 1, 8, 8, generator=generator(0, "images"), requires_grad=True)
     choice, statistics = generator(0, "mim/choice"), generator(0, "mim/statistics")
     seen = set()
@@ -192,7 +192,7 @@ def test_features_are_those_of_one_of_the_networks(problem, architecture, monkey
         chosen = int(torch.randint(10, (1,), generator=choice))
         seen.add(chosen)
         network = network_of(problem, weights[chosen])
-        problem.settle(network, statistics)
+        problem.set_batch_norm_statistics(network, statistics)
         for found, expected in zip(matched.synthetic_features, network.features(images), strict=True):
             assert torch.equal(found, expected)
         assert matched.synthetic_features[-1].requires_grad
@@ -212,22 +212,22 @@ class Plain(Objective):
 
 
 def test_no_more_than_64_real_images_a_class_are_compared(problem, monkeypatch):
-    monkeypatch.setattr(own_networks, "REAL_STEPS", 0)
+    monkeypatch.setattr(term_networks, "REAL_STEPS", 0)
     problem = dataclasses.replace(problem, real_batch=100)
-    objective = through(TrainedOnReal(problem), Plain(), problem)
+    objective = ThroughTermNetworks(TrainedOnReal(problem), Plain(), problem)
     matched = objective(torch.zeros(10, 1, 8, 8), problem.labels)
     assert matched.real_labels.bincount().tolist() == [64] * 10
     assert len(matched.real_features[-1]) == 640
 
 
 def test_what_the_base_learns_is_learned_through_them(problem, monkeypatch, tmp_path):
-    monkeypatch.setattr(own_networks, "REAL_STEPS", 0)
+    monkeypatch.setattr(term_networks, "REAL_STEPS", 0)
     _, start = digits_problem()
     problem = dataclasses.replace(
         problem, trajectory=dataclasses.replace(problem.trajectory, experts=tmp_path / "experts")
     )
     base = TrajectoryMatching(problem)
-    objective = through(TrainedOnReal(problem), base, problem)
+    objective = ThroughTermNetworks(TrainedOnReal(problem), base, problem)
     assert objective.network_lr == pytest.approx(0.01)
     distilled = distill(objective, start, iterations=2, lr=0.0, momentum=0.0)
     assert abs(base.network_lr - 0.01) > 1e-5
@@ -238,7 +238,7 @@ def test_what_the_base_learns_is_learned_through_them(problem, monkeypatch, tmp_
 def test_any_objective_can_be_seen_through_them(problem, kind):
     _, start = digits_problem()
     base = Plain()
-    objective = through(kind(problem), base, problem)
+    objective = ThroughTermNetworks(kind(problem), base, problem)
     looks = []
     distill(
         objective,
@@ -260,7 +260,7 @@ def test_the_loss_through_them_falls(problem, kind):
     _, start = digits_problem()
     looks = []
     distill(
-        through(kind(problem), DistributionMatching(problem), problem),
+        ThroughTermNetworks(kind(problem), DistributionMatching(problem), problem),
         start,
         iterations=60,
         lr=1.0,

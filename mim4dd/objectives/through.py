@@ -1,19 +1,19 @@
-"""A base method, and the add-on looking through networks of its own."""
+"""A base method whose add-on looks through networks of its own."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ..lasting import Lasting, within
 from ..seeding import generator
+from ..state import State, prefixed
 from .base import Matched, Objective, Problem
-from .own_networks import OwnNetworks
+from .term_networks import TermNetworks
 
 REAL_BATCH = 64  # real images per class that the add-on compares, at most
 
 
-def through(networks: OwnNetworks, base: Objective, problem: Problem) -> Objective:
-    """Return a base method whose features for the add-on come from networks of the add-on's own.
+class ThroughTermNetworks(Objective):
+    """A base method whose features for the add-on come from networks of the add-on's own.
 
     Every match looks through one of the networks, drawn anew, at real images of its own, augmented alike with
     the synthetic ones by class. The loss is that of the base method, which is left as it is.
@@ -23,11 +23,8 @@ def through(networks: OwnNetworks, base: Objective, problem: Problem) -> Objecti
         base: the base method.
         problem: with the layers of the add-on.
     """
-    return _Through(networks, base, problem)
 
-
-class _Through(Objective):
-    def __init__(self, networks: OwnNetworks, base: Objective, problem: Problem) -> None:
+    def __init__(self, networks: TermNetworks, base: Objective, problem: Problem) -> None:
         self.networks, self.base, self.problem = networks, base, problem
         self.trained = base.trained
         self.network = problem.network()
@@ -39,24 +36,28 @@ class _Through(Objective):
 
     @property
     def network_lr(self) -> float | None:
+        """That of the base method."""
         return self.base.network_lr
 
     def prepare(self, images: Tensor, targets: Tensor) -> None:
+        """Prepare the base method, and see to the networks."""
         self.base.prepare(images, targets)
         self.networks.renew(images, targets)
 
-    def lasting(self) -> Lasting | None:
-        base = self.base.lasting()
+    def state(self) -> State | None:
+        """The base method's, that of the networks, and what is drawn from; None if the base has none."""
+        base = self.base.state()
         if base is None:
             return None
-        own: Lasting = {f"draw {k}": draw for k, draw in enumerate(self.draws)}
-        return own | within("base", base) | within("networks", self.networks.lasting())
+        own: State = {f"draw {k}": draw for k, draw in enumerate(self.draws)}
+        return own | prefixed("base", base) | prefixed("networks", self.networks.state())
 
     def match(self, images: Tensor, targets: Tensor) -> Matched:
+        """Return the base method's loss for the images [n, C, H, W], and features of one of the networks."""
         problem = self.problem
         choice, statistics, augmentations, draws = self.draws
         loss = self.base.match(images, targets).loss
         self.networks.load_into(self.network, choice)
-        problem.settle(self.network, statistics)
+        problem.set_batch_norm_statistics(self.network, statistics)
         per_class = min(problem.real_batch, REAL_BATCH)
         return Matched(loss, *problem.siamese(self.network, images, per_class, draws, augmentations))

@@ -1,0 +1,103 @@
+"""Which settings cannot be meant: found before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .augment import parts_of
+from .config import FLOAT32_MAX, Config, MimConfig
+from .errors import InputError, unknown
+from .networks import ARCHITECTURES
+from .objectives import METHODS
+
+
+def check(config: Config) -> None:
+    """Refuse settings that cannot be meant, before any work starts.
+
+    Raises:
+        InputError: naming the option, its value and what was expected.
+    """
+    if config.distill.method not in METHODS:
+        raise unknown("method", config.distill.method, METHODS)
+    if config.distill.network not in ARCHITECTURES:
+        raise unknown("network", config.distill.network, ARCHITECTURES)
+    check_architectures(config.eval.eval_archs)
+    at_least = {
+        "--ipc": (config.distill.ipc, 1),
+        "--factor": (config.distill.factor, 1),
+        "--iterations": (config.distill.iterations, 0),
+        "--real-batch": (config.distill.real_batch, 1),
+        "--width": (config.distill.width, 1),
+        "--num-eval": (config.eval.num_eval, 0),
+        "--eval-epochs": (config.eval.eval_epochs, 1),
+        "--mim-weight": (config.mim.mim_weight, 0),
+        "--num-experts": (config.trajectory.num_experts, 1),
+        "--expert-snapshots": (config.trajectory.expert_snapshots, 1),
+        "--expert-batches": (config.trajectory.expert_batches, 0),
+        "--max-start": (config.trajectory.max_start, 1),
+        "--span": (config.trajectory.span, 1),
+        "--student-steps": (config.trajectory.student_steps, 1),
+        "--student-batch": (config.trajectory.student_batch, 1),
+        "--mim-projection-size": (config.mim.mim_projection_size, 1),
+    }
+    for option, (value, least) in at_least.items():
+        if value is not None and not least <= value < FLOAT32_MAX:
+            raise InputError(f"{option} is {value}, expected a number of at least {least}")
+    above_zero = {
+        "--image-lr": config.distill.image_lr,
+        "--student-lr": config.trajectory.student_lr,
+        "--student-lr-rate": config.trajectory.student_lr_rate,
+        "--memory-budget": config.memory_budget,
+        "--mim-temperature": config.mim.mim_temperature,
+        "--mim-noise-ratio": config.mim.mim_noise_ratio,
+        "--mim-layer-decay": config.mim.mim_layer_decay,
+    }
+    for option, number in above_zero.items():
+        if isinstance(number, int | float) and not 0 < number < FLOAT32_MAX:
+            raise InputError(f"{option} is {number}, expected a positive number")
+    if config.eval.num_eval == 0 and config.eval.eval_archs:
+        raise InputError("--eval-archs needs --num-eval of at least 1, got 0")
+    if not 0 <= config.distill.image_momentum < 1:
+        raise InputError(
+            f"--image-momentum is {config.distill.image_momentum}, expected at least 0 and below 1"
+        )
+    if config.mim.mim_loss != "nce" and config.mim.mim_noise_ratio != "calibrated":
+        raise InputError(
+            f"--mim-noise-ratio is {config.mim.mim_noise_ratio}, but only --mim-loss nce has one, and it is "
+            f"{config.mim.mim_loss}"
+        )
+    if config.data.zca and config.distill.factor > 1:
+        raise InputError("--zca mixes all pixels of an image, --factor takes it apart: use one of them")
+    if not 0 <= config.data.validation < 1:
+        raise InputError(
+            f"--validation is {config.data.validation}, expected a fraction of at least 0 and below 1"
+        )
+    if config.distill.augmentation is not None:
+        try:
+            parts_of(config.distill.augmentation)
+        except ValueError as error:
+            raise InputError(f"--augmentation: {str(error).removeprefix('mim4dd.augment: ')}") from error
+    layers(config.mim)
+
+
+def check_architectures(names: Iterable[str]) -> None:
+    """Refuse names that --eval-archs does not know. Raises `InputError`."""
+    for name in names:
+        if name not in ARCHITECTURES:
+            raise unknown("architecture in --eval-archs:", name, ARCHITECTURES)
+
+
+def layers(mim: MimConfig) -> str | list[int]:
+    """Return what --mim-layers says: "all", "last" or indices.
+
+    Raises:
+        InputError: it says something else.
+    """
+    if mim.mim_layers in ("all", "last"):
+        return mim.mim_layers
+    try:
+        return [int(k) for k in mim.mim_layers.split(",")]
+    except ValueError as error:
+        raise InputError(
+            f"--mim-layers is {mim.mim_layers!r}, expected all, last or indices such as 0,2"
+        ) from error

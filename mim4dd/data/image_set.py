@@ -1,0 +1,173 @@
+"""A labelled image set in memory: drawn from, split, and normalised batch by batch."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .. import augment
+from ..augment import AugmentParams
+from ..errors import InputError
+from .pixels import full_scale
+from .whitening import Whitening
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A labelled image set in memory, stored as uint8 or float32 in [0, 1] and normalised batch by batch.
+
+    Whitened images are stored whitened, as float32 with mean 0 and std 1.
+    """
+
+    images: Tensor  # uint8 or float32 [N, C, H, W]
+    labels: Tensor  # int64 [N]
+    class_names: tuple[str, ...]
+    mean: Tensor  # float32 [C], of pixels scaled to [0, 1]
+    std: Tensor  # float32 [C]
+    whitening: Whitening | None = None  # applied to the images, if any
+    unwhitened: str | None = None  # the fingerprint before whitening
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the set has."""
+        return len(self.class_names)
+
+    @property
+    def channels(self) -> int:
+        """How many channels an image has."""
+        return self.images.shape[1]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.images.shape[2], self.images.shape[3]
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """The same set on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("images", "labels", "mean", "std")}
+        return replace(self, **moved)
+
+    def batch(self, index: Tensor) -> Tensor:
+        """Normalised images float32 [..., C, H, W] for an index [...]; gathered first, then converted."""
+        scale, shift = self._affine
+        pixels = self.images.index_select(0, index.reshape(-1).to(self.images.device)).float()
+        return torch.addcmul(shift, pixels, scale).reshape(index.shape + pixels.shape[1:])
+
+    def augmented(self, index: Tensor, params: AugmentParams, rows: Tensor | None = None) -> Tensor:
+        """`batch`, then `augment.apply` with rows [...] of the parameters, in one pass over stored bytes."""
+        pixels = self.images.index_select(0, index.reshape(-1).to(self.images.device))
+        rows = None if rows is None else rows.reshape(-1)
+        images = augment.apply(pixels, params, rows=rows, mean=self.mean, std=self.std)
+        return images.reshape(index.shape + pixels.shape[1:])
+
+    def labelled(self, index: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
+        """`augmented` images and their labels, as a training step takes them."""
+        return self.augmented(index, params), self.labels[index]
+
+    def sample(self, per_class: int, generator: torch.Generator) -> Tensor:
+        """Indices int64 [num_classes, per_class] of random images of each class, without replacement.
+
+        A class with fewer images is cycled, so that its images occur equally often, give or take one.
+        """
+        table, counts = self.class_index
+        shuffled = self._shuffled(min(per_class, table.shape[1]), generator)
+        slot = torch.arange(per_class, device=table.device) % counts[:, None]
+        return shuffled.gather(1, slot)
+
+    def check_enough(self, per_class: int) -> None:
+        """Raise `InputError` if a class has fewer images than `per_class`."""
+        counts = self.class_index[1]
+        smallest = int(counts.argmin())
+        if counts[smallest] < per_class:
+            raise InputError(
+                f"class {self.class_names[smallest]!r} has {int(counts[smallest])} training images, fewer "
+                f"than the {per_class} asked for (--ipc, times --factor squared); use fewer"
+            )
+
+    def split(self, fraction: float, generator: torch.Generator) -> tuple[ImageSet, ImageSet]:
+        """(rest, held out): `fraction` of every class is held out, but never the last image of a class.
+
+        Raises `InputError` if that leaves nothing to hold out.
+        """
+        if not 0 < fraction < 1:
+            raise InputError(f"fraction {fraction}: expected a number between 0 and 1, the share to hold out")
+        table, counts = self.class_index
+        held = torch.minimum((counts * fraction).round().long(), counts - 1)
+        if not held.any():
+            raise InputError(
+                f"{len(self)} images in {self.num_classes} classes: too few to hold out {fraction:.0%}; "
+                "use more images"
+            )
+        shuffled = self._shuffled(table.shape[1], generator)
+        slot = torch.arange(table.shape[1], device=table.device)
+        chosen = slot < held[:, None]
+        others = (slot < counts[:, None]) & ~chosen
+        rest, held_out = (shuffled[mask].sort().values for mask in (others, chosen))
+        return self._subset(rest), self._subset(held_out)
+
+    @cached_property
+    def class_index(self) -> tuple[Tensor, Tensor]:
+        """Images of each class, int64 [num_classes, largest count] padded with 0, and counts [num_classes].
+
+        Raises `InputError` if a class is empty.
+        """
+        counts = torch.bincount(self.labels, minlength=self.num_classes)
+        if not counts.all():
+            empty = self.class_names[int(counts.argmin())]
+            raise InputError(f"class {empty!r} has no image in this set; add some or remove the class")
+        order = self.labels.argsort(stable=True)
+        slot = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[self.labels[order]]
+        table = order.new_zeros(self.num_classes, int(counts.max()))
+        table[self.labels[order], slot] = order
+        return table, counts
+
+    def whitened(self, whitening: Whitening) -> ImageSet:
+        """The same set with every image whitened."""
+        zeros = torch.zeros_like(self.mean)
+        return replace(
+            self,
+            images=whitening.apply(self.images),
+            mean=zeros,
+            std=zeros + 1,
+            whitening=whitening,
+            unwhitened=self.fingerprint,
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that identify these images, labels, mean and std.
+
+        Whitened images take theirs from the fingerprint before whitening, because the last bits of whitening
+        differ from machine to machine.
+        """
+        digest = hashlib.sha256()
+        if self.unwhitened is not None:
+            digest.update(f"whitened {self.unwhitened}".encode())
+        else:
+            for tensor in (self.images, self.labels, self.mean, self.std):
+                digest.update(str(tuple(tensor.shape)).encode())
+                digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
+    def _shuffled(self, k: int, generator: torch.Generator) -> Tensor:
+        """`k` images of each class in random order, [num_classes, k]; smaller classes are padded with 0."""
+        table, counts = self.class_index
+        keys = torch.rand(table.shape, generator=generator, device=generator.device).to(table.device)
+        padding = torch.arange(table.shape[1], device=table.device) >= counts[:, None]
+        return table.gather(1, keys.masked_fill_(padding, -1).topk(k, dim=1).indices)
+
+    def _subset(self, index: Tensor) -> ImageSet:
+        return replace(self, images=self.images[index], labels=self.labels[index], unwhitened=None)
+
+    @cached_property
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift [C, 1, 1] that take stored pixels to normalised ones in a single pass."""
+        scale = 1 / (full_scale(self.images) * self.std)
+        return scale[:, None, None], (-self.mean / self.std)[:, None, None]

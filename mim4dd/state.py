@@ -1,0 +1,64 @@
+"""The state of a run: what one update leaves to the next, so that an interrupted run can be resumed exactly.
+
+It is named where it lives: tensors that are changed in place, random generators, and counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+
+class Count:
+    """A number of times, from 0 on, with a state as a generator has one."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def get_state(self) -> Tensor:
+        """Return it as int64 [1]."""
+        return torch.tensor([self.times])
+
+    def set_state(self, state: Tensor) -> None:
+        """Take what `get_state` returned."""
+        (self.times,) = state.tolist()
+
+
+State = dict[str, Tensor | torch.Generator | Count]
+
+
+def prefixed(name: str, state: Mapping[str, Tensor | torch.Generator | Count]) -> State:
+    """Return it under names of the form "name.own name"."""
+    return {f"{name}.{own}": value for own, value in state.items()}
+
+
+def snapshot(state: State) -> dict[str, Tensor]:
+    """Return a copy of it, as tensors."""
+    return {
+        name: value.detach().clone() if isinstance(value, Tensor) else value.get_state()
+        for name, value in state.items()
+    }
+
+
+@torch.no_grad()
+def restore(state: State, saved: Mapping[str, Tensor]) -> None:
+    """Restore what `snapshot` saved.
+
+    Raises:
+        InputError: `saved` is the snapshot of another state.
+    """
+    now = snapshot(state)
+    wrong = [name for name in now if name not in saved or now[name].shape != saved[name].shape]
+    if wrong := [*wrong, *(saved.keys() - now.keys())]:
+        raise InputError(
+            f"the saved state does not match this run's settings, code or device (entry {wrong[0]!r})"
+        )
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            value.copy_(saved[name])
+        else:
+            value.set_state(saved[name])
