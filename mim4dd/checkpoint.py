@@ -72,7 +72,7 @@ class Checkpoint:
             version = header["format"], facts.pop("version")
         except FileNotFoundError as error:
             raise InputError(
-                f"{folder} holds no {STATE}: no run was interrupted there, or it had not saved anything yet"
+                f"{folder} holds no {STATE}: no run was interrupted there, or none that can be resumed"
             ) from error
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise InputError(f"{path} cannot be read ({error}); start a new run") from error

@@ -17,6 +17,8 @@ def check(config: Config) -> None:
     Raises:
         InputError: naming the option, its value and what was expected.
     """
+    if not config.data.dataset:
+        raise InputError("--dataset is empty, expected a name or a path")
     if config.distill.method not in METHODS:
         raise unknown("method", config.distill.method, METHODS)
     if config.distill.network not in ARCHITECTURES:

@@ -22,7 +22,13 @@ from rich.text import Text
 
 from .evaluation import Score
 
-console = Console(highlight=False, markup=False)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:  # rich would end the process here, with nothing saved
+        raise
+
+
+console = _Console(highlight=False, markup=False)
 
 
 def complain(message: str) -> None:

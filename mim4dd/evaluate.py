@@ -78,7 +78,11 @@ def score_saved(
     try:
         train, test = load(source, folder, config.data.image_size)
     except InputError as error:
-        moved = "" if dataset else "; if the run's data moved, name it with --dataset"
+        moved = (
+            ""
+            if dataset
+            else "; if it moved, or the run was started in another folder, name it with --dataset"
+        )
         raise InputError(f"{error}{moved}") from error
     if not dataset and saved.metadata.get("data") not in (None, train.fingerprint):
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -26,12 +27,16 @@ def guarded(command: Callable[[], int | None]) -> int:
     1: diverged, or no room in memory or on the disk; 2: the user's mistake; 130: interrupted or terminated;
     141: nobody reads the output any more.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # one that knows no "±" shall not end a run
+            stream.reconfigure(errors="replace")
     try:
         try:
             with _termination_interrupts():
                 return command() or 0
         finally:
-            sys.stdout.flush()  # now, not when Python ends and can only complain
+            if sys.stdout:  # which may be closed
+                sys.stdout.flush()  # now, not when Python ends and can only complain
     except BrokenPipeError:  # as after `| head`: what is left goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -27,7 +27,8 @@ def held_out_information(
 ) -> dict[str, float | None]:
     """Return `mutual_information_estimate` in nats, of held-out images and the set "before" and "after".
 
-    "cap" is what it cannot exceed: the entropy of the labels that make the pairs, which are the add-on's. The
+    "cap" is what it cannot exceed: the entropy of the labels that make the pairs, which are the add-on's, as
+    far as held-out images have them; of a single one there is nothing to tell, and the estimates are None. The
     features are the last map of one random network of the run's architecture, with weights of their own,
     without augmentation: no loss has seen these weights, and every set of every run with this seed is looked
     at through them.
@@ -61,8 +62,7 @@ def held_out_information(
             temperature=TEMPERATURE,
         )
 
-    return {
-        "before": estimate(start),
-        "after": estimate(distilled),
-        "cap": math.log(len(labels.unique())),
-    }
+    seen = labels[torch.isin(labels, real_labels[index])].unique()
+    if len(seen) < 2:
+        return {"before": None, "after": None, "cap": 0.0}
+    return {"before": estimate(start), "after": estimate(distilled), "cap": math.log(len(seen))}

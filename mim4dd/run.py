@@ -40,9 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, 1 (diverged), 2 (bad input) or 130 (interrupted)."""
 
     def command() -> None:
-        settings = read(RunConfig, "python -m mim4dd.run", sys.argv[1:] if arguments is None else arguments)
+        given = sys.argv[1:] if arguments is None else arguments
+        settings = read(RunConfig, "python -m mim4dd.run", given)
         if settings.resume:
-            folder, checkpoint = unfinished(settings)
+            check_alone(given)
+            folder, checkpoint = unfinished(settings.resume)
             config = checkpoint.config
             if settings.memory_budget is not None:
                 config = dataclasses.replace(config, memory_budget=settings.memory_budget)
@@ -54,10 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overwritten = None if checkpoint else saved_at(folder)
         try:
             run(experiment, folder, checkpoint)
-        except (KeyboardInterrupt, MemoryError, RuntimeError):
+        except (KeyboardInterrupt, MemoryError, RuntimeError, BrokenPipeError):
             if saved_at(folder) not in (None, overwritten):
                 complain(f"to resume: python -m mim4dd.run --resume {shlex.quote(str(folder))}")
             raise
+        finally:
+            if experiment.config.out is None:
+                with contextlib.suppress(OSError):  # if nothing was saved, the next run may have the name
+                    folder.rmdir()
 
     return guarded(command)
 
@@ -75,16 +81,24 @@ def filled(config: Config) -> Config:
     return config
 
 
-def unfinished(settings: RunConfig) -> tuple[Path, Checkpoint]:
+def check_alone(arguments: Sequence[str]) -> None:
+    """Check that no other options go with --resume, not even one with its default value.
+
+    Raises:
+        InputError: one does.
+    """
+    for argument in arguments:
+        option = argument.split("=")[0].replace("_", "-")
+        if option.startswith("--") and option not in ("--resume", "--memory-budget"):
+            raise InputError(f"--resume uses the settings of that run; leave out {option}")
+
+
+def unfinished(folder: Path) -> tuple[Path, Checkpoint]:
     """Return the folder of the run that --resume names, and where that run is.
 
     Raises:
-        InputError: there is none, or other options were given.
+        InputError: there is none.
     """
-    folder = settings.resume
-    assert folder is not None
-    if settings != RunConfig(resume=folder, memory_budget=settings.memory_budget):
-        raise InputError(f"--resume {folder} uses the settings of that run; leave out all others")
     folder = folder.parent if folder.name == STATE else folder
     if not folder.is_dir():
         raise InputError(f"--resume {folder}: there is no such folder")
@@ -112,7 +126,9 @@ def open_folder(experiment: Experiment) -> Path:
         if config.overwrite:
             return make_folder(Path("runs") / name, dataset)
         return _claimed(make_folder(Path("runs"), dataset), name)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not config.overwrite):
+    if folder.is_file():
+        raise InputError(f"--out {folder} is a file; give a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not config.overwrite:
         resume = f"--resume {shlex.quote(str(folder))}, " if (folder / STATE).exists() else ""
         raise InputError(
             f"--out {folder} holds something already; give another folder, {resume}or --overwrite"

@@ -97,7 +97,7 @@ def distilled(experiment: Experiment, folder: Path, checkpoint: Checkpoint | Non
     try:
         recorder.synthetic = with_progress("distil", experiment, distil, recorder)
         recorder.save()
-    except (KeyboardInterrupt, MemoryError, RuntimeError) as error:
+    except (KeyboardInterrupt, MemoryError, RuntimeError, BrokenPipeError) as error:
         if recorder.iteration or not recorder.path.exists():
             if recorder.unsaved:
                 recorder.save()

@@ -1,6 +1,7 @@
 """From settings to what is run: each arrives where it belongs, and baselines are what they are called."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -275,3 +276,13 @@ def test_a_base_method_that_diverges_alone_is_left_out(monkeypatch, evaluated, c
     assert score is not None
     assert [*baselines] == ["random"]
     assert "the base method alone is not evaluated: the loss is nan" in capsys.readouterr().err
+
+
+def test_of_held_out_images_of_one_class_there_is_no_information():
+    prepared = prepare("--iterations 1")
+    assert prepared.information(prepared.start)["cap"] == pytest.approx(math.log(10))
+    of_one = prepared.test.labels == 3
+    images, labels = prepared.test.images[of_one], prepared.test.labels[of_one]
+    test = dataclasses.replace(prepared.test, images=images, labels=labels)
+    one = dataclasses.replace(prepared, test=test).information(prepared.start)
+    assert one == {"before": None, "after": None, "cap": 0.0}

@@ -155,6 +155,8 @@ def test_layer_indices():
         layer_indices([3], 3)
     with pytest.raises(ValueError, match="layers is 'first'"):
         layer_indices("first", 3)
+    with pytest.raises(ValueError, match=r"there is no layer 0\.5"):
+        layer_indices([0.5], 3)
     for layers in (0, None):
         with pytest.raises(
             ValueError, match=f"layers is {layers}, expected 'all', 'last' or a list of indices"
@@ -178,8 +180,8 @@ def test_mutual_information_names_bad_input(generator):
     with pytest.raises(ValueError, match="2 synthetic maps, but 1 real ones"):
         MutualInformation()(maps(generator, 2), maps(generator, 2)[:1], labels, labels)
     for name in ("weight", "layer_decay"):
-        for value in (math.inf, -math.inf, math.nan):
-            with pytest.raises(ValueError, match=f"{name} is {value}, expected a finite number"):
+        for value in (math.inf, -math.inf, math.nan, "2"):
+            with pytest.raises(ValueError, match=f"{name} is {value!r}, expected a finite number"):
                 MutualInformation(**{name: value})
     rows = torch.randn(2, 3, generator=generator)
     with pytest.raises(ValueError, match="layers is 0, expected 'all', 'last' or a list of indices"):

@@ -140,5 +140,9 @@ def test_bad_input_is_named():
         ConvNet(1, 10, depth=4, image_size=(8, 8))
     with pytest.raises(InputError, match=r"unknown architecture 'vgg', did you mean vgg11"):
         networks.create("vgg", 1, 10, (32, 32))
+    with pytest.raises(InputError, match=r"unknown precision 'fp8'"):
+        networks.create("convnet", 1, 10, (32, 32), precision="fp8")
+    with pytest.raises(InputError, match="width is 0, expected at least 1"):
+        networks.create("convnet", 1, 10, (32, 32), width=0)
     with pytest.raises(TypeError, match="does not know how Bilinear starts"):
         networks.initialise(torch.nn.Bilinear(1, 1, 1), generator(0, "test"))

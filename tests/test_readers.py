@@ -170,8 +170,14 @@ def test_shrinking_averages():
         ),
         ({"x_train": None}, "x_train missing, found y_train, x_test, y_test"),
         ({"y_test": None}, "y_test missing"),
-        ({"x_train": np.array([{}] * 10)}, "not a readable .npz file.*allow_pickle"),
-        ({"y_train": np.arange(10), "x_test": None, "y_test": None}, "too few to hold out 20%"),
+        (
+            {"x_train": np.array([{}] * 10)},
+            "not a readable .npz file.*allow_pickle.*; save its arrays as numbers",
+        ),
+        (
+            {"y_train": np.arange(10), "x_test": None, "y_test": None},
+            "has no test set, and of its 10 images .* too few to hold out 20%; use more images, or",
+        ),
     ],
 )
 def test_npz_mistakes(tmp_path, arrays, message):

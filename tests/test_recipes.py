@@ -109,9 +109,9 @@ def test_siglip(features):
 def test_clip(features):
     # Radford et al. 2021: the mean of two cross-entropies with the diagonal as target.
     images, texts = features
-    logit_scale = torch.tensor(14.3, dtype=torch.float64, requires_grad=True)
-    logits = logit_scale * F.normalize(images) @ F.normalize(texts).T
+    logit_scale = torch.tensor(14.3, dtype=torch.float64).log().requires_grad_()
+    logits = logit_scale.exp() * F.normalize(images) @ F.normalize(texts).T
     target = torch.arange(12)
     expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    loss = mim4dd.info_nce_loss(images, texts, temperature=1 / logit_scale, symmetric=True) / 2
+    loss = mim4dd.info_nce_loss(images, texts, temperature=torch.exp(-logit_scale), symmetric=True) / 2
     same(loss, expected, images, texts, logit_scale)

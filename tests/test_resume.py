@@ -167,9 +167,9 @@ def refused(folder, capsys, *options):
 
 
 def test_what_cannot_be_resumed_is_refused(cut_off, tmp_path, capsys):
-    assert "uses the settings of that run; leave out all others" in refused(
-        cut_off, capsys, "--iterations", "20"
-    )
+    for option in ("--iterations=20", "--method=dm", "--soft_labels"):  # one is the default
+        name = option.split("=")[0].replace("_", "-")
+        assert f"uses the settings of that run; leave out {name}\n" in refused(cut_off, capsys, option)
     assert "--memory-budget is -1.0, expected a positive" in refused(cut_off, capsys, "--memory-budget", "-1")
     assert "holds no state.safetensors: no run was interrupted there" in refused(tmp_path, capsys)
     assert "there is no such folder" in refused(tmp_path / "nowhere", capsys)

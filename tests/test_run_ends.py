@@ -1,6 +1,7 @@
 """How a run ends that cannot go on: bad input, divergence, interruption; and what it leaves."""
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -80,6 +81,7 @@ def test_too_little_memory_is_told(tmp_path, capsys):
         (["--factor", "3"], "--factor 3 does not divide images of 8x8"),
         (["--ipc", "1000"], "fewer than the 1000 asked for"),
         (["--ipc", "1000", "--mim-pairs", "cluster"], "fewer than the 1000 asked for"),
+        (["--dataset", ""], "--dataset is empty, expected a name or a path"),
         (["--device", "cuda"], "--device cuda is not available here"),
         (["--device", "toaster"], "--device toaster is not available here"),
         (["--device", "meta"], "--device meta is not available here"),
@@ -133,6 +135,7 @@ def test_unwritable_out(tmp_path, capsys):
     assert run.main([*QUICK, "--out", str(tmp_path / "file" / "below")]) == 2
     assert "cannot be written" in capsys.readouterr().err
     assert run.main([*QUICK, "--out", str(tmp_path / "file"), "--overwrite"]) == 2
+    assert "file is a file; give a folder" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -260,6 +263,44 @@ def test_a_set_in_the_making_is_saved_every_minute_and_says_how_far_it_is(tmp_pa
             assert torch.equal(found.state["images"], made.images)
     assert saved == [20, 20, 40]
     assert made.metadata["config"]["distill"]["iterations"] == 500
+
+
+def test_a_run_whose_output_nobody_reads_any_more_keeps_what_it_has(tmp_path):
+    arguments = [*QUICK[:1], "--mim-weight", "0", "--iterations", "3000", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mim4dd.run", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert any(line.startswith("distil ") for line in iter(process.stdout.readline, ""))
+    process.stdout.close()  # as `| head` does
+    error = process.stderr.read()
+    assert process.wait(timeout=60) == 141
+    assert "the last good set, of iteration" in error
+    assert "to resume: python -m mim4dd.run --resume" in error
+    assert files(tmp_path / "out") == ["state.safetensors", "synthetic.safetensors"]
+
+
+def test_output_without_unicode_or_none_at_all_does_not_end_a_run(tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = command(*QUICK, "--out", str(tmp_path / "ascii"), env=environment)
+    assert done.returncode == 0, done.stderr
+    assert " ? " in done.stdout, "for the plus-minus"
+    shell = f"{sys.executable} -m mim4dd.run {' '.join(QUICK)} --num-eval 0 --out {tmp_path}/closed >&-"
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_run_that_saved_nothing_leaves_its_name_to_the_next(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def too_much(_):
+        raise MemoryError
+
+    monkeypatch.setattr(Experiment, "prepare_term", too_much)
+    assert run.main(QUICK) == 1
+    assert files(tmp_path / "runs") == []
 
 
 def test_output_that_nobody_reads_ends_quietly():

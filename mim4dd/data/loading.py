@@ -37,7 +37,10 @@ def load(
     class_names = checked_class_names(raw, (known.class_names if known else None) or raw.class_names)
     train = _unscaled(raw, class_names)
     if raw_test is None:
-        train, test = train.split(HELD_OUT, torch.Generator().manual_seed(HELD_OUT_SEED))
+        try:
+            train, test = train.split(HELD_OUT, torch.Generator().manual_seed(HELD_OUT_SEED))
+        except InputError as error:
+            raise InputError(f"{raw.source} has no test set, and of its {error}, or a test set") from error
     else:
         check(raw_test)
         check_alike(raw, raw_test, len(class_names))

@@ -51,9 +51,9 @@ def reading(path: Path | str, kind: str) -> Iterator[None]:
         raise
     except Exception as error:  # damaged bytes make decoders raise nearly anything
         reason = re.sub(r" ?<[^<>]* at 0x\w+>", "", str(error)) or type(error).__name__  # objects' addresses
-        raise InputError(
-            f"{path}: not a readable {kind} ({reason}); damaged or incomplete, get it again"
-        ) from error
+        objects = "Object arrays" in reason
+        mend = "save its arrays as numbers" if objects else "damaged or incomplete, get it again"
+        raise InputError(f"{path}: not a readable {kind} ({reason}); {mend}") from error
 
 
 # ---------------------------------------------------------------------------------------- named sets

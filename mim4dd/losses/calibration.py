@@ -52,7 +52,13 @@ def calibrated_noise_ratio(
         mean = total / (m * (n - exclude_self))
         ratio = mean * ((num_negatives / m).clamp_min(1) if negatives is None else negatives)
     # Empty sides have no mean, and at a temperature below about 1/88 that of like features has no float32.
-    check_positive("calibrated_noise_ratio", ratio=ratio)
+    try:
+        check_positive("calibrated_noise_ratio", ratio=ratio)
+    except ValueError as error:
+        raise ValueError(
+            f"mim4dd.calibrated_noise_ratio: it is {float(ratio)} on these features; expected finite "
+            "ones, at least a row on either side, and a temperature that is not too low"
+        ) from error
     return ratio
 
 

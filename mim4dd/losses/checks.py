@@ -63,7 +63,7 @@ def check_labels(
     """Return the labels: one int32 or int64 for each row, on the device of the features."""
     for name, labels, rows in (("anchor_labels", anchor_labels, anchors), ("key_labels", key_labels, keys)):
         if labels is None:
-            raise ValueError(f"mim4dd.{function}: {name} is None, but the labels of the other side are given")
+            raise ValueError(f"mim4dd.{function}: {name} is None, expected labels of both sides")
         check_tensor(function, name, labels, LABEL_DTYPES)
         if labels.shape != rows.shape[:1]:
             raise ValueError(

@@ -9,11 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..errors import unknown
+from ..errors import InputError, unknown
 from .convnet import ConvNet, depth_for
 from .cross_architecture import alexnet, lenet, mlp, resnet18, vgg11
 from .network import ImageSize, Network
 
+PRECISIONS = ("fp32", "tf32", "bf16")
 ARCHITECTURES: dict[str, Callable[..., Network]] = {
     "convnet": ConvNet,
     "convnet-bn": functools.partial(ConvNet, norm="batch"),
@@ -47,8 +48,12 @@ def create(
         precision: what its blocks compute in: "fp32", "tf32" or "bf16".
 
     Raises:
-        InputError: an unknown architecture, or something that is no image size.
+        InputError: an unknown architecture or precision, a width below 1, or something that is no image size.
     """
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+    if width < 1:
+        raise InputError(f"width is {width}, expected at least 1")
     if architecture not in ARCHITECTURES:
         raise unknown("architecture", architecture, ARCHITECTURES)
     make = ARCHITECTURES[architecture]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -82,9 +83,10 @@ class MutualInformation(nn.Module):
             raise ValueError(
                 f"mim4dd.MutualInformation: projection is {projection!r}, expected none, random or trained"
             )
-        for name, factor in (("weight", weight), ("layer_decay", layer_decay)):
-            if not math.isfinite(factor):
-                raise ValueError(f"mim4dd.MutualInformation: {name} is {factor}, expected a finite number")
+        factors: dict[str, Any] = {"weight": weight, "layer_decay": layer_decay}
+        for name, factor in factors.items():
+            if not isinstance(factor, Real) or not math.isfinite(factor):
+                raise ValueError(f"mim4dd.MutualInformation: {name} is {factor!r}, expected a finite number")
         self.loss = loss
         self.weight = weight
         self.layers = layers
@@ -230,7 +232,7 @@ def layer_indices(layers: str | Sequence[int], num_layers: int) -> list[int]:
         return list(named[layers])
     if isinstance(layers, str) or not isinstance(given, Iterable):
         raise ValueError(f"mim4dd: layers is {layers!r}, expected 'all', 'last' or a list of indices")
-    wrong = [k for k in layers if not -num_layers <= k < num_layers]
+    wrong = [k for k in layers if k not in range(-num_layers, num_layers)]
     if wrong:
         raise ValueError(f"mim4dd: there is no layer {wrong[0]}, the network has {num_layers}")
     return sorted({k % num_layers for k in layers})
