@@ -7,94 +7,25 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from .config import FLOAT32_MAX, Config, DistillConfig, EvalConfig, MimConfig, settled
+from .config import FLOAT32_MAX, Config, settled
 from .config_check import check
-from .config_json import to_json
 from .console import about, complain, console, print_table
 from .devices import pick_device
 from .errors import InputError, unknown
 from .exits import guarded
 from .files import make_folder
 from .objectives import METHODS
-from .options import Hidden, plain, read
+from .options import plain, read
 from .presets import with_presets
-from .studies import comparison_report
+from .studies import compare_report
 from .studies.cells import BaselineCell, Cell, differences, outcome_in, rehearse
-from .studies.comparison import COLUMNS, REAL, Arm, in_order, rows
+from .studies.compare_settings import Comparison
+from .studies.compare_table import COLUMNS, REAL, Arm, in_order, rows
 
 Key = tuple[Arm, int]  # an arm and a seed
-
-
-@dataclass(frozen=True)
-class SharedDistillConfig(DistillConfig):
-    """The distillation. What is not given comes from a preset for the data set and the IPC."""
-
-    method: Hidden[str] = "dm"
-    ipc: Hidden[int] = 1
-
-
-@dataclass(frozen=True)
-class SharedMimConfig(MimConfig):
-    """The mutual-information term."""
-
-    mim_weight: Hidden[float | None] = None
-
-
-@dataclass(frozen=True)
-class SharedEvalConfig(EvalConfig):
-    """The evaluation: networks trained from scratch on the synthetic images.
-
-    Attributes:
-        baselines: Compared at equal IPC, once per seed: random real images, and those nearest to k-means
-            centres.
-    """
-
-    baselines: tuple[Literal["random", "kmeans"], ...] = ("random",)
-
-
-@dataclass(frozen=True)
-class Comparison(Config):
-    """Compare base methods with and without mutual information, paired by seed.
-
-    Every combination of --methods, --mim-weights, --ipcs and --seeds is a run in a folder of its own under
-    OUT/cells. Finished ones are not run again: the same command continues an interrupted comparison, and one
-    with other seeds, weights, methods or IPCs adds to it. The table is OUT/compare.md, .json and .png.
-
-    Attributes:
-        methods: Base methods.
-        mim_weights: Weights of the mutual-information term; default: the method's own for the data set and
-            the IPC. Differences are to weight 0.
-        ipcs: Images per class.
-        seeds: Seeds; a single one gives no interval.
-        out: Folder of the results; default: runs/compare.
-    """
-
-    methods: tuple[str, ...] = ("dm",)
-    mim_weights: tuple[float | Literal["default"], ...] = (0.0, "default")
-    ipcs: tuple[int, ...] = (1,)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    out: Path | None = None
-    distill: SharedDistillConfig = field(default_factory=SharedDistillConfig)
-    mim: SharedMimConfig = field(default_factory=SharedMimConfig)
-    eval: SharedEvalConfig = field(default_factory=SharedEvalConfig)
-    seed: Hidden[int] = 0
-    overwrite: Hidden[bool] = False
-
-    @property
-    def folder(self) -> Path:
-        """Where the results go."""
-        return self.out or Path("runs/compare")
-
-    def shared(self) -> dict[str, Any]:
-        """Return the settings of all cells, as JSON-able values."""
-        shared = to_json(plain(self))
-        del shared["distill"]["method"], shared["distill"]["ipc"], shared["mim"]["mim_weight"]
-        del shared["eval"]["baselines"], shared["seed"], shared["out"], shared["overwrite"]
-        return shared
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,7 +54,7 @@ def compare(comparison: Comparison) -> int:
     make_folder(folder, comparison.data.dataset)
     every = plan.keys() | outcomes.keys()
     arms = in_order(arm for arm, _ in (*plan, *outcomes))
-    comparison_report.write(folder, arms, outcomes, len(every), shared)
+    compare_report.write(folder, arms, outcomes, len(every), shared)
     if found:
         console.print(f"{len(found)} of {len(plan)} cells are in {folder}/ already", soft_wrap=True)
     to_run = [key for key in plan if key not in found]
@@ -135,7 +66,7 @@ def compare(comparison: Comparison) -> int:
         except KeyboardInterrupt:
             complain(f"{k} of {len(plan)} cells are finished; run the same command again to continue")
             raise
-        comparison_report.write(folder, arms, outcomes, len(every), shared)
+        compare_report.write(folder, arms, outcomes, len(every), shared)
     table = rows(arms, outcomes)
     print_table(
         "Mean ± standard deviation over seeds; difference to weight 0, paired by seed, with 95 % interval",

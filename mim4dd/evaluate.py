@@ -17,9 +17,8 @@ from .console import complain, on_architectures, print_table
 from .data import load
 from .devices import pick_device
 from .errors import InputError
-from .evaluation import OnNetwork, Score, evaluate
+from .evaluation import OnNetwork, Protocol, Score, evaluate
 from .exits import guarded
-from .experiment import protocol_of
 from .files import write
 from .networks.precision import Precision, configure, resolve
 from .runner import score_facts
@@ -105,7 +104,7 @@ def score_saved(
     )
 
     def score(architecture: str, on_network: OnNetwork) -> Score:
-        protocol = protocol_of(settings, architecture, saved.network_lr)
+        protocol = Protocol.of(settings, architecture, saved.network_lr)
         return evaluate(
             lambda _: pair, test, protocol, num_networks=num_eval, seed=seed, on_network=on_network
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import augment, networks, stacked
 from .augment import AugmentParams
+from .config import Config, settled
 from .data import ImageSet
 from .networks import Network
 from .networks.memory import passing
@@ -49,6 +50,24 @@ class Protocol:
     weight_decay: float = 5e-4
     batch: int = 256
     precision: str = "fp32"
+
+    @classmethod
+    def of(cls, config: Config, architecture: str | None = None, lr: float | None = None) -> Protocol:
+        """Return that of a run, by its settings.
+
+        Args:
+            config: with no setting left open.
+            architecture: another one than the run's.
+            lr: the learning rate that a set was distilled with; default: the usual one.
+        """
+        return cls(
+            epochs=settled(config.eval.eval_epochs),
+            augmentation=settled(config.distill.augmentation),
+            architecture=architecture or config.distill.network,
+            width=settled(config.distill.width),
+            lr=lr or cls.lr,
+            precision=config.precision,
+        )
 
 
 @dataclass(frozen=True)

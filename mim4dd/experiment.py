@@ -9,7 +9,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from . import synthetic
 from .config import Config, settled
 from .config_check import layers
 from .data import ImageSet, load, name_of
@@ -18,7 +17,7 @@ from .data.whitening import Whitening
 from .devices import pick_device
 from .distill import Progress, distill
 from .errors import InputError
-from .evaluation import OnNetwork, Protocol, Score, accuracy, evaluate, train_on_real
+from .evaluation import Protocol
 from .information import held_out_information
 from .networks import Network, memory, precision
 from .objectives import (
@@ -32,10 +31,8 @@ from .objectives import (
 )
 from .objectives.mutual_information import layer_indices
 from .seeding import generator
-from .synthetic import SyntheticSet
+from .synthetic import SyntheticSet, initialise
 from .teacher import probabilities, teach
-
-FULL_SHARE = 20  # full data: the epochs divided by this, but at least 5; and one network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +77,7 @@ class Experiment:
         centres = None
         if config.mim.mim_pairs == "cluster":
             centres = kmeans_centres(train, config.distill.ipc * config.distill.factor**2, random)
-        start = synthetic.initialise(
+        start = initialise(
             train,
             config.distill.ipc,
             settled(config.distill.init),
@@ -226,80 +223,12 @@ class Experiment:
         """A network trained on the real images."""
         network = self.problem.network()
         random = generator(self.config.seed, "teacher", self.device)
-        teach(network, self.train, protocol_of(self.config), random)
+        teach(network, self.train, Protocol.of(self.config), random)
         return network
-
-    def score(self, synthetic: SyntheticSet, on_network: OnNetwork, architecture: str | None = None) -> Score:
-        """Evaluate a synthetic set on the run's architecture or another.
-
-        With the learning rate that belongs to the set, if there is one.
-        """
-        pair = synthetic.decoded, synthetic.targets
-        return self._evaluate(lambda _: pair, on_network, lr=synthetic.network_lr, architecture=architecture)
 
     def information(self, distilled: SyntheticSet) -> dict[str, float | None]:
         """Return the mutual information with held-out images before and after; see `held_out_information`."""
         return held_out_information(self.problem, self.test, self.start, distilled, self.centres)
-
-    def baseline(self, name: str, on_network: OnNetwork) -> Score:
-        """Evaluate real images: "random" (new ones for every network), "kmeans" or "full"."""
-        real, ipc, seed = self.train, self.config.distill.ipc, self.config.seed
-        if name == "full":
-            return self._full(on_network)
-        if name == "kmeans":
-            index = synthetic.select_kmeans(real, ipc, generator(seed, "baseline/kmeans", self.device))
-            pair = real.batch(index.flatten()), self.start.labels
-            return self._evaluate(lambda _: pair, on_network)
-
-        def draw(k: int) -> tuple[Tensor, Tensor]:
-            index = synthetic.select_random(real, ipc, generator(seed, f"baseline/random/{k}", self.device))
-            return real.batch(index.flatten()), self.start.labels
-
-        return self._evaluate(draw, on_network)
-
-    def _full(self, on_network: OnNetwork) -> Score:
-        protocol, network = protocol_of(self.config), self.problem.network()
-        protocol = dataclasses.replace(protocol, epochs=max(5, protocol.epochs // FULL_SHARE))
-        train_on_real(network, self.train, protocol, generator(self.config.seed, "evaluation/0", self.device))
-        reached = accuracy(network, self.test)
-        on_network(reached)
-        return Score((reached,))
-
-    def _evaluate(
-        self,
-        training_set: Callable[[int], tuple[Tensor, Tensor]],
-        on_network: OnNetwork,
-        *,
-        lr: float | None = None,
-        architecture: str | None = None,
-    ) -> Score:
-        return evaluate(
-            training_set,
-            self.test,
-            protocol_of(self.config, architecture, lr),
-            num_networks=settled(self.config.eval.num_eval),
-            seed=self.config.seed,
-            on_network=on_network,
-        )
-
-
-def protocol_of(config: Config, architecture: str | None = None, lr: float | None = None) -> Protocol:
-    """Return how networks are evaluated: as a run's settings say, or of another architecture.
-
-    Args:
-        config: of the run, with no setting left open.
-        architecture: default: that of the run.
-        lr: the learning rate that a set was distilled with; default: the usual one.
-    """
-    settings = config.distill
-    return Protocol(
-        epochs=settled(config.eval.eval_epochs),
-        augmentation=settled(settings.augmentation),
-        architecture=architecture or settings.network,
-        width=settled(settings.width),
-        lr=lr or Protocol.lr,
-        precision=config.precision,
-    )
 
 
 def _layers(problem: Problem, config: Config) -> list[int]:

@@ -1,4 +1,4 @@
-"""The compiled extension: load it, say why if it cannot be had, decide who uses it."""
+"""The compiled extension: load it, and say why if it cannot be loaded."""
 
 from __future__ import annotations
 
@@ -32,17 +32,9 @@ def available(device: str = "cpu") -> bool:
     return {"cpu": _C, "cuda": _C_cuda}.get(device) is not None
 
 
-def resolve(function: str, backend: str | None, device: torch.device) -> str:
-    """Return "reference" or "fused" for a call on `device`; None asks for the best that runs there.
-
-    Raises:
-        ValueError: an unknown backend.
-        RuntimeError: "fused" where it cannot run.
-    """
-    if backend not in (None, "reference", "fused"):
-        raise ValueError(f"mim4dd.{function}: backend is {backend!r}, expected 'reference', 'fused' or None")
-    runs = available(device.type)
-    if backend == "fused" and not runs:
-        why = f"not compiled for {device.type}" if available() else "not built; see the warning at import"
-        raise RuntimeError(f"mim4dd.{function}: backend='fused' cannot run, the extension is {why}")
-    return backend or ("fused" if runs else "reference")
+def obstacle(device: torch.device) -> str | None:
+    """Return why the extension's operators cannot run on this device, or None if they can."""
+    if available(device.type):
+        return None
+    why = f"not compiled for {device.type}" if available() else "not built; see the warning at import"
+    return f"the extension is {why}"

@@ -28,7 +28,7 @@ def held_out_information(
     """Return `mutual_information_estimate` in nats, of held-out images and the set "before" and "after".
 
     "cap" is what it cannot exceed: the entropy of the labels that make the pairs, which are the add-on's, as
-    far as held-out images have them; of a single one there is nothing to tell, and the estimates are None. The
+    far as held-out images have them; if they have only one, the estimates are None and the cap is 0. The
     features are the last map of one random network of the run's architecture, with weights of their own,
     without augmentation: no loss has seen these weights, and every set of every run with this seed is looked
     at through them.

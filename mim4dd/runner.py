@@ -12,7 +12,7 @@ from typing import Any
 from rich.filesize import decimal
 from torch import Tensor
 
-from . import __version__, report
+from . import __version__, report, scoring
 from .checkpoint import Checkpoint, remove_checkpoint
 from .config import settled
 from .config_json import to_json
@@ -221,7 +221,7 @@ def evaluations(experiment: Experiment, synthetic: SyntheticSet) -> tuple[Score 
         return None, {}
     baselines: dict[str, Score] = {}
     for name in dict.fromkeys(experiment.config.eval.baselines):
-        score: Callable[..., Score] = functools.partial(experiment.baseline, name)
+        score: Callable[..., Score] = functools.partial(scoring.baseline, experiment, name)
         if name == "base":
             try:
                 base = with_progress(
@@ -230,10 +230,12 @@ def evaluations(experiment: Experiment, synthetic: SyntheticSet) -> tuple[Score 
             except DivergenceError as error:
                 complain(f"the base method alone is not evaluated: {error}")
                 continue
-            score = functools.partial(experiment.score, base)
+            score = functools.partial(scoring.score, experiment, base)
         # Trained on all images there is one network.
         baselines[name] = with_accuracy(f"evaluate ({name})", 1 if name == "full" else num_networks, score)
-    return with_accuracy("evaluate", num_networks, functools.partial(experiment.score, synthetic)), baselines
+    return with_accuracy(
+        "evaluate", num_networks, functools.partial(scoring.score, experiment, synthetic)
+    ), baselines
 
 
 def cross_architecture(
@@ -247,7 +249,7 @@ def cross_architecture(
     others = on_architectures(
         (name for name in names if name != own),
         len(score.accuracies),
-        functools.partial(experiment.score, synthetic),
+        functools.partial(scoring.score, experiment, synthetic),
     )
     return {name: score if name == own else others[name] for name in names}
 

@@ -26,7 +26,7 @@ from .presets import with_presets
 from .seeding import generator
 from .studies.cells import Cell, differences, rehearse
 from .studies.tune_report import Trial, describe, show, write
-from .studies.tuning import CHOICES, RANGES, SEARCHED, Tuning, check_tuning
+from .studies.tune_settings import CHOICES, RANGES, SEARCHED, Tuning, check_tuning
 
 if TYPE_CHECKING:
     import optuna

@@ -15,7 +15,7 @@ from mim4dd.errors import InputError
 from mim4dd.experiment import Experiment
 from mim4dd.options import read
 from mim4dd.studies import cells
-from mim4dd.studies.comparison import Arm
+from mim4dd.studies.compare_table import Arm
 from mim4dd.synthetic import SyntheticSet
 
 QUICK = ["--quick", "--iterations", "0", "--eval-epochs", "20"]

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from mim4dd import config, config_check, config_json, presets
-from mim4dd.compare import Comparison
 from mim4dd.config import Config, DataConfig, DistillConfig, EvalConfig, MimConfig
 from mim4dd.errors import InputError
 from mim4dd.objectives import TrajectoryConfig
 from mim4dd.run import RunConfig
-from mim4dd.studies.tuning import Tuning
+from mim4dd.studies.compare_settings import Comparison
+from mim4dd.studies.tune_settings import Tuning
 
 
 def settings(**parts) -> Config:

@@ -9,7 +9,7 @@ import torch
 from commands import parse
 from conftest import close
 
-from mim4dd import experiment, runner
+from mim4dd import experiment, runner, scoring
 from mim4dd.data import load
 from mim4dd.data.clusters import cluster_labels, image_for_each, kmeans_centres
 from mim4dd.distill import DivergenceError
@@ -41,7 +41,7 @@ def evaluated(monkeypatch):
         calls.append((training_set, test, protocol, options))
         return Score((0.5,))
 
-    monkeypatch.setattr(experiment, "evaluate", evaluate)
+    monkeypatch.setattr(scoring, "evaluate", evaluate)
     return calls
 
 
@@ -173,8 +173,8 @@ def test_scores_follow_the_settings(evaluated):
     options = "--network mlp --eval-epochs 11 --num-eval 4 --augmentation crop"
     prepared = prepare(options)
     reported = []
-    prepared.score(prepared.start, reported.append)
-    prepared.score(dataclasses.replace(prepared.start, network_lr=0.03), reported.append, "lenet")
+    scoring.score(prepared, prepared.start, reported.append)
+    scoring.score(prepared, dataclasses.replace(prepared.start, network_lr=0.03), reported.append, "lenet")
     training_set, test, protocol, asked = evaluated[0]
     images, targets = training_set(0)
     assert torch.equal(images, prepared.start.images)
@@ -205,7 +205,7 @@ def test_the_teacher_draws_by_the_seed(monkeypatch):
 
 def test_every_network_is_trained_on_other_random_images(evaluated):
     prepared = prepare("--ipc 2 --num-eval 3")
-    prepared.baseline("random", print)
+    scoring.baseline(prepared, "random", print)
     ((training_set, _, _, asked),) = evaluated
     assert (asked["num_networks"], asked["seed"]) == (3, 3)
     drawn = [training_set(k) for k in range(3)]
@@ -218,7 +218,7 @@ def test_every_network_is_trained_on_other_random_images(evaluated):
 
 def test_the_kmeans_baseline_is_nearest_to_centres(evaluated):
     prepared = prepare("--ipc 2")
-    prepared.baseline("kmeans", print)
+    scoring.baseline(prepared, "kmeans", print)
     images, labels = evaluated[0][0](0)
     index = select_kmeans(load("digits")[0], 2, generator(3, "baseline/kmeans"))
     assert torch.equal(images, prepared.train.batch(index.flatten()))
@@ -228,11 +228,11 @@ def test_the_kmeans_baseline_is_nearest_to_centres(evaluated):
 @pytest.mark.parametrize(("epochs", "cut"), [(400, 20), (40, 5)])
 def test_the_full_data_take_fewer_epochs_and_one_network(monkeypatch, epochs, cut):
     trained = []
-    monkeypatch.setattr(experiment, "train_on_real", lambda *arguments: trained.append(arguments))
-    monkeypatch.setattr(experiment, "accuracy", lambda network, test: 0.25)
+    monkeypatch.setattr(scoring, "train_on_real", lambda *arguments: trained.append(arguments))
+    monkeypatch.setattr(scoring, "accuracy", lambda network, test: 0.25)
     prepared = prepare(f"--eval-epochs {epochs} --num-eval 3")
     reported = []
-    assert prepared.baseline("full", reported.append).accuracies == (0.25,)
+    assert scoring.baseline(prepared, "full", reported.append).accuracies == (0.25,)
     assert reported == [0.25]
     ((_, real, protocol, random),) = trained
     assert real is prepared.train

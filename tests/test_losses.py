@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mim4dd
-from mim4dd import obstacles
+from mim4dd import backends
 from mim4dd.losses import calibrated_noise_ratio
 
 
@@ -322,10 +322,10 @@ def test_older_gpus_have_no_kernels(monkeypatch, capability, dtype, obstacle):
     """A compiled call does not ask: the answer is no tensor."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     device = torch.device("cuda")
-    assert obstacles.kernel_obstacle(dtype, device) == obstacle
+    assert backends.kernel_obstacle(dtype, device) == obstacle
 
     def step(x):
-        return x * 2 if obstacles.kernel_obstacle(x.dtype, device) is None else x
+        return x * 2 if backends.kernel_obstacle(x.dtype, device) is None else x
 
     torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, backend="eager")

@@ -117,9 +117,9 @@ def test_pairs_by_cluster(tmp_path, capsys):
     arguments = [*QUICK, "--ipc", "5", "--init", "real", "--mim-pairs", "cluster", "--mim-weight", "10"]
     assert run.main([*arguments, "--iterations", "40", "--baselines", "base", "--out", str(out)]) == 0
     information = json.loads((out / "result.json").read_text())["mutual_information"]
-    assert information["cap"] == pytest.approx(np.log(50))
+    assert information["cap"] == pytest.approx(np.log(49)), "one cluster has no held-out image"
     assert information["before"] + 0.1 < information["after"] <= information["cap"]
-    line = f"{information['before']:.2f} nats before, {information['after']:.2f} after, of at most 3.91"
+    line = f"{information['before']:.2f} nats before, {information['after']:.2f} after, of at most 3.89"
     assert line in capsys.readouterr().out
     assert line in (out / "report.html").read_text()
 

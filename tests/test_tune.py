@@ -15,7 +15,7 @@ from mim4dd.config_json import to_json
 from mim4dd.data import load
 from mim4dd.experiment import Experiment
 from mim4dd.options import read
-from mim4dd.studies import cells, tune_report, tuning
+from mim4dd.studies import cells, tune_report, tune_settings
 from mim4dd.studies.tune_report import Trial, columns, ranked, table, verdict
 
 QUICK = ["--quick", "--iterations", "2", "--eval-epochs", "1"]
@@ -121,7 +121,7 @@ def test_the_default_settings_are_tried_first_as_far_as_they_are_searched(tmp_pa
 
 
 def test_all_that_is_searched_is_reported():
-    assert set(tune_report.SETTINGS) == set(tuning.SEARCHED.values())
+    assert set(tune_report.SETTINGS) == set(tune_settings.SEARCHED.values())
 
 
 def test_poor_trials_are_given_up_early(tmp_path, scored):

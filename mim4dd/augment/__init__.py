@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import extension
+from .. import backends, extension
 from . import op, reference
 from .params import AugmentParams
 from .sampling import pad_and_crop, sample, sample_each
@@ -65,7 +65,7 @@ def apply(
             out of range (CPU); an unknown backend.
         RuntimeError: `backend="fused"` where the extension is not built.
     """
-    fused = extension.resolve("augment.apply", backend, images.device) == "fused"
+    fused = backends.resolve("augment.apply", backend, extension.obstacle(images.device)) == "fused"
     if not fused or torch.compiler.is_compiling():
         reference.check(images, params, rows, mean, std)
     if not fused:

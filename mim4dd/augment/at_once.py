@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import extension
+from .. import backends, extension
 from .params import AugmentParams
 from .strategy import Range, Size, box_of, ranges
 
@@ -71,7 +71,7 @@ def from_uniform(
     Raises:
         RuntimeError: `backend="fused"` where the extension is not built.
     """
-    if extension.resolve("augment.sample", backend, uniform.device) == "fused":
+    if backends.resolve("augment.sample", backend, extension.obstacle(uniform.device)) == "fused":
         return torch.ops.mim4dd.draw(uniform, _table(parts, size, torch.device("cpu")), len(parts), together)
     return _reference(uniform, _table(parts, size, uniform.device), len(parts), together)
 

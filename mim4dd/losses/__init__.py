@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import backends
 from .calibration import calibrated_noise_ratio
 from .checks import (
     check_features,
@@ -22,7 +23,6 @@ from .checks import (
     check_negatives,
     check_positive,
     check_self,
-    resolve_backend,
 )
 from .contrastive import contrastive_losses
 from .form import LossForm
@@ -279,9 +279,12 @@ def _losses(
         labels = check_labels(function, a, k, anchor_labels, key_labels)
         check_self(function, form.exclude_self, a, k)
     features = one_dtype(*anchors, *keys)
+    dtype, device = features[0].dtype, features[0].device
+    if backend is None and device.type == "cpu":  # also where Triton interprets kernels, which is slow
+        backend = "reference"
     return contrastive_losses(
         form,
-        resolve_backend(function, backend, features[0].dtype, features[0].device),
+        backends.resolve(function, backend, backends.kernel_obstacle(dtype, device)),
         scales_of(function, features[0], temperature, noise_ratios),
         *labels,
         features[: len(anchors)],

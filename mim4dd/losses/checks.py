@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..obstacles import kernel_obstacle
-
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_DTYPES = (torch.int32, torch.int64)
 
@@ -141,20 +139,3 @@ def _readable(value: Tensor) -> bool:
     """Whether the value is here and now; a fake tensor, or one that is traced, has none."""
     plain = type(value) in (Tensor, torch.nn.Parameter)
     return plain and value.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def resolve_backend(function: str, backend: str | None, dtype: torch.dtype, device: torch.device) -> str:
-    """Return "reference" or "fused": what `backend` asks for, or for None the best that runs here.
-
-    Raises:
-        ValueError: an unknown backend.
-        RuntimeError: "fused" where it cannot run.
-    """
-    if backend not in (None, "reference", "fused"):
-        raise ValueError(f"mim4dd.{function}: backend is {backend!r}, expected 'reference', 'fused' or None")
-    if backend == "reference" or (backend is None and device.type == "cpu"):
-        return "reference"
-    obstacle = kernel_obstacle(dtype, device)
-    if backend == "fused" and obstacle:
-        raise RuntimeError(f"mim4dd.{function}: backend='fused' cannot run, {obstacle}; use None")
-    return "reference" if obstacle else "fused"

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import extension
-from ..obstacles import kernel_obstacle
+from ..backends import kernel_obstacle
 
 SMALL_MAP = 64  # pixels
 

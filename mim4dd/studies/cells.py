@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from .. import __version__, scoring
 from ..checkpoint import STATE, Checkpoint
 from ..config import Config, DistillConfig, MimConfig, settled
 from ..config_json import to_json
@@ -134,7 +134,7 @@ class BaselineCell(Cell):
         score = with_accuracy(
             f"evaluate ({self.baseline})",
             settled(self.config.eval.num_eval),
-            functools.partial(experiment.baseline, self.baseline),
+            functools.partial(scoring.baseline, experiment, self.baseline),
         )
         facts = {
             "dataset": experiment.name,

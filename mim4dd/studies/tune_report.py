@@ -14,8 +14,8 @@ from .. import __version__, files
 from ..config import Config, MimConfig
 from ..config_json import to_json
 from ..console import console, print_table
-from .comparison import number
-from .comparison_report import markdown_table
+from .compare_report import markdown_table
+from .compare_table import number
 from .paired import Difference, paired_difference
 
 BEST = 5  # trials in the table

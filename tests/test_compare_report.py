@@ -2,8 +2,8 @@
 
 import pytest
 
-from mim4dd.studies import comparison_report
-from mim4dd.studies.comparison import Arm, rows
+from mim4dd.studies import compare_report
+from mim4dd.studies.compare_table import Arm, rows
 from mim4dd.studies.paired import paired_difference
 
 
@@ -26,7 +26,7 @@ def test_picture_shows_every_mean_at_its_place():
         (a, s): {"accuracy_mean": 0.1 * (k + 1) + 0.01 * s} for k, a in enumerate(arms) for s in range(3)
     }
     outcomes[arms[2], 3] = {"failed": "it diverged"}
-    left, right = comparison_report.draw(rows(arms, outcomes)).axes
+    left, right = compare_report.draw(rows(arms, outcomes)).axes
     means = [container.lines[0].get_xdata()[0] for container in left.containers]
     assert means == pytest.approx([11, 21, 31, 41])
     assert [tick.get_text() for tick in left.get_yticklabels()] == [str(arm) for arm in arms]
@@ -41,7 +41,7 @@ def test_the_table_says_which_images_accuracies_are_of(tmp_path, validation, spl
     arm = Arm("dm", 0.0, 1)
     settings = {"data": {"dataset": "digits", "validation": validation}, "eval": {"eval_archs": []}}
     outcomes = {(arm, 0): {"accuracy_mean": 0.5, "num_networks": 5}}
-    comparison_report.write(tmp_path, [arm], outcomes, 1, settings)
+    compare_report.write(tmp_path, [arm], outcomes, 1, settings)
     text = (tmp_path / "compare.md").read_text()
     assert f"Accuracy on the {split} set: mean" in text
     assert ("Each seed holds out a validation split" in text) == (split == "validation")

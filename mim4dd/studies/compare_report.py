@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .. import files
-from .comparison import COLUMNS, Arm, Outcomes, Row, rows
+from .compare_table import COLUMNS, Arm, Outcomes, Row, rows
 
 NOTES = """\
 Accuracy on the {split} set: mean ± standard deviation over the seeds, each the mean of {networks}

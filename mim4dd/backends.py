@@ -1,4 +1,4 @@
-"""Whether the Triton kernels run here."""
+"""Which of two implementations a call takes: the fused one or the PyTorch reference."""
 
 from __future__ import annotations
 
@@ -10,8 +10,22 @@ import torch
 HAS_TRITON = find_spec("triton") is not None
 
 
+def resolve(function: str, backend: str | None, obstacle: str | None) -> str:
+    """Return "reference" or "fused"; None asks for the fused one, unless there is an obstacle to it.
+
+    Raises:
+        ValueError: an unknown backend.
+        RuntimeError: "fused" where it cannot run.
+    """
+    if backend not in (None, "reference", "fused"):
+        raise ValueError(f"mim4dd.{function}: backend is {backend!r}, expected 'reference', 'fused' or None")
+    if backend == "fused" and obstacle:
+        raise RuntimeError(f"mim4dd.{function}: backend='fused' cannot run, {obstacle}; use None")
+    return backend or ("reference" if obstacle else "fused")
+
+
 def kernel_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Return why the kernels cannot run on tensors of this dtype and device, or None if they can."""
+    """Return why the Triton kernels cannot run on tensors of this dtype and device, or None if they can."""
     if not HAS_TRITON:
         return "triton is not installed"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
