@@ -78,7 +78,7 @@ def inner_step(of: Problem, images: Tensor) -> Callable[[], object]:
     objective = GradientMatching(of)
     networks.initialise(objective.network, objective.weights)
     objective.inner = 1
-    return lambda: objective._train(images, of.labels)
+    return lambda: objective.train(images, of.labels)
 
 
 def textbook_inner_step(of: Problem, images: Tensor) -> Callable[[], object]:
@@ -90,7 +90,7 @@ def textbook_inner_step(of: Problem, images: Tensor) -> Callable[[], object]:
 
 def evaluation(of: Problem, images: Tensor) -> Callable[[], object]:
     protocol = Protocol(EPOCHS[images.device.type], of.augmentation, width=WIDTH, precision=of.precision)
-    test = of.real._subset(torch.arange(TEST, device=images.device))
+    test = of.real.subset(torch.arange(TEST, device=images.device))
     training_set = (images, of.labels)
     return lambda: evaluate(lambda _: training_set, test, protocol, num_networks=NETWORKS, seed=0)
 

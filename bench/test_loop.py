@@ -112,7 +112,8 @@ def test_matching_is_that_of_the_textbook(device, method, small):
     of, images = small(device)
     objective = METHODS[method].objective(of)
     ours = images.clone().requires_grad_()
-    loss = objective(ours, of.labels).loss
+    objective.prepare(images, of.labels)
+    loss = objective.match(ours, of.labels).loss
     loss.backward(inputs=[ours])
     plain = setting(of, images, [*objective.network.parameters()])
     optimizer = torch.optim.SGD([plain.images], lr=0.0)

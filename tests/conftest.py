@@ -9,7 +9,7 @@ import torch
 from mim4dd import augment
 from mim4dd.augment import AugmentParams
 from mim4dd.data import load
-from mim4dd.objectives import Problem, TrajectoryConfig
+from mim4dd.objectives import Matched, Objective, Problem, TrajectoryConfig
 from mim4dd.seeding import generator as seeded
 from mim4dd.synthetic import SyntheticSet, initialise
 
@@ -143,3 +143,9 @@ def digits_problem(ipc: int = 1, factor: int = 1) -> tuple[Problem, SyntheticSet
         ),
     )
     return problem, start
+
+
+def prepared_match(objective: Objective, images: torch.Tensor, targets: torch.Tensor) -> Matched:
+    """What the loop asks of an objective in one update."""
+    objective.prepare(images.detach(), targets.detach())
+    return objective.match(images, targets)

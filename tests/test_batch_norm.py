@@ -114,7 +114,7 @@ def test_inner_training_is_in_training_mode():
     objective = GradientMatching(problem)
     objective(images, problem.labels)
     settled = objective.network.network.blocks[0][1].running_mean.clone()
-    objective._train(images, problem.labels)
+    objective.train(images, problem.labels)
     assert objective.network.training
     assert not torch.equal(objective.network.network.blocks[0][1].running_mean, settled)
 

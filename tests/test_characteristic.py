@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from conftest import digits_problem
+from conftest import digits_problem, prepared_match
 
 from mim4dd.objectives import CharacteristicMatching, characteristic_distance
 from mim4dd.seeding import generator as seeded
@@ -130,7 +130,7 @@ def test_the_loss_is_the_distance_at_new_frequencies_every_time():
     problem, start = digits_problem(ipc=2)
     objective, random = CharacteristicMatching(problem), seeded(0, "ncfm/frequencies")
     for _ in range(2):
-        matched = objective(start.images, problem.labels)
+        matched = prepared_match(objective, start.images, problem.labels)
         real, synthetic = matched.real_features[-1], matched.synthetic_features[-1]
         frequencies = torch.randn(1024, real[0].numel(), generator=random)
         labels = matched.real_labels, matched.synthetic_labels

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import digits_problem
+from conftest import digits_problem, prepared_match
 
 from mim4dd.data import ImageSet, load
 from mim4dd.data.clusters import cluster_labels, image_for_each, kmeans_centres, members
@@ -83,17 +83,17 @@ def test_every_method_pairs_by_cluster(method):
     """A real image's pair label is its own image's partner: told by marking each real image in its labels."""
     problem, start = digits_problem(ipc=2)
     problem, real = dataclasses.replace(problem, layers=(1,)), problem.real
-    by_class = METHODS[method].objective(problem)(start.decoded, start.targets)
+    by_class = prepared_match(METHODS[method].objective(problem), start.decoded, start.targets)
     assert torch.equal(by_class.synthetic_labels, start.labels)
     assert torch.equal(by_class.real_labels.bincount(), torch.full((10,), problem.real_batch))
     partners = 2 * real.labels + torch.arange(len(real)) % 2
     problem = dataclasses.replace(problem, partners=partners)
-    by_cluster = METHODS[method].objective(problem)(start.decoded, start.targets)
+    by_cluster = prepared_match(METHODS[method].objective(problem), start.decoded, start.targets)
     assert torch.equal(by_cluster.loss, by_class.loss), "the base loss does not see the pairs"
     assert torch.equal(by_cluster.synthetic_labels, torch.arange(20))
     assert torch.equal(by_cluster.real_labels // 2, by_class.real_labels), "clusters lie in their class"
     # The same images drawn again, with every image its own partner, name those images.
     named = dataclasses.replace(problem, partners=torch.arange(len(real)))
-    drawn = METHODS[method].objective(named)(start.decoded, start.targets).real_labels
+    drawn = prepared_match(METHODS[method].objective(named), start.decoded, start.targets).real_labels
     assert torch.equal(by_cluster.real_labels, partners[drawn])
     assert len(drawn.unique()) == len(drawn)

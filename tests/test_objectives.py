@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close, digits_problem
+from conftest import close, digits_problem, prepared_match
 
 from mim4dd import augment, networks, seeding
 from mim4dd.objectives import METHODS, DistributionMatching, GradientMatching, gradient_distance
@@ -24,7 +24,7 @@ def test_an_objective_repeats_itself_and_only_itself(method):
     for seed in (0, 0, 1):
         objective = METHODS[method].objective(dataclasses.replace(problem, seed=seed))
         x = images.clone().requires_grad_()
-        losses = [objective(x, problem.labels).loss for _ in range(2)]
+        losses = [prepared_match(objective, x, problem.labels).loss for _ in range(2)]
         draws.append((torch.stack(losses).detach(), torch.autograd.grad(losses[1], x)[0]))
     assert torch.equal(draws[0][0], draws[1][0])
     assert torch.equal(draws[0][1], draws[1][1])
@@ -37,7 +37,7 @@ def test_chunked_real_features_are_those_of_one_pass():
     images = start.images
     problem = dataclasses.replace(problem, layers=(0,))
     objective = DistributionMatching(problem)
-    objective(images, problem.labels)
+    prepared_match(objective, images, problem.labels)
     first, last = problem.real_features(objective.network, images)
     whole = objective.network.features(images)
     torch.testing.assert_close(first, whole[0])
@@ -50,7 +50,7 @@ def test_distribution_matching_looks_through_a_new_network_every_time():
     problem, start = digits_problem()
     objective, random = DistributionMatching(problem), seeding.generator(0, "dm/network")
     for _ in range(2):
-        objective(start.images, problem.labels)
+        prepared_match(objective, start.images, problem.labels)
         network = problem.network()
         networks.initialise(network, random)
         close(weights_of(objective.network), weights_of(network), 0)
@@ -65,7 +65,7 @@ def test_gradient_matching_sums_over_the_classes(augmentation, real_batch):
     problem = dataclasses.replace(problem, augmentation=augmentation, real_batch=real_batch, layers=(1,))
     x = images.clone().requires_grad_()
     objective = GradientMatching(problem)
-    matched = objective(x, problem.labels)
+    matched = prepared_match(objective, x, problem.labels)
 
     real, network = problem.real, objective.network.network
     parameters = [*network.requires_grad_().parameters()]
@@ -135,11 +135,11 @@ def test_gradient_matching_trains_its_network_between_image_steps():
     def loss():
         return F.cross_entropy(objective.network.network(images), problem.labels)
 
-    objective(images, problem.labels)
+    prepared_match(objective, images, problem.labels)
     first, first_loss = weights_of(objective.network), loss()
-    objective(images, problem.labels)
+    prepared_match(objective, images, problem.labels)
     assert loss() < first_loss
-    objective(images, problem.labels)
+    prepared_match(objective, images, problem.labels)
     third = weights_of(objective.network)
     assert not torch.equal(third, first), "a new network"
     assert third.abs().max() <= first.abs().max() * 1.01, "that is not trained yet"

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import close
+from conftest import close, prepared_match
 
 from mim4dd import extension, networks
 from mim4dd.data import load
@@ -156,9 +156,8 @@ def test_a_small_budget_changes_the_chunks_and_not_the_loss(method):
     losses = []
     for budget in (None, 1, 100_000):
         bounded = dataclasses.replace(problem, memory=budget)
-        losses.append(
-            METHODS[method].objective(bounded)(start.images.clone().requires_grad_(), problem.labels).loss
-        )
+        images = start.images.clone().requires_grad_()
+        losses.append(prepared_match(METHODS[method].objective(bounded), images, problem.labels).loss)
     assert dataclasses.replace(problem, memory=1).chunk == 1
     assert 1 < dataclasses.replace(problem, memory=100_000).chunk < 32
     close(losses[1], losses[0])

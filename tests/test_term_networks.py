@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close, digits_problem
+from conftest import close, digits_problem, prepared_match
 
 from mim4dd import augment, evaluation
 from mim4dd.data import load
@@ -186,7 +186,7 @@ def test_features_are_those_of_one_of_the_networks(problem, architecture, monkey
     choice, statistics = generator(0, "mim/choice"), generator(0, "mim/statistics")
     seen = set()
     for _ in range(20):
-        matched = objective(images, problem.labels)
+        matched = prepared_match(objective, images, problem.labels)
         assert torch.equal(matched.loss, alone(images, problem.labels).loss), "the base is left as it is"
         assert len(matched.real_labels) == 10 * problem.real_batch
         chosen = int(torch.randint(10, (1,), generator=choice))
@@ -215,7 +215,7 @@ def test_no_more_than_64_real_images_a_class_are_compared(problem, monkeypatch):
     monkeypatch.setattr(term_networks, "REAL_STEPS", 0)
     problem = dataclasses.replace(problem, real_batch=100)
     objective = ThroughTermNetworks(TrainedOnReal(problem), Plain(), problem)
-    matched = objective(torch.zeros(10, 1, 8, 8), problem.labels)
+    matched = prepared_match(objective, torch.zeros(10, 1, 8, 8), problem.labels)
     assert matched.real_labels.bincount().tolist() == [64] * 10
     assert len(matched.real_features[-1]) == 640
 

@@ -110,7 +110,7 @@ class ImageSet:
         chosen = slot < held[:, None]
         others = (slot < counts[:, None]) & ~chosen
         rest, held_out = (shuffled[mask].sort().values for mask in (others, chosen))
-        return self._subset(rest), self._subset(held_out)
+        return self.subset(rest), self.subset(held_out)
 
     @cached_property
     def class_index(self) -> tuple[Tensor, Tensor]:
@@ -163,7 +163,8 @@ class ImageSet:
         padding = torch.arange(table.shape[1], device=table.device) >= counts[:, None]
         return table.gather(1, keys.masked_fill_(padding, -1).topk(k, dim=1).indices)
 
-    def _subset(self, index: Tensor) -> ImageSet:
+    def subset(self, index: Tensor) -> ImageSet:
+        """The images of `index`, int64 [n], without those they were before whitening."""
         return replace(self, images=self.images[index], labels=self.labels[index], unwhitened=None)
 
     @cached_property

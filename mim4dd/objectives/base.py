@@ -217,8 +217,3 @@ class Objective(ABC):
             images: float32 [n, C, H, W], normalised, in the order of the problem's labels.
             targets: what a network is to answer: those labels, or probabilities [n, num_classes].
         """
-
-    def __call__(self, images: Tensor, targets: Tensor) -> Matched:
-        """Prepare and match."""
-        self.prepare(images.detach(), targets.detach())
-        return self.match(images, targets)

@@ -115,7 +115,7 @@ class GradientMatching(Objective):
         if self.calls.times % self.outer == 0:
             initialise(self.network, self.weights)
         else:
-            self._train(images, targets)
+            self.train(images, targets)
         self.calls.times += 1
         self.problem.set_batch_norm_statistics(self.network.network, self.statistics)
 
@@ -159,8 +159,8 @@ class GradientMatching(Objective):
             return _one_by_one(self.network, images, targets)
         return _batched(self.network, images, targets, self.problem.classes_at_once)
 
-    def _train(self, images: Tensor, targets: Tensor) -> None:
-        """Train the network in place on the synthetic images, every epoch in a new order."""
+    def train(self, images: Tensor, targets: Tensor) -> None:
+        """Train the network in place for `inner` epochs on the synthetic images, each in a new order."""
         self.network.network.train()
         for _ in range(self.inner):
             for index in self.stack.epoch(len(images), INNER_BATCH):
