@@ -95,7 +95,7 @@ def annotated() -> Iterator[None]:
     name(Problem, "features", lambda self, network, images: f"forward {side(images)}")
     name(gradient, "_one_by_one", lambda network, images, labels: f"gradients {side(images)}")
     name(gradient, "_batched", lambda network, images, *_: f"gradients {side(images)}")
-    name(gradient.GradientMatching, "_train", "inner loop")
+    name(gradient.GradientMatching, "train", "inner loop")
     name(trajectory.Experts, "weights", "experts")
     name(trajectory, "follow", "student steps")
     name(student, "_gradient", lambda *_: f"student steps{' again' * torch.is_grad_enabled()}")

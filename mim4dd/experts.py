@@ -56,6 +56,27 @@ class ExpertConfig:
 
 
 @dataclass(frozen=True)
+class TrajectoryConfig(ExpertConfig):
+    """Trajectory matching (mtt): its experts, which are kept and found again, and how they are followed.
+
+    Attributes:
+        max_start: A match starts from one of this many first snapshots.
+        span: Snapshots from the start of a match to its target.
+        student_steps: Steps on the synthetic images that are to lead there.
+        student_batch: Images per step; default: all.
+        student_lr: Size of those steps at first; it is learned.
+        student_lr_rate: Learning rate of its logarithm.
+    """
+
+    max_start: int | None = None
+    span: int = 2
+    student_steps: int | None = None
+    student_batch: int | None = None
+    student_lr: float = 0.01
+    student_lr_rate: float = 0.1
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that shapes the experts of one file."""
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close, digits_problem
+from conftest import close, digits_problem, prepared_match
 
 from mim4dd import augment, evaluation, networks, run
 from mim4dd.objectives import DistributionMatching, GradientMatching, distribution_distance, gradient_distance
@@ -87,7 +87,7 @@ def test_gradient_matching_uses_one_network_for_both_sides(calls):
     x = images.clone().requires_grad_()
     objective = GradientMatching(problem)
     for _ in range(calls):
-        matched = objective(x, problem.labels)
+        matched = prepared_match(objective, x, problem.labels)
 
     real, network = problem.real, objective.network.network
     random = {purpose: generator(0, f"dc/{purpose}") for purpose in ("real", "statistics")}
@@ -112,7 +112,7 @@ def test_gradient_matching_uses_one_network_for_both_sides(calls):
 def test_inner_training_is_in_training_mode():
     problem, images = bn_problem(augmentation="none")
     objective = GradientMatching(problem)
-    objective(images, problem.labels)
+    prepared_match(objective, images, problem.labels)
     settled = objective.network.network.blocks[0][1].running_mean.clone()
     objective.train(images, problem.labels)
     assert objective.network.training
@@ -123,7 +123,7 @@ def test_distribution_matching_normalises_each_side_by_itself():
     problem, images = bn_problem()
     x = images.clone().requires_grad_()
     objective = DistributionMatching(problem)
-    matched = objective(x, problem.labels)
+    matched = prepared_match(objective, x, problem.labels)
     real, network = problem.real, objective.network
     params = augment.sample("color_crop", 10, (8, 8), generator=generator(0, "dm/augmentation"), mode="each")
     labels = torch.arange(10).repeat_interleave(problem.real_batch)

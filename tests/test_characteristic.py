@@ -144,7 +144,7 @@ def test_matching_brings_the_distance_down():
     problem, start = digits_problem(ipc=2)
 
     def loss(x):
-        return CharacteristicMatching(problem)(x, problem.labels).loss  # the same draws each time
+        return prepared_match(CharacteristicMatching(problem), x, problem.labels).loss  # the same draws
 
     x = start.images.clone().requires_grad_()
     for _ in range(10):

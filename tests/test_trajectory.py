@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close, digits_problem
+from conftest import close, digits_problem, prepared_match
 from torch.func import functional_call
 
 from mim4dd import augment, experts, networks, run, stacked
@@ -206,7 +206,7 @@ def test_the_objective_is_the_distance_after_steps_on_minibatches(problem):
     objective = TrajectoryMatching(problem)
     images = start.images.clone().requires_grad_()
     logits = torch.randn(20, 10, generator=generator(0, "logits")).requires_grad_()
-    matched = objective(images, logits.softmax(1))
+    matched = prepared_match(objective, images, logits.softmax(1))
     found = torch.autograd.grad(matched.loss, [images, logits, objective.log_lr])
 
     matches, training = generator(0, "mtt/match"), generator(0, "mtt/training")
@@ -261,7 +261,7 @@ def test_every_round_of_the_images_is_in_a_new_order(problem):
 def test_features_for_the_term_are_those_of_the_starting_network(problem):
     problem = dataclasses.replace(problem, layers=(1,), augmentation="none")
     _, start = digits_problem(ipc=2)
-    matched = TrajectoryMatching(problem)(start.images, problem.labels)
+    matched = prepared_match(TrajectoryMatching(problem), start.images, problem.labels)
     matches = generator(0, "mtt/match")
     first = weights(problem, *(int(torch.randint(2, (), generator=matches)) for _ in range(2)))
     network = problem.network()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from ..experts import TrajectoryConfig
 from .base import Matched, Objective, Problem
 from .characteristic import CharacteristicMatching, characteristic_distance
 from .distribution import DistributionMatching, distribution_distance
@@ -14,7 +15,7 @@ from .mutual_information import MutualInformation
 from .student import trajectory_distance
 from .term_networks import TermNetworks, TrainedOnReal, TrainedOnSynthetic
 from .through import ThroughTermNetworks
-from .trajectory import TrajectoryConfig, TrajectoryMatching, train_experts
+from .trajectory import TrajectoryMatching, train_experts
 
 __all__ = [
     "METHODS",

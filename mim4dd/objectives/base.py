@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from .. import augment
 from ..augment import AugmentParams
 from ..data import ImageSet
+from ..experts import TrajectoryConfig
 from ..networks import CHUNK, Network, create
 from ..networks.memory import per_image
 from ..state import State
-
-if TYPE_CHECKING:
-    from .trajectory import TrajectoryConfig
 
 STATISTICS_BATCH = 16  # real images per class that set the statistics of batch normalisation
 
