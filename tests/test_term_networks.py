@@ -187,7 +187,9 @@ def test_features_are_those_of_one_of_the_networks(problem, architecture, monkey
     seen = set()
     for _ in range(20):
         matched = prepared_match(objective, images, problem.labels)
-        assert torch.equal(matched.loss, alone(images, problem.labels).loss), "the base is left as it is"
+        assert torch.equal(matched.loss, prepared_match(alone, images, problem.labels).loss), (
+            "the base is left as it is"
+        )
         assert len(matched.real_labels) == 10 * problem.real_batch
         chosen = int(torch.randint(10, (1,), generator=choice))
         seen.add(chosen)
