@@ -77,12 +77,11 @@ def score_saved(
     try:
         train, test = load(source, folder, config.data.image_size)
     except InputError as error:
-        moved = (
-            ""
-            if dataset
-            else "; if it moved, or the run was started in another folder, name it with --dataset"
-        )
-        raise InputError(f"{error}{moved}") from error
+        if dataset:
+            raise
+        raise InputError(
+            f"{error}; if it moved, or the run was started in another folder, name it with --dataset"
+        ) from error
     if not dataset and saved.metadata.get("data") not in (None, train.fingerprint):
         raise InputError(
             f"{source} has other images now than when {path} was made; name the run's data with --dataset"

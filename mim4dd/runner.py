@@ -30,7 +30,7 @@ from .distill import DivergenceError, Progress
 from .errors import InputError
 from .evaluation import Score
 from .experiment import Experiment
-from .files import exclusive
+from .files import atomic, exclusive
 from .synthetic import IMAGES, SyntheticSet
 
 SAVE_EVERY = 60  # seconds between saves of a set in the making
@@ -155,11 +155,12 @@ class Recorder:
             "config": to_json(config),
         }
         self.saved = replace(self.synthetic.to("cpu"), metadata=facts)
-        if self._overwrites:  # not before there is something new
-            report.remove(self.folder)
-            remove_checkpoint(self.folder)
-            self._overwrites = False
-        self.saved.save(self.path)
+        with atomic(self.path) as new:
+            self.saved.save(new)
+            if self._overwrites:  # not before what is new has been written
+                report.remove(self.folder)
+                remove_checkpoint(self.folder)
+                self._overwrites = False
         if self.state is not None:
             Checkpoint(
                 config=config,
@@ -231,11 +232,10 @@ def evaluations(experiment: Experiment, synthetic: SyntheticSet) -> tuple[Score 
                 complain(f"the base method alone is not evaluated: {error}")
                 continue
             score = functools.partial(scoring.score, experiment, base)
-        # Trained on all images there is one network.
-        baselines[name] = with_accuracy(f"evaluate ({name})", 1 if name == "full" else num_networks, score)
-    return with_accuracy(
-        "evaluate", num_networks, functools.partial(scoring.score, experiment, synthetic)
-    ), baselines
+        count = 1 if name == "full" else num_networks  # on all images one network is trained
+        baselines[name] = with_accuracy(f"evaluate ({name})", count, score)
+    score = functools.partial(scoring.score, experiment, synthetic)
+    return with_accuracy("evaluate", num_networks, score), baselines
 
 
 def cross_architecture(

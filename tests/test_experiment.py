@@ -286,3 +286,16 @@ def test_of_held_out_images_of_one_class_there_is_no_information():
     test = dataclasses.replace(prepared.test, images=images, labels=labels)
     one = dataclasses.replace(prepared, test=test).information(prepared.start)
     assert one == {"before": None, "after": None, "cap": 0.0}
+
+
+def test_the_progress_counts_one_network_for_the_full_data(monkeypatch):
+    totals = {}
+
+    def counted(title, num_networks, score):
+        totals[title] = num_networks
+        return Score((0.5,))
+
+    monkeypatch.setattr(runner, "with_accuracy", counted)
+    prepared = prepare("--iterations 1 --num-eval 3 --baselines random full")
+    runner.evaluations(prepared, prepared.start)
+    assert totals == {"evaluate (random)": 3, "evaluate (full)": 1, "evaluate": 3}

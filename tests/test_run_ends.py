@@ -57,6 +57,20 @@ def test_results_are_never_overwritten_silently(tmp_path, monkeypatch, capsys):
     assert {name: (folder / name).read_bytes() for name in files(folder)} == interrupted, "still to resume"
 
 
+def test_a_full_disk_keeps_what_was_to_be_overwritten(tmp_path, monkeypatch, capsys):
+    arguments = [*QUICK, "--num-eval", "0", "--out", str(tmp_path / "out")]
+    assert run.main(arguments) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def full(synthetic, path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(SyntheticSet, "save", full)
+    assert run.main([*arguments, "--seed", "5", "--overwrite"]) == 1
+    assert "files saved earlier are unchanged" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
 def test_two_runs_at_once_get_a_folder_each(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     experiment = Experiment.prepare(parse([*QUICK]))
