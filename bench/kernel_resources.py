@@ -134,8 +134,8 @@ def rows(capability: int, precision: str) -> Iterator[dict]:
                 mock.patch.object(kernels, "SKINNY_PAIRS", pairs),
                 compiled(capability) as collected,
             ):
-                for form, by_scales in calls:
-                    wanted = (by_scales, True, True)
+                for form, grad_scales in calls:
+                    wanted = (grad_scales, True, True)
                     contrast(form, scales, labels, labels, [features], [features], wanted)
             for key, (name, options, kernel) in collected.items():
                 if key in seen:

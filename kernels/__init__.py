@@ -36,7 +36,7 @@ def contrast(
     keys: Sequence[Tensor],
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    """The losses [L] of L layers, then gradients by scales, anchors and keys, empty where not `wanted`.
+    """The losses [L] of L layers, then gradients for scales, anchors and keys, empty where not `wanted`.
 
     Args:
         form: which loss.
@@ -59,15 +59,15 @@ def contrast(
     else:
         results = [scales.new_zeros(layers), torch.zeros_like(scales)]
         results += [torch.zeros_like(value, dtype=saved_dtype(value.dtype)) for value in features]
-    losses, by_scales, *by_features = results
+    losses, grad_scales, *grad_features = results
     return [
         losses,
-        by_scales if wanted[0] else by_scales.new_empty(0),
+        grad_scales if wanted[0] else grad_scales.new_empty(0),
         *(
-            by_feature[:, : feature.shape[1]].contiguous()
+            grad_feature[:, : feature.shape[1]].contiguous()
             if wanted[1 + index // layers]
             else feature.new_empty(0, dtype=saved_dtype(feature.dtype))
-            for index, (feature, by_feature) in enumerate(zip(features, by_features, strict=True))
+            for index, (feature, grad_feature) in enumerate(zip(features, grad_features, strict=True))
         ),
     ]
 
@@ -89,8 +89,8 @@ def _contrast(
         _way(a).contrast(form, scales[:, layer : layer + 1].contiguous(), *labels, a, k, wanted)
         for layer, (a, k) in enumerate(zip(anchors, keys, strict=True))
     ]
-    losses, by_scales, by_anchors, by_keys = ([*column] for column in zip(*single, strict=True))
-    return [torch.cat(losses), torch.cat(by_scales, 1), *by_anchors, *by_keys]
+    losses, grad_scales, grad_anchors, grad_keys = ([*column] for column in zip(*single, strict=True))
+    return [torch.cat(losses), torch.cat(grad_scales, 1), *grad_anchors, *grad_keys]
 
 
 def _way(features: Tensor) -> ModuleType:

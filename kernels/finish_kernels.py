@@ -1,4 +1,4 @@
-"""The last kernel of `skinny`: the sums over tiles and the gradients by features."""
+"""The last kernel of `skinny`: the sums over tiles and the gradients for features."""
 
 import triton
 import triton.language as tl
@@ -23,7 +23,7 @@ def _gradient_tile(
     OF_KEYS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M x BLOCK_D of the gradient by the features OWN; SLOPES is [anchors, keys] for both sides."""
+    """BLOCK_M x BLOCK_D of the gradient for the features OWN; SLOPES is [anchors, keys] for both sides."""
     tiles_d = tl.cdiv(width, BLOCK_D)
     own = (tile // tiles_d) * BLOCK_M + tl.arange(0, BLOCK_M)
     features = (tile % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -70,7 +70,7 @@ def _gradient_tile(
 
 @triton.jit(do_not_specialize=["M", "N"])
 def finish_kernel(
-    anchors, keys, by_anchors, by_keys, widths, first_a_tile, first_k_tile,
+    anchors, keys, grad_anchors, grad_keys, widths, first_a_tile, first_k_tile,
     SLOPES, A_ALONG, K_ALONG, A_INVERSE, K_INVERSE, SUMS, SCALES, LOSSES, BY_SCALES,
     M, N, num_sums, a_along_tiles, k_along_tiles,
     L: tl.constexpr, BY_ANCHORS: tl.constexpr, BY_KEYS: tl.constexpr, PRECISION: tl.constexpr,
@@ -90,7 +90,7 @@ def finish_kernel(
         if (program >= L) & (program < first_k_tile[0]):
             layer = layer_at(first_a_tile, program, L)
             _gradient_tile(
-                at(anchors, layer, L), at(keys, layer, L), at(by_anchors, layer, L),
+                at(anchors, layer, L), at(keys, layer, L), at(grad_anchors, layer, L),
                 SLOPES, A_ALONG, A_INVERSE, K_INVERSE, SCALES,
                 program - at(first_a_tile, layer, L), layer, at(widths, layer, L), M, N, a_along_tiles,
                 False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
@@ -99,7 +99,7 @@ def finish_kernel(
         if program >= first_k_tile[0]:
             layer = layer_at(first_k_tile, program, L)
             _gradient_tile(
-                at(keys, layer, L), at(anchors, layer, L), at(by_keys, layer, L),
+                at(keys, layer, L), at(anchors, layer, L), at(grad_keys, layer, L),
                 SLOPES, K_ALONG, K_INVERSE, A_INVERSE, SCALES,
                 program - at(first_k_tile, layer, L), layer, at(widths, layer, L), N, M, k_along_tiles,
                 True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,

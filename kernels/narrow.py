@@ -32,7 +32,7 @@ def contrast(
     keys: Tensor,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    """One layer's loss [1] and gradients by scales [2, 1], anchors and keys (empty where not wanted).
+    """One layer's loss [1] and gradients for scales [2, 1], anchors and keys (empty where not wanted).
 
     Features are contiguous, aligned, of a width that is a multiple of 16 up to WIDEST; other arguments as in
     `kernels.contrast`.
@@ -78,12 +78,12 @@ def contrast(
 
     # The first pass also makes the loss and the gradients by the scales.
     first, *more = [index for index in (0, 1) if want_sides[index]] or [0]
-    sums, by_first = one_pass(first, True)
-    by_side = {0: anchors.new_empty(0), 1: anchors.new_empty(0), first: by_first}
+    sums, grad_first = one_pass(first, True)
+    grad_side = {0: anchors.new_empty(0), 1: anchors.new_empty(0), first: grad_first}
     for index in more:
-        _, by_side[index] = one_pass(index, False)
+        _, grad_side[index] = one_pass(index, False)
     loss = sums[:1] if loss is None else loss
-    return [loss, sides.scale_gradient(sums, scales), by_side[0], by_side[1]]
+    return [loss, sides.scale_gradient(sums, scales), grad_side[0], grad_side[1]]
 
 
 def table_name(form: LossForm, wanted: Sequence[bool], width: int) -> str:

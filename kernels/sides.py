@@ -96,7 +96,7 @@ def gain(dtype: torch.dtype, largest: Tensor) -> Tensor:
 
 
 def feature_gradient(parts: Tensor, side: Side, scales: Tensor, gain: Tensor) -> Tensor:
-    """The gradient by the features of a side.
+    """The gradient for the features of a side.
 
     Args:
         parts: float32 [parts, rows, D], which add up to the sum over the pairs of each row of slope times the

@@ -6,7 +6,7 @@ number of layers, and both gradients with them:
     dots    products and squares of rows, the features split over programs; label counts
     sums    (InfoNCE) log-sum-exps of rows and columns
     pairs   norms, loss, derivative by each logit
-    finish  the gradients by features, as products with an epilogue; sums over tiles
+    finish  the gradients for features, as products with an epilogue; sums over tiles
 
 With c the cosine, g = dL/dx and q_i = sum_j g_ij c_ij, the gradient through the normalisation is
 dA = (1/|a|t) (G K/|k|) - (q/t|a|^2) A: no sum over features beside the product.
@@ -41,7 +41,7 @@ def contrast(
     keys: Sequence[Tensor],
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    """Losses [L] and gradients by scales [2, L], anchors and keys ([rows, 0] for a side not wanted).
+    """Losses [L] and gradients for scales [2, L], anchors and keys ([rows, 0] for a side not wanted).
 
     Features are contiguous, aligned, of widths that are multiples of 16; other arguments as in
     `kernels.contrast`.
@@ -106,9 +106,9 @@ def contrast(
     )  # fmt: skip
 
     _, want_anchors, want_keys = wanted
-    losses, by_scales = empty(layers), empty(2, layers)
-    by_anchors = [empty(m, width if want_anchors else 0, dtype=saved_dtype(dtype)) for width in widths]
-    by_keys = [empty(n, width if want_keys else 0, dtype=saved_dtype(dtype)) for width in widths]
+    losses, grad_scales = empty(layers), empty(2, layers)
+    grad_anchors = [empty(m, width if want_anchors else 0, dtype=saved_dtype(dtype)) for width in widths]
+    grad_keys = [empty(n, width if want_keys else 0, dtype=saved_dtype(dtype)) for width in widths]
     sizes = [size for size, want in ((m, want_anchors), (n, want_keys)) if want]
 
     def gradient_tiles(tile: Tile, rows: int) -> list[int]:
@@ -125,11 +125,11 @@ def contrast(
     k_tiles = gradient_tiles(tile, n) if want_keys else [0] * layers
     *first_tile, programs = accumulate((layers, *a_tiles, *k_tiles))
     finish_kernel[(programs,)](
-        tuple(anchors), tuple(keys), tuple(by_anchors), tuple(by_keys), widths,
+        tuple(anchors), tuple(keys), tuple(grad_anchors), tuple(grad_keys), widths,
         tuple(first_tile[:layers]), tuple(first_tile[layers:]),
-        slopes, a_along, k_along, a_inverse, k_inverse, sums, scales, losses, by_scales,
+        slopes, a_along, k_along, a_inverse, k_inverse, sums, scales, losses, grad_scales,
         m, n, tiles_m * tiles_n, tiles_n, tiles_m,
         L=layers, BY_ANCHORS=want_anchors, BY_KEYS=want_keys, PRECISION=dot_precision(precision),
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_D=tile.d, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return [losses, by_scales, *by_anchors, *by_keys]
+    return [losses, grad_scales, *grad_anchors, *grad_keys]

@@ -30,7 +30,7 @@ def contrast(
     keys: Tensor,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    """One layer's loss [1] and gradients by scales [2, 1], anchors and keys (empty where not wanted).
+    """One layer's loss [1] and gradients for scales [2, 1], anchors and keys (empty where not wanted).
 
     Features are contiguous, aligned, of a width that is a multiple of 16; other arguments as in
     `kernels.contrast`.
@@ -56,8 +56,8 @@ def contrast(
     gain = sides.gain(anchors.dtype, largest * a.inverse.amax() * k.inverse.amax())
     workspace = torch.empty(block_m * block_n if gradient else 0, dtype=anchors.dtype, device=device)
     sums = torch.zeros(3, device=device)
-    by_anchors = torch.zeros(m, width if want_anchors else 0, device=device)
-    by_keys = torch.zeros(n, width if want_keys else 0, device=device)
+    grad_anchors = torch.zeros(m, width if want_anchors else 0, device=device)
+    grad_keys = torch.zeros(n, width if want_keys else 0, device=device)
     for rows, columns in walk(m, n):
         row, column = a.of(rows), k.of(columns)
         shape = len(row.features), len(column.features)
@@ -75,14 +75,14 @@ def contrast(
         )  # fmt: skip
         sums += block_sums.sum(0)
         if want_anchors:
-            _add_product(by_anchors[rows], slopes, column.features)
+            _add_product(grad_anchors[rows], slopes, column.features)
         if want_keys:
-            _add_product(by_keys[columns], slopes.T, row.features)
+            _add_product(grad_keys[columns], slopes.T, row.features)
     return [
         sums[:1] if loss is None else loss,
         sides.scale_gradient(sums, scales),
-        sides.feature_gradient(by_anchors[None], a, scales, gain) if want_anchors else by_anchors,
-        sides.feature_gradient(by_keys[None], k, scales, gain) if want_keys else by_keys,
+        sides.feature_gradient(grad_anchors[None], a, scales, gain) if want_anchors else grad_anchors,
+        sides.feature_gradient(grad_keys[None], k, scales, gain) if want_keys else grad_keys,
     ]
 
 

@@ -79,7 +79,7 @@ def agree(actual, expected, tolerance):
 
 def check(form, scales, anchor_labels, key_labels, anchors, keys, wanted=(True, True, True)):
     dtype, layers = anchors[0].dtype, len(anchors)
-    losses, by_scales, *by_features = kernels.contrast(
+    losses, grad_scales, *grad_features = kernels.contrast(
         form, scales, anchor_labels, key_labels, anchors, keys, wanted
     )
     for i in range(layers):
@@ -87,7 +87,11 @@ def check(form, scales, anchor_labels, key_labels, anchors, keys, wanted=(True, 
         loss = reference.plain(form, leaves[0], anchor_labels, key_labels, *leaves[1:])
         expected = torch.autograd.grad(loss, leaves)
         agree(losses[i], loss.detach(), 2e-5)
-        actual = (by_scales[:, i] if wanted[0] else by_scales, by_features[i], by_features[layers + i])
+        actual = (
+            grad_scales[:, i] if wanted[0] else grad_scales,
+            grad_features[i],
+            grad_features[layers + i],
+        )
         for value, wish, want in zip(actual, expected, wanted, strict=True):
             if want:
                 agree(value, wish, TOLERANCE[dtype])
@@ -178,11 +182,11 @@ def test_without_positives_without_negatives_and_zero_rows(path):
     for form in FORMS[2:]:
         nothing = kernels.contrast(form, scales, anchor_labels, key_labels + 7, [a], [k], (True,) * 3)
         assert not any(value.any() for value in nothing)
-    _, _, by_a, by_k = kernels.contrast(
+    _, _, grad_a, grad_k = kernels.contrast(
         FORMS[0], scales, anchor_labels, key_labels, [a], [k], (True, True, True)
     )
-    assert not by_a[1].any()
-    assert not by_k[2].any()
+    assert not grad_a[1].any()
+    assert not grad_k[2].any()
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.03, 10.0])

@@ -60,17 +60,17 @@ def _evaluate(
     backend: str,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    """Return the losses [L], then the gradients by scales and by each feature, empty where not `wanted`."""
+    """Return the losses [L], then the gradients for scales and each feature, empty where not `wanted`."""
     form = LossForm(name, negatives, symmetric, exclude_self)
     half = len(features) // 2
     if backend == "fused":
         from ..kernels import contrast
 
         return contrast(form, scales, anchor_labels, key_labels, features[:half], features[half:], wanted)
-    losses, by_scales, by_anchors, by_keys = [], [], [], []
+    losses, grad_scales, grad_anchors, grad_keys = [], [], [], []
     for layer in range(half):
         with torch.autocast(scales.device.type, enabled=False):
-            loss, (by_scale, by_anchor, by_key) = reference.chunked(
+            loss, (grad_scale, grad_anchor, grad_key) = reference.chunked(
                 form,
                 scales[:, layer],
                 anchor_labels,
@@ -80,11 +80,11 @@ def _evaluate(
                 wanted,
             )
         losses.append(loss)
-        by_scales.append(by_scale)
-        by_anchors.append(by_anchor)
-        by_keys.append(by_key)
-    by_all_scales = torch.stack(by_scales, -1) if wanted[0] else scales.new_empty(0)
-    return [torch.stack(losses), by_all_scales, *by_anchors, *by_keys]
+        grad_scales.append(grad_scale)
+        grad_anchors.append(grad_anchor)
+        grad_keys.append(grad_key)
+    grad_all_scales = torch.stack(grad_scales, -1) if wanted[0] else scales.new_empty(0)
+    return [torch.stack(losses), grad_all_scales, *grad_anchors, *grad_keys]
 
 
 # ------------------------------------------------------------------------------------------------ gradients
@@ -97,29 +97,29 @@ def _save(ctx: Any, tensors: Sequence[Tensor], options: tuple, output: Sequence[
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, by_losses: Tensor | None) -> list[Tensor | None]:
-    """The gradients by scales and each feature, None where nobody asked."""
+def _gradients(ctx: Any, grad_losses: Tensor | None) -> list[Tensor | None]:
+    """The gradients for scales and each feature, None where nobody asked."""
     *_, wanted = ctx.options
-    # Saved: scales, two labels and the features; then the gradients by scales and by the features.
+    # Saved: scales, two labels and the features; then the gradients for scales and features.
     saved = ctx.saved_tensors
     half = (len(saved) - 4) // 4
-    inputs, (by_scales, *by_features) = saved[: 3 + 2 * half], saved[3 + 2 * half :]
+    inputs, (grad_scales, *grad_features) = saved[: 3 + 2 * half], saved[3 + 2 * half :]
     features = inputs[3:]
-    if by_losses is None:
+    if grad_losses is None:
         return [None] * (1 + 2 * half)
     if torch.is_grad_enabled():
-        return _differentiable_gradients(ctx.options, inputs, by_losses)
+        return _differentiable_gradients(ctx.options, inputs, grad_losses)
     return [
-        by_scales * by_losses if wanted[0] else None,
+        grad_scales * grad_losses if wanted[0] else None,
         *(
-            (gradient * by_losses[index % half]).to(feature.dtype) if wanted[1 + index // half] else None
-            for index, (feature, gradient) in enumerate(zip(features, by_features, strict=True))
+            (gradient * grad_losses[index % half]).to(feature.dtype) if wanted[1 + index // half] else None
+            for index, (feature, gradient) in enumerate(zip(features, grad_features, strict=True))
         ),
     ]
 
 
 def _differentiable_gradients(
-    options: tuple, tensors: Sequence[Tensor], by_losses: Tensor
+    options: tuple, tensors: Sequence[Tensor], grad_losses: Tensor
 ) -> list[Tensor | None]:
     """The same through the plain formula: for a derivative of the gradients (`create_graph=True`)."""
     *form_options, _, _ = options
@@ -141,7 +141,7 @@ def _differentiable_gradients(
         ]
     inputs = [scales, *features]
     needed = [value for value in inputs if value.requires_grad]
-    gradients = iter(torch.autograd.grad(torch.stack(losses), needed, by_losses, create_graph=True))
+    gradients = iter(torch.autograd.grad(torch.stack(losses), needed, grad_losses, create_graph=True))
     return [next(gradients) if value.requires_grad else None for value in inputs]
 
 
@@ -157,9 +157,9 @@ class _Node(torch.autograd.Function):
         _save(ctx, tensors, options, output)
 
     @staticmethod
-    def backward(ctx: Any, by_losses: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        by_scales, *by_features = _gradients(ctx, by_losses)
-        return None, by_scales, None, None, *by_features
+    def backward(ctx: Any, grad_losses: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_scales, *grad_features = _gradients(ctx, grad_losses)
+        return None, grad_scales, None, None, *grad_features
 
 
 # -------------------------------------------------------------------------------------------- registered op
@@ -191,9 +191,9 @@ def _op_setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     _save(ctx, (scales, anchor_labels, key_labels, *features), tuple(options), output)
 
 
-def _op_backward(ctx: Any, by_output: list[Tensor | None]) -> tuple:
-    by_scales, *by_features = _gradients(ctx, by_output[0])
-    return by_scales, None, None, by_features, *[None] * len(ctx.options)
+def _op_backward(ctx: Any, grad_output: list[Tensor | None]) -> tuple:
+    grad_scales, *grad_features = _gradients(ctx, grad_output[0])
+    return grad_scales, None, None, grad_features, *[None] * len(ctx.options)
 
 
 _op.register_autograd(_op_backward, setup_context=_op_setup_context)

@@ -44,7 +44,7 @@ def nce_rows(form: LossForm, x: Tensor, positive: Tensor) -> Tensor:
 
 
 def nce_gradient(form: LossForm, x: Tensor, positive: Tensor) -> Tensor:
-    """The derivative of the summed `nce_rows` by x [rows, N]."""
+    """The derivative of the summed `nce_rows` with respect to x [rows, N]."""
     on_positives, on_negatives = _nce_weights(form, x, positive)
     # Not sigmoid(x) - 1 on positives: that cancels where the critic is sure.
     return torch.where(positive, -x, x).sigmoid_().mul_(torch.where(positive, -on_positives, on_negatives))
@@ -63,7 +63,7 @@ def info_nce_rows(z: Tensor, positive: Tensor) -> Tensor:
 
 
 def info_nce_gradient(z: Tensor, positive: Tensor) -> Tensor:
-    """The derivative of the summed `info_nce_rows` by z [rows, N]."""
+    """The derivative of the summed `info_nce_rows` with respect to z [rows, N]."""
     num_positives = positive.sum(1, keepdim=True).to(z)
     share = torch.where(positive, 1 / num_positives, 0)
     return z.softmax(1).sub_(share).mul_(num_positives > 0)
@@ -78,7 +78,7 @@ def info_nce_any_rows(z: Tensor, positive: Tensor) -> Tensor:
 
 
 def info_nce_any_gradient(z: Tensor, positive: Tensor) -> Tensor:
-    """The derivative of the summed `info_nce_any_rows` by z [rows, N]."""
+    """The derivative of the summed `info_nce_any_rows` with respect to z [rows, N]."""
     return z.softmax(1).sub_(_positives(z, positive).softmax(1))
 
 
@@ -127,7 +127,7 @@ def chunked(
     keys: Tensor,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loss of `plain` and its gradients by scales, anchors and keys, empty where not `wanted`.
+    """The loss of `plain` and its gradients for scales, anchors and keys, empty where not `wanted`.
 
     Memory beside the inputs: their unit rows and gradients, and a few temporaries of CHUNK_PAIRS.
     """
@@ -135,10 +135,10 @@ def chunked(
     temperature, noise_ratio = scales
     sides, labels = (anchors, keys), (anchor_labels, key_labels)
     units = [unit_rows(side) for side in sides]
-    by_unit = [
+    grad_unit = [
         torch.zeros_like(unit) if want else unit[:0] for unit, want in zip(units, want_side, strict=True)
     ]
-    loss, by_scales = scales.new_zeros(()), torch.zeros_like(scales)
+    loss, grad_scales = scales.new_zeros(()), torch.zeros_like(scales)
     for row, column in _directions(form):
         num_rows = _num_rows(form, labels[row], labels[column])
         step = max(1, CHUNK_PAIRS // max(1, len(units[column])))
@@ -153,22 +153,22 @@ def chunked(
             loss += _rows(form, x, positive).sum() / num_rows
             if not any(wanted):
                 continue
-            by_x = _gradient(form, x, positive).div_(num_rows)
+            grad_x = _gradient(form, x, positive).div_(num_rows)
             if form.exclude_self:  # NaN where there is no other key
-                by_x.diagonal(start).fill_(0)
+                grad_x.diagonal(start).fill_(0)
             if want_scales:
-                by_scales[0] -= torch.vdot(by_x.view(-1), cosine.view(-1)) / temperature**2
-                by_scales[1] -= by_x.sum() / noise_ratio
-            by_x /= temperature
+                grad_scales[0] -= torch.vdot(grad_x.view(-1), cosine.view(-1)) / temperature**2
+                grad_scales[1] -= grad_x.sum() / noise_ratio
+            grad_x /= temperature
             if want_side[row]:
-                by_unit[row][chunk].addmm_(by_x, units[column])
+                grad_unit[row][chunk].addmm_(grad_x, units[column])
             if want_side[column]:
-                by_unit[column].addmm_(by_x.T, units[row][chunk])
-    by_side = [
+                grad_unit[column].addmm_(grad_x.T, units[row][chunk])
+    grad_side = [
         _through_unit_rows(side, unit, gradient) if want else side.new_empty(0, dtype=saved_dtype(side.dtype))
-        for side, unit, gradient, want in zip(sides, units, by_unit, want_side, strict=True)
+        for side, unit, gradient, want in zip(sides, units, grad_unit, want_side, strict=True)
     ]
-    return loss, [by_scales if want_scales else scales.new_empty(0), *by_side]
+    return loss, [grad_scales if want_scales else scales.new_empty(0), *grad_side]
 
 
 def _directions(form: LossForm) -> list[tuple[int, int]]:
@@ -208,8 +208,8 @@ def _num_rows(form: LossForm, row_labels: Tensor, column_labels: Tensor) -> Tens
     return (counts > 0).sum().clamp_min(1)
 
 
-def _through_unit_rows(side: Tensor, unit: Tensor, by_unit: Tensor) -> Tensor:
-    """The gradient by the rows of `side`, given that by their unit rows: what is left across the row."""
-    along = (unit * by_unit).sum(1, keepdim=True)
-    by_side = (by_unit - unit * along) * inverse_norms(side.to(unit))
-    return by_side.to(saved_dtype(side.dtype)).contiguous()
+def _through_unit_rows(side: Tensor, unit: Tensor, grad_unit: Tensor) -> Tensor:
+    """The gradient for the rows of `side`, given that for their unit rows: what is left across the row."""
+    along = (unit * grad_unit).sum(1, keepdim=True)
+    grad_side = (grad_unit - unit * along) * inverse_norms(side.to(unit))
+    return grad_side.to(saved_dtype(side.dtype)).contiguous()

@@ -139,11 +139,11 @@ class _Trajectory(torch.autograd.Function):
             weights = weights.detach().requires_grad_()
             with torch.enable_grad():
                 gradient = _gradient(ctx.network, weights, *batch(*data))
-            by_weights, *by_data = torch.autograd.grad(gradient, [weights, *learned], adjoint)
+            grad_weights, *grad_data = torch.autograd.grad(gradient, [weights, *learned], adjoint)
             grad_step -= (adjoint * gradient.detach()).sum()
-            for total, by in zip(grads, by_data, strict=True):
-                total -= step * by
-            adjoint = adjoint - step * by_weights
+            for total, part in zip(grads, grad_data, strict=True):
+                total -= step * part
+            adjoint = adjoint - step * grad_weights
         return None, None, None, grads[0], grads[1] if soft else None, grad_step
 
 
