@@ -7,7 +7,7 @@ from conftest import close, derivatives
 from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mim4dd import extension
+from mim4dd import extension, networks
 from mim4dd.networks import ConvNet, normalisation
 from mim4dd.networks.first_block import first_block, is_compiled
 from mim4dd.seeding import generator
@@ -191,3 +191,11 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             block(*wrong, EPS, 1, True, 2)
+
+
+@pytest.mark.parametrize(("channels", "size"), [(5, (8, 8)), (3, (8, 7)), (3, (6, 6)), (1, (8, 4))])
+def test_images_the_block_is_not_made_for_take_the_plain_way(channels, size):
+    network = ConvNet(channels, 10, width=32, depth=2, image_size=size)
+    networks.initialise(network, generator(0, "w"))
+    x = torch.randn(2, channels, *size, generator=generator(0, "x"))
+    close(network(x), network.double()(x.double()))

@@ -229,3 +229,10 @@ def test_runs_are_identical():
     arguments = case(SHAPES[1], torch.bfloat16)
     first, second = (check(*arguments, relu=True, pool=2, loose=3e-2) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_products_are_as_precise_as_torchs_convolutions(monkeypatch):
+    for allowed, precision in ((True, "tf32"), (False, "ieee")):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        assert first_block._precision(torch.float32) == precision
+    assert first_block._precision(torch.bfloat16) == "half"

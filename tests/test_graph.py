@@ -331,3 +331,28 @@ def test_a_failed_recording_leaves_the_draws_as_they_would_be(device):
     with pytest.warns(UserWarning, match="cannot be recorded as a CUDA graph"):
         found = [replayed().item() for _ in range(6)]
     assert found == [2 * torch.rand((), generator=same, device=device).item() for _ in range(6)]
+
+
+def test_what_was_recorded_before_a_failure_is_recorded_anew(monkeypatch, stand_in):
+    """With the generators' states as they are now."""
+    recorded = []
+
+    def some(step, inputs, generators, device):
+        if len(inputs[0]) == 3:
+            raise RuntimeError("operation not permitted")
+        recorded.append(len(inputs[0]))
+        return lambda x: x + 1
+
+    monkeypatch.setattr(graph, "_record", some)
+    replayed = graph.Replayed(lambda x: x + 1, [], torch.device("cpu"))
+
+    def replay(*sizes):
+        for size in sizes:
+            for _ in range(graph.WARM_UP + 1):
+                replayed(torch.zeros(size))
+
+    replay(2, 2)
+    with pytest.warns(UserWarning, match="cannot be recorded"):
+        replay(3)
+    replay(2)
+    assert recorded == [2, 2]

@@ -1,8 +1,5 @@
 """The fused kernels against the plain formula in float64; without a GPU in Triton's interpreter."""
 
-import json
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -16,35 +13,10 @@ from mim4dd.losses.form import LossForm
 
 pytest.importorskip("triton")
 
-from mim4dd.kernels import autotune, launch, narrow, sides
+from mim4dd.kernels import launch, narrow, skinny
+from pairs import DEVICE, FORMS, ONE_OF_EACH, agree, check, problem
 
 from mim4dd import kernels
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FORMS = [
-    LossForm("nce"),
-    LossForm("nce", negatives=3.0, symmetric=True),
-    LossForm("info_nce"),
-    LossForm("info_nce", symmetric=True),
-    LossForm("info_nce_any"),
-    LossForm("info_nce_any", symmetric=True),
-]
-ONE_OF_EACH = FORMS[1], FORMS[2], FORMS[5]
-# Relative errors by dtype; half precision against the formula on the same rounded features.
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-
-
-@pytest.fixture(params=["skinny", "narrow", "wide"])
-def path(request, monkeypatch):
-    """Send calls of any size through one path, in blocks of at most 64 x 64 pairs."""
-    monkeypatch.setattr(kernels, "SKINNY_PAIRS", 1 << 62 if request.param == "skinny" else 0)
-    monkeypatch.setattr(narrow, "WIDEST", 128 if request.param == "narrow" else 0)
-    monkeypatch.setattr(sides, "BLOCK", 64)
-    precision = torch.get_float32_matmul_precision()
-    # "highest" float32 does not go through `narrow`; the interpreter's products are exact in either case.
-    torch.set_float32_matmul_precision("high" if request.param == "narrow" and DEVICE == "cpu" else precision)
-    yield request.param
-    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.fixture(autouse=True)
@@ -57,46 +29,6 @@ def poisoned(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
-
-
-def problem(m, n, widths, dtype=torch.float32, label_dtype=torch.int64, classes=3):
-    g = torch.Generator().manual_seed(0)
-    anchors = [torch.randn(m, width, generator=g).to(DEVICE, dtype) for width in widths]
-    keys = [torch.randn(n, width, generator=g).to(DEVICE, dtype) for width in widths]
-    labels = [torch.randint(classes, (size,), generator=g).to(DEVICE, label_dtype) for size in (m, n)]
-    scales = torch.tensor([[0.3] * len(widths), [1.0 + i for i in range(len(widths))]], device=DEVICE)
-    return scales, *labels, anchors, keys
-
-
-def agree(actual, expected, tolerance):
-    # Where the true gradient is 0, as with one feature or one pair, what is left is the rounding of terms
-    # that cancel, which are as large as 1 / (temperature * norm).
-    assert actual.shape == expected.shape
-    largest = expected.abs().max()
-    error = (actual.double() - expected).abs().max() / (largest + (0.01 if largest > 1e-9 else 0.1))
-    assert error <= tolerance, f"relative error {error:.2e}"
-
-
-def check(form, scales, anchor_labels, key_labels, anchors, keys, wanted=(True, True, True)):
-    dtype, layers = anchors[0].dtype, len(anchors)
-    losses, grad_scales, *grad_features = kernels.contrast(
-        form, scales, anchor_labels, key_labels, anchors, keys, wanted
-    )
-    for i in range(layers):
-        leaves = [value.detach().double().requires_grad_() for value in (scales[:, i], anchors[i], keys[i])]
-        loss = reference.plain(form, leaves[0], anchor_labels, key_labels, *leaves[1:])
-        expected = torch.autograd.grad(loss, leaves)
-        agree(losses[i], loss.detach(), 2e-5)
-        actual = (
-            grad_scales[:, i] if wanted[0] else grad_scales,
-            grad_features[i],
-            grad_features[layers + i],
-        )
-        for value, wish, want in zip(actual, expected, wanted, strict=True):
-            if want:
-                agree(value, wish, TOLERANCE[dtype])
-            else:
-                assert value.numel() == 0
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -236,6 +168,38 @@ def test_float16_holds_gradients_of_few_positives_and_of_unlike_norms(path):
         check(form, scales, anchor_labels, torch.zeros_like(key_labels), [a], [k])
 
 
+@pytest.mark.parametrize("form", ONE_OF_EACH, ids=str)
+def test_blocks_of_many_tiles(monkeypatch, form):
+    """More rows of tiles than are gone through together, and several columns: `path` has a tile a block."""
+    monkeypatch.setattr(kernels, "SKINNY_PAIRS", 0)
+    monkeypatch.setattr(narrow, "WIDEST", 0)
+    check(form, *problem(600, 130, [16]))
+    check(replace(form, exclude_self=True), *problem(150, 150, [16]))
+
+
+def test_more_tiles_and_rows_than_are_added_up_at_once(monkeypatch):
+    monkeypatch.setattr(skinny, "PAIRS_TILE", (4, 64))
+    check(LossForm("info_nce"), *problem(1040, 5, [16]))
+
+
+def test_float16_holds_the_gradients_of_very_unequal_sides(path):
+    """A key of four weighs 250 times as much as an anchor of a thousand."""
+    check(LossForm("nce", symmetric=True), *problem(1000, 4, [16], torch.float16))
+
+
+def test_the_length_of_a_row_does_not_matter(path):
+    scales, *labels, (a,), (k,) = problem(9, 33, [16])
+    check(FORMS[0], scales, *labels, [a * 1e-10], [k * 1e10])
+
+
+def test_zero_features_in_float16(path):
+    scales, *labels, (a,), (k,) = problem(6, 9, [16], torch.float16)
+    for form in FORMS:
+        losses, *gradients = kernels.contrast(form, scales, *labels, [a * 0], [k * 0], (True, True, True))
+        assert losses.isfinite().all()
+        assert all(not gradient.any() for gradient in gradients[1:])
+
+
 def test_empty_sides_give_zero(path):
     for form in (FORMS[0], *ONE_OF_EACH):
         for m, n in ((0, 4), (4, 0)):
@@ -249,62 +213,6 @@ def test_runs_are_identical(path):
     for form in (FORMS[3], FORMS[5]):
         first, second = (kernels.contrast(form, *arguments, (True, True, True)) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_autotune_keeps_its_choice_on_disk(path, monkeypatch, tmp_path):
-    monkeypatch.setenv("MIM4DD_AUTOTUNE", "1")
-    monkeypatch.setenv("MIM4DD_CACHE", str(tmp_path))
-    monkeypatch.setattr(autotune, "REPEATS", 1)
-    check(FORMS[4], *problem(4, 9, [16]))
-    (file,) = tmp_path.glob("*.json")
-    choice = json.loads(file.read_text())
-    assert len(choice) == 1
-    monkeypatch.setattr(autotune, "_seconds", None)  # from here on a search fails
-    monkeypatch.setattr(autotune, "_known", {})  # as in a new process
-    check(FORMS[4], *problem(4, 9, [16]))
-    assert json.loads(file.read_text()) == choice
-    monkeypatch.setattr(autotune, "_read", None)  # what has been read once is not read again
-    check(FORMS[4], *problem(4, 9, [16]))
-
-
-def test_autotune_leaves_a_damaged_file_or_one_of_another_table_alone(monkeypatch, tmp_path):
-    monkeypatch.setenv("MIM4DD_CACHE", str(tmp_path))
-    cpu = torch.device("cpu")
-    autotune.tuned("kind", [], "tf32", 4, cpu, None)
-    (file,) = tmp_path.glob("*.json")
-    for damaged in (file.read_text()[:-5], "[]"):
-        file.write_text(damaged)
-        monkeypatch.setattr(autotune, "_known", {})
-        autotune.tuned("kind", [], "tf32", 4, cpu, None)
-        assert json.loads(file.read_text()) == {"kind": {}}
-    monkeypatch.setattr(launch, "TABLES", {})
-    autotune.tuned("kind", [], "tf32", 4, cpu, None)
-    assert len([*tmp_path.glob("*.json")]) == 2
-
-
-def test_autotune_keeps_what_others_write_meanwhile(monkeypatch, tmp_path):
-    monkeypatch.setenv("MIM4DD_CACHE", str(tmp_path))
-    read = autotune._read
-
-    def slow(path):
-        known = read(path)
-        time.sleep(0.01)  # so that writers without a lock would have read the same
-        return known
-
-    monkeypatch.setattr(autotune, "_read", slow)
-    kinds = [f"kind {index}" for index in range(16)]
-    with ThreadPoolExecutor(4) as writers:
-        [*writers.map(lambda kind: autotune.tuned(kind, [], "tf32", 4, torch.device("cpu"), None), kinds)]
-    (file,) = tmp_path.glob("*.json")
-    assert sorted(json.loads(file.read_text())) == sorted(kinds)
-
-
-def test_a_small_device_gets_a_small_tile():
-    for name, table in launch.TABLES.items():
-        for precision, tiles in table.items():
-            # The narrow path keeps whole rows of 128 numbers, of four bytes each in TF32.
-            room = 64 if "NARROW_128" in name and precision == "tf32" else 48
-            assert tiles[-1].shared(2 if precision == "half" else 4) <= room * 1024
 
 
 # ----------------------------------------------------------------------------- through the public functions

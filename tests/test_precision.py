@@ -167,3 +167,41 @@ def test_a_small_budget_changes_the_chunks_and_not_the_loss(method):
 def test_autocast_of_the_caller_is_left_alone():
     with torch.autocast("cpu", torch.bfloat16), precision.autocast("fp32", CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("capability", "auto"), [((7, 5), "fp32"), ((8, 0), "bf16")])
+def test_what_a_gpu_computes_in(monkeypatch, capability, auto):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = torch.device("cuda")
+    assert resolve("auto", gpu) == auto
+    for name in ("tf32", "bf16"):
+        if auto == "bf16":
+            assert resolve(name, gpu) == name
+        else:
+            with pytest.raises(InputError, match=f"--precision {name}"):
+                resolve(name, gpu)
+
+
+def test_a_network_whose_weights_are_bfloat16():
+    network = networks.create("convnet", 3, 5, (16, 16), width=32)
+    networks.initialise(network, generator(0, "w"))
+    x = torch.randn(4, 3, 16, 16, generator=generator(0, "x"))
+    expected = network(x)
+    close(network.bfloat16().embed(x.bfloat16()), network.float().embed(x), 0.05)
+    assert expected.isfinite().all()
+
+
+def test_half_of_the_free_memory_is_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 << 30)
+    assert memory.budget(None, torch.device("cuda")) == 6 << 30
+
+
+def test_as_many_images_pass_as_fit(monkeypatch):
+    network = networks.create("convnet", 1, 10, (8, 8), width=8)
+    images = torch.zeros(100, 1, 8, 8)
+    one = memory.per_image(network, (1, 8, 8), gradients=False)
+    for free, count in ((one - 1, 1), (5 * one, 5), (100 * one, 32), (None, 32)):
+        monkeypatch.setattr(memory, "budget", lambda *_, free=free: free)
+        assert memory.passing(network, images) == count

@@ -1,0 +1,60 @@
+"""Problems for the fused kernels, and the plain formula in float64 to check them by."""
+
+import torch
+
+from mim4dd import kernels
+from mim4dd.losses import reference
+from mim4dd.losses.form import LossForm
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORMS = [
+    LossForm("nce"),
+    LossForm("nce", negatives=3.0, symmetric=True),
+    LossForm("info_nce"),
+    LossForm("info_nce", symmetric=True),
+    LossForm("info_nce_any"),
+    LossForm("info_nce_any", symmetric=True),
+]
+ONE_OF_EACH = FORMS[1], FORMS[2], FORMS[5]
+# Relative errors by dtype; half precision against the formula on the same rounded features.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+def problem(m, n, widths, dtype=torch.float32, label_dtype=torch.int64, classes=3):
+    g = torch.Generator().manual_seed(0)
+    anchors = [torch.randn(m, width, generator=g).to(DEVICE, dtype) for width in widths]
+    keys = [torch.randn(n, width, generator=g).to(DEVICE, dtype) for width in widths]
+    labels = [torch.randint(classes, (size,), generator=g).to(DEVICE, label_dtype) for size in (m, n)]
+    scales = torch.tensor([[0.3] * len(widths), [1.0 + i for i in range(len(widths))]], device=DEVICE)
+    return scales, *labels, anchors, keys
+
+
+def agree(actual, expected, tolerance):
+    # Where the true gradient is 0, as with one feature or one pair, what is left is the rounding of terms
+    # that cancel, which are as large as 1 / (temperature * norm).
+    assert actual.shape == expected.shape
+    largest = expected.abs().max()
+    error = (actual.double() - expected).abs().max() / (largest + (0.01 if largest > 1e-9 else 0.1))
+    assert error <= tolerance, f"relative error {error:.2e}"
+
+
+def check(form, scales, anchor_labels, key_labels, anchors, keys, wanted=(True, True, True)):
+    dtype, layers = anchors[0].dtype, len(anchors)
+    losses, grad_scales, *grad_features = kernels.contrast(
+        form, scales, anchor_labels, key_labels, anchors, keys, wanted
+    )
+    for i in range(layers):
+        leaves = [value.detach().double().requires_grad_() for value in (scales[:, i], anchors[i], keys[i])]
+        loss = reference.plain(form, leaves[0], anchor_labels, key_labels, *leaves[1:])
+        expected = torch.autograd.grad(loss, leaves)
+        agree(losses[i], loss.detach(), 2e-5)
+        actual = (
+            grad_scales[:, i] if wanted[0] else grad_scales,
+            grad_features[i],
+            grad_features[layers + i],
+        )
+        for value, wish, want in zip(actual, expected, wanted, strict=True):
+            if want:
+                agree(value, wish, TOLERANCE[dtype])
+            else:
+                assert value.numel() == 0
