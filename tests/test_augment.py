@@ -84,6 +84,62 @@ def test_gradients_once_and_twice(generator, backend, align_corners, strategy):
     assert torch.autograd.gradgradcheck(lambda x: function(x) ** 2, x)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_inside_torch_func(generator, backend):
+    """Once, twice, after `vjp` is over, and where the images are constants or parameters are drawn inside."""
+    x, upstream = (torch.randn(3, 2, 4, 5, dtype=torch.float64, generator=generator) for _ in range(2))
+    mean, std = torch.tensor([0.4, 0.5]), torch.tensor([0.2, 0.3])
+    seed = generator.get_state()
+
+    def function(x):
+        params = augment.sample(augment.DSA, 3, (4, 5), generator=generator.set_state(seed), mode="all")
+        return augment.apply(x, params, mean=mean, std=std, backend=backend)
+
+    def total(x):
+        return function(x).pow(3).sum()
+
+    def of_gradient(gradient):
+        return lambda x: gradient(x).square().sum()
+
+    def by_autograd(x):
+        return torch.autograd.grad(total(x), x, create_graph=True)[0]
+
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(total)(x), by_autograd(leaf))
+    torch.testing.assert_close(
+        torch.func.grad(of_gradient(torch.func.grad(total)))(x),
+        torch.autograd.grad(of_gradient(by_autograd)(leaf), leaf)[0],
+    )
+    expected = torch.autograd.grad(function(leaf), leaf, upstream)
+    y, pull = torch.func.vjp(function, x)
+    torch.testing.assert_close(pull(upstream), expected)
+    upstream.requires_grad_()
+    (twice,) = torch.autograd.grad(pull(upstream)[0].square().sum(), upstream)
+    again = torch.autograd.grad(function(leaf), leaf, upstream, create_graph=True)[0].square().sum()
+    torch.testing.assert_close(twice, torch.autograd.grad(again, upstream)[0])
+    torch.testing.assert_close(torch.func.grad(lambda weight: (function(x) * weight).sum())(upstream), y)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_was_made_in_inference_mode_serves_training(generator, backend):
+    x = torch.rand(2, 3, 6, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    def arguments():
+        mean, std, rows = torch.full((3,), 0.5), torch.full((3,), 0.25), torch.tensor([2, 0])
+        return {"params": random_params(3, (6, 6)), "rows": rows, "mean": mean, "std": std}
+
+    def gradients(given):
+        total = augment.apply(x, **given, backend=backend).pow(3).sum()
+        (once,) = torch.autograd.grad(total, x, create_graph=True)
+        return once, *torch.autograd.grad(once.square().sum(), x)
+
+    plain = arguments()
+    with torch.inference_mode():
+        made = arguments()
+    for name in plain:
+        torch.testing.assert_close(gradients({**plain, name: made[name]}), gradients(plain))
+
+
 def non_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(2, 3).contiguous().transpose(2, 3)
 
@@ -142,6 +198,23 @@ def test_bytes_are_normalised_on_the_way_in(generator, backend):
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     unit = augment.apply(bytes_, params, rows=rows, backend=backend)
     torch.testing.assert_close(unit, augment.apply(bytes_ / 255, params[rows], backend="reference"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_any_integers_and_statistics_of_any_floats(generator, backend):
+    x = torch.rand(2, 3, 4, 4, generator=generator, dtype=torch.float64)
+    params, rows = random_params(2, (4, 4)), torch.tensor([1, 0])
+    mean, std = torch.tensor([0.5, 0.25, 0.75]), torch.tensor([0.25, 0.5, 0.125])
+    expected = augment.apply(x, params, rows=rows, mean=mean, std=std, backend=backend)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        y = augment.apply(x, params, rows=rows.to(dtype), mean=mean, std=std, backend=backend)
+        assert torch.equal(y, expected)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        y = augment.apply(x, params, rows=rows, mean=mean.to(dtype), std=std.to(dtype), backend=backend)
+        assert torch.equal(y, expected)
+    strided = mean.repeat_interleave(2)[::2]
+    y = augment.apply(x, params, rows=rows, mean=strided, std=std, backend=backend)
+    assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_params
@@ -105,6 +106,45 @@ def test_same_seed_same_parameters():
     first, second, other = (random_params(8, (16, 16), seed) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(vars(first).values(), vars(second).values(), strict=True))
     assert not torch.equal(first.brightness, other.brightness)
+
+
+def test_the_default_dtype_changes_no_parameter():
+    def drawn():
+        random = torch.Generator().manual_seed(0)
+        return (
+            random_params(8, (16, 16)),
+            augment.sample(augment.DSA, 8, 16, generator=random, mode="each"),
+            augment.sample("", 8, 16, generator=random),
+            augment.pad_and_crop(8, 2, generator=random),
+        )
+
+    expected = drawn()
+    torch.set_default_dtype(torch.float64)
+    try:
+        actual = drawn()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for params, other in zip(actual, expected, strict=True):
+        for name, field in params.fields().items():
+            assert torch.equal(field, other.fields()[name])
+            assert field.dtype == other.fields()[name].dtype
+
+
+def test_an_image_size_is_a_side_or_any_pair():
+    def drawn(size):
+        return augment.sample("crop", 50, size, generator=torch.Generator().manual_seed(0)).fields()
+
+    expected = drawn((16, 16))
+    for size in (16, np.int64(16), [16, 16], torch.Size((16, 16))):
+        assert all(torch.equal(field, expected[name]) for name, field in drawn(size).items())
+
+
+def test_parameters_are_moved_together(generator):
+    params = augment.sample(augment.DSA, 3, 16, generator=generator, mode="all")
+    moved = params.to("meta")
+    for name, field in moved.fields().items():
+        assert field.device.type == "meta"
+        assert (field.shape, field.dtype) == (params.fields()[name].shape, params.fields()[name].dtype)
 
 
 @pytest.mark.parametrize("strategy", ["", "none"])

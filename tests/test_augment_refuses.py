@@ -20,6 +20,16 @@ def test_bad_input_is_named(generator):
         augment.sample("flip_crop_flip", 2, 8, generator=generator)
     with pytest.raises(ValueError, match="mode is 'both'"):
         augment.sample("color", 2, 8, generator=generator, mode="both")
+    with pytest.raises(ValueError, match="strategy is None, expected some of color"):
+        augment.sample(None, 2, 8, generator=generator)
+    for size in (16.0, (3, 16, 16), 0, None):
+        with pytest.raises(ValueError, match=r"image_size is .*, expected \(height, width\) or one side"):
+            augment.sample("color", 2, size, generator=generator)
+    for not_one in (None, 0):
+        with pytest.raises(ValueError, match=f"generator is {not_one}, expected a torch.Generator"):
+            augment.sample("color", 2, 8, generator=not_one)
+        with pytest.raises(ValueError, match=f"generator is {not_one}, expected a torch.Generator"):
+            augment.pad_and_crop(2, 1, generator=not_one)
     for match, images, bad_params, options in (
         (r"images is \[1, 8, 8\]", x[0], params, {}),
         ("torch.int32, expected .* torch.uint8", x.int(), params, {}),
@@ -28,9 +38,23 @@ def test_bad_input_is_named(generator):
         ("params.shift_x is of torch.float32", x, params_with(2, shift_x=torch.zeros(2)), {}),
         ("params.degrees is on meta", x, params_with(2, degrees=torch.zeros(2, device="meta")), {}),
         ("backend is 'gpu'", x, params, {"backend": "gpu"}),
-        ("rows is .* of torch.int32", x, params, {"rows": torch.zeros(2, dtype=torch.int32)}),
+        (r"rows is \[2\] of torch.float32, expected integers", x, params, {"rows": torch.zeros(2)}),
+        (r"rows is \[3\] of torch.int64", x, params, {"rows": torch.zeros(3, dtype=torch.int64)}),
         ("mean and std are given together", x, params, {"mean": torch.zeros(1)}),
         (r"std is \[3\]", x, params, {"mean": torch.zeros(1), "std": torch.ones(3)}),
+        (
+            "mean is .* of torch.int64, expected floats",
+            x,
+            params,
+            {"mean": torch.tensor([1]), "std": x[0, 0]},
+        ),
+        ("images is of type ndarray, expected a tensor", x.numpy(), params, {}),
+        ("params is None, expected AugmentParams", x, None, {}),
+        ("params is of type dict, expected AugmentParams", x, params.fields(), {}),
+        ("params.flip is of type list, expected a tensor", x, params_with(2, flip=[True, False]), {}),
+        ("params.degrees is None, expected a tensor", x, params_with(2, degrees=None), {}),
+        ("rows is of type list, expected a tensor", x, params, {"rows": [0, 1]}),
+        ("mean is of type tuple, expected a tensor", x, params, {"mean": (0.5,), "std": torch.ones(1)}),
     ):
         with pytest.raises(ValueError, match=match):
             augment.apply(images, bad_params, **options)
@@ -46,6 +70,29 @@ def test_bad_values_are_named_on_the_cpu(backend):
     for row in (-1, 2, 2**40):
         with pytest.raises(ValueError, match=r"augment.apply: rows.* expected 0 to 1"):
             augment.apply(x, params, rows=torch.tensor([0, row]), backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_images_have_a_gradient(backend):
+    """Nobody's is dropped in silence, nor inside torch.func."""
+    x, params = torch.rand(2, 1, 8, 8), AugmentParams.identity(2)
+
+    def total(name, value):
+        chosen = {"mean": torch.zeros(1), "std": torch.ones(1)} | (
+            {name: value} if name in "mean std" else {}
+        )
+        of = params_with(2, **({name: value} if name in params.fields() else {}))
+        return augment.apply(x, of, **chosen, backend=backend).sum()
+
+    for name in ("brightness", "saturation", "contrast", "scale_x", "scale_y", "degrees", "mean", "std"):
+        value = torch.ones(1 if name in "mean std" else 2, requires_grad=True)
+        match = f"{name} requires a gradient, which augment.apply does not give; detach it"
+        with pytest.raises(ValueError, match=match):
+            total(name, value)
+        with pytest.raises(ValueError, match=match):
+            torch.func.grad(lambda value, name=name: total(name, value))(value.detach())
+        with torch.no_grad():
+            total(name, value)
 
 
 def test_op_called_directly_checks_for_itself():

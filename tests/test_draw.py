@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mim4dd import augment, extension
 from mim4dd.augment import at_once
@@ -28,6 +29,45 @@ def test_it_equals_the_reference(parts, together, device):
         for ours, theirs in zip(compiled, expected, strict=True):
             torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-6, atol=1e-6)
             assert ours.is_contiguous()
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_what_it_keeps_is_plain_wherever_it_was_first_wanted(backend):
+    """Inside transforms, in inference mode and under fake tensors; then used in all of them."""
+    uniform = torch.rand(12, 4, generator=torch.Generator().manual_seed(0))
+
+    def drawn(uniform, size):
+        return at_once.from_uniform(uniform, ("color", "cutout"), size, 0, backend=backend)[0]
+
+    def in_two_transforms(size):
+        def inner(weight):
+            return (drawn(uniform, size).sum() * weight).sum()
+
+        return torch.func.grad(lambda weight: torch.func.grad(inner)(weight).sum() + inner(weight))(uniform)
+
+    def in_inference_mode(size):
+        with torch.inference_mode():
+            return drawn(uniform, size)
+
+    def fake(size):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            return drawn(mode.from_tensor(uniform), size)
+
+    def compiled(size):
+        function = torch.compile(lambda uniform: drawn(uniform, size) * 1, fullgraph=True, backend="eager")
+        return function(uniform)
+
+    ways = (in_two_transforms, in_inference_mode, fake, compiled)
+    for first, way in enumerate(ways):
+        size = (11 + first, 20)
+        at_once._kept_table.cache_clear()
+        for later in (way, *ways):
+            later(size)
+        table = at_once._table(("color", "cutout"), size, torch.device("cpu"))
+        assert type(table) is torch.Tensor
+        assert not table.is_inference()
+        assert not torch._C._functorch.is_functorch_wrapped_tensor(table)
+        assert torch.equal(drawn(uniform, size), compiled(size))
 
 
 def test_it_is_registered_as_torch_wants_it():

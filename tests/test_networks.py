@@ -75,6 +75,63 @@ def test_what_is_no_image_size_is_named(size):
         networks.create("convnet", 1, 10, size)
 
 
+@pytest.mark.parametrize("architecture", ["convnet", "convnet-bn", "alexnet"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_images_of_another_size_are_named_where_the_classifier_cannot_take_them(architecture, device):
+    network = networks.create(architecture, 3, 10, 32, width=8, device=device)
+    x = torch.zeros(2, 3, 20, 24, device=device)
+    with pytest.raises(
+        InputError, match=r"images are \[2, 3, 20, 24\], expected \[batch, channels, 32, 32\]"
+    ):
+        network(x)
+    assert network.embed(x).shape[0] == 2, "features are of images of any size"
+
+
+def test_networks_pooled_to_one_size_take_images_of_any():
+    network = networks.create("resnet18", 3, 10, 32, device="meta")
+    assert network(torch.zeros(2, 3, 20, 24, device="meta")).shape == (2, 10)
+
+
+@pytest.mark.parametrize("architecture", ["convnet", "convnet-bn", "lenet", "resnet18"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_network_can_be_converted(architecture, dtype):
+    network = networks.create(architecture, 3, 5, 16, width=8)
+    networks.initialise(network, generator(0, "test"))
+    x = torch.randn(2, 3, 16, 16, generator=generator(0, "x"))
+    expected = network(x)
+    network.to(dtype)
+    logits = network(x.to(dtype))
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits.float(), expected, rtol=0.05, atol=0.05)
+    logits.sum().backward()
+    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_a_stack_of_converted_networks_runs():
+    network = ConvNet(3, 5, width=8, image_size=16).to(torch.bfloat16)
+    stacked = {name: torch.stack([p.detach()] * 2) for name, p in network.named_parameters()}
+    x = torch.randn(2, 3, 16, 16, generator=generator(0, "x")).to(torch.bfloat16)
+    logits = torch.func.vmap(lambda weights: torch.func.functional_call(network, weights, (x,)))(stacked)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits, network(x).expand(2, -1, -1), rtol=0.02, atol=0.02)
+
+
+def test_autocast_decides_what_the_classifier_computes_in():
+    network = ConvNet(3, 5, width=8, image_size=16)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = network(torch.zeros(2, 3, 16, 16))
+    assert logits.dtype == torch.bfloat16
+
+
+def test_the_classifier_can_be_replaced():
+    network = ConvNet(3, 5, width=8, image_size=16)
+    x = torch.randn(2, 3, 24, 16, generator=generator(0, "x"))
+    network.classifier = torch.nn.Identity()
+    assert torch.equal(network(x), network.embed(x))
+    network.classifier = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(8 * 3 * 2, 7))
+    assert network.bfloat16()(x.bfloat16()).shape == (2, 7)
+
+
 def test_depth_follows_the_size():
     depths = {side: networks.depth_for((side, side)) for side in (8, 16, 28, 32, 64, 128)}
     assert depths == {8: 2, 16: 3, 28: 3, 32: 3, 64: 4, 128: 5}
@@ -142,7 +199,13 @@ def test_bad_input_is_named():
         networks.create("vgg", 1, 10, (32, 32))
     with pytest.raises(InputError, match=r"unknown precision 'fp8'"):
         networks.create("convnet", 1, 10, (32, 32), precision="fp8")
-    with pytest.raises(InputError, match="width is 0, expected at least 1"):
+    with pytest.raises(InputError, match="width is 0, expected a whole number of at least 1"):
         networks.create("convnet", 1, 10, (32, 32), width=0)
+    with pytest.raises(InputError, match="channels is '3', expected a whole number"):
+        networks.create("lenet", "3", 10, (32, 32))
+    counts = {"channels": 3, "num_classes": 10, "width": 8, "depth": 3}
+    for name, value in [("channels", "3"), ("num_classes", 0), ("width", 0), ("width", 8.0), ("depth", 0)]:
+        with pytest.raises(InputError, match=f"{name} is {value!r}, expected a whole number of at least 1"):
+            ConvNet(**counts | {name: value})
     with pytest.raises(TypeError, match="does not know how Bilinear starts"):
         networks.initialise(torch.nn.Bilinear(1, 1, 1), generator(0, "test"))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, extension
-from . import op, reference
+from . import checks, op, reference
 from .params import AugmentParams
 from .sampling import pad_and_crop, sample, sample_each
 from .strategy import CROP, CUTOUT, DSA, ROTATE, parts_of
@@ -42,15 +42,16 @@ def apply(
     """Augment images: colour, then one resampling (shift, flip, scale, rotate composed), then cutout.
 
     Colour is brightness, saturation, contrast in this order; resampling is bilinear with zeros outside, and
-    exact where only shifts and flips are asked for. Differentiable in the images, any number of times.
+    exact where only shifts and flips are asked for. Differentiable in the images alone, any number of times.
 
     Args:
         images: [B, C, H, W], any strides; float16, bfloat16, float32 or float64, or uint8, which is taken as
             a fraction of 255. At most 16384 channels and pixels a side. Sums are in float32 at least.
         params: B rows, or any number of them where `rows` says which image takes which.
-        rows: int64 [B], the row of each image; labels, where there is a row per class.
-        mean: float32 [C], subtracted from the images first, of pixels in [0, 1]. Given with `std`.
-        std: float32 [C], what the images are then divided by.
+        rows: integers [B], the row of each image; labels, where there is a row per class.
+        mean: floats [C], subtracted from the images first, of pixels in [0, 1]. Given with `std`; both are
+            taken in float32.
+        std: floats [C], what the images are then divided by.
         align_corners: the meaning of a normalised coordinate (the DSA paper ran with True); the two differ
             only where a non-square image is rotated.
         backend: "reference", "fused" (compiled), or None for the best that is built.
@@ -61,17 +62,18 @@ def apply(
         row is out of range; on the CPU that is an error.
 
     Raises:
-        ValueError: wrong rank, size, dtype, device or number of rows; parameters that are not finite or rows
-            out of range (CPU); an unknown backend.
+        ValueError: wrong type, rank, size, dtype, device or number of rows; params, mean or std that require
+            a gradient; parameters that are not finite or rows out of range (CPU); an unknown backend.
         RuntimeError: `backend="fused"` where the extension is not built.
     """
+    params, rows, mean, std = checks.prepare(images, params, rows, mean, std)
     fused = backends.resolve("augment.apply", backend, extension.obstacle(images.device)) == "fused"
     if not fused or torch.compiler.is_compiling():
-        reference.check(images, params, rows, mean, std)
+        checks.check(images, params, rows, mean, std)
     if not fused:
         return reference.augment(images, params, rows, mean, std, align_corners)
     try:
         return op.augment(images, list(params.fields().values()), rows, mean, std, align_corners)
     except ValueError:  # the op checks for itself, and faster, but says less
-        reference.check(images, params, rows, mean, std)
+        checks.check(images, params, rows, mean, std)
         raise

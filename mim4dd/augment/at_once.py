@@ -11,10 +11,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._guards import active_fake_mode
 
 from .. import backends, extension
+from ..sizes import Size
 from .params import AugmentParams
-from .strategy import Range, Size, box_of, ranges
+from .strategy import Range, box_of, ranges
 
 # The order of csrc/draw/draw.h: numbers, then whole ones.
 NUMBERS = ("brightness", "saturation", "contrast", "scale_x", "scale_y", "degrees")
@@ -76,9 +78,24 @@ def from_uniform(
     return _reference(uniform, _table(parts, size, uniform.device), len(parts), together)
 
 
-@functools.cache  # never given up, and made once: recorded steps of the reference read it, and may not copy
 def _table(parts: tuple[str, ...], size: Size, device: torch.device) -> Tensor:
-    """Of each column [11, 5]: low, span, from a box's first pixel to its last, part, and value without it."""
+    """Of each column [11, 5]: low, span, from a box's first pixel to its last, part, and value without it.
+
+    Kept, but for where it is traced, and under a mode that would make a fake tensor of it.
+    """
+    if torch.compiler.is_compiling() or active_fake_mode() is not None:
+        return _new_table(parts, size, device)
+    return _kept_table(parts, size, device)
+
+
+@functools.cache  # never given up, and made once: recorded steps of the reference read it, and may not copy
+def _kept_table(parts: tuple[str, ...], size: Size, device: torch.device) -> Tensor:
+    # Neither of inference mode nor a wrapper of a torch.func transform, which would outlive it.
+    with torch.inference_mode(False), torch._C._DisableFuncTorch():
+        return _new_table(parts, size, device)
+
+
+def _new_table(parts: tuple[str, ...], size: Size, device: torch.device) -> Tensor:
     of_column = {of.name: (k, of) for k, part in enumerate(parts) for of in ranges(part, size)}
     extents = dict(zip(("cut_y", "cut_x"), (box - 1 for box in box_of(size)), strict=True))
     rows = []

@@ -42,8 +42,8 @@ class AugmentParams:
     @classmethod
     def identity(cls, batch: int, *, device: torch.device | str = "cpu") -> AugmentParams:
         """Return the parameters of `batch` images that leave them as they are."""
-        zeros = torch.zeros(batch, device=device)
-        ones = torch.ones(batch, device=device)
+        zeros = torch.zeros(batch, dtype=torch.float32, device=device)
+        ones = torch.ones(batch, dtype=torch.float32, device=device)
         none = torch.zeros(batch, dtype=torch.int64, device=device)
         return cls(
             brightness=zeros,
@@ -68,6 +68,10 @@ class AugmentParams:
     def fields(self) -> dict[str, Tensor]:
         """Return the tensors by name, in the order of the compiled op."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    def to(self, device: torch.device | str) -> AugmentParams:
+        """Return the parameters on a device."""
+        return self.map(lambda field: field.to(device))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> AugmentParams:
         """Return the parameters with a function applied to every tensor."""

@@ -8,15 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..sizes import ImageSize, Size, size_of
 from . import at_once
 from .params import AugmentParams
-from .strategy import Range, Size, box_of, parts_of, ranges, shifts
+from .strategy import Range, box_of, parts_of, ranges, shifts
 
 
 def sample(
     strategy: str,
     batch: int,
-    image_size: int | Size,
+    image_size: ImageSize,
     *,
     generator: torch.Generator,
     siamese: bool = False,
@@ -34,7 +35,7 @@ def sample(
             augmentation does, a call per class), "all" applies every part.
 
     Raises:
-        ValueError: an unknown part or mode.
+        ValueError: an unknown part or mode, or something that is no strategy, image size or generator.
     """
     params = sample_each(strategy, 1 if siamese else batch, image_size, generators=[generator], mode=mode)
     if siamese:
@@ -45,7 +46,7 @@ def sample(
 def sample_each(
     strategy: str,
     batch: int,
-    image_size: int | Size,
+    image_size: ImageSize,
     *,
     generators: Sequence[torch.Generator],
     mode: str = "single",
@@ -60,14 +61,13 @@ def sample_each(
         mode: see `sample`.
 
     Raises:
-        ValueError: an unknown part or mode.
+        ValueError: an unknown part or mode, or something that is no strategy, image size or generator.
     """
     parts = parts_of(strategy)
     if mode not in ("single", "each", "all"):
         raise ValueError(f"mim4dd.augment.sample: mode is {mode!r}, expected 'single', 'each' or 'all'")
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    size = (height, width)
-    device = generators[0].device
+    size = size_of(image_size)
+    device = _device_of(*generators)
     if not parts:
         return AugmentParams.identity(batch * len(generators), device=device)
     if device.type != "cpu":
@@ -83,14 +83,21 @@ def pad_and_crop(batch: int, padding: int, *, generator: torch.Generator) -> Aug
     """Draw the usual random crop: pad with `padding` zeros on every side, cut the old size out anywhere.
 
     Raises:
-        ValueError: negative padding.
+        ValueError: negative padding, or something that is no generator.
     """
     if padding < 0:
         raise ValueError(f"mim4dd.augment.pad_and_crop: padding is {padding}, expected 0 or more pixels")
-    identity = AugmentParams.identity(batch, device=generator.device)
+    identity = AugmentParams.identity(batch, device=_device_of(generator))
     return dataclasses.replace(
         identity, **{shift.name: _uniform(shift, batch, generator) for shift in shifts((padding, padding))}
     )
+
+
+def _device_of(*generators: torch.Generator) -> torch.device:
+    for generator in generators:
+        if not isinstance(generator, torch.Generator):
+            raise ValueError(f"mim4dd.augment: generator is {generator!r}, expected a torch.Generator")
+    return generators[0].device
 
 
 def _one_by_one(
@@ -128,4 +135,6 @@ def _uniform(of: Range, rows: int, generator: torch.Generator) -> Tensor:
     device = generator.device
     if of.whole:
         return torch.randint(int(of.low), int(of.high), (rows,), generator=generator, device=device)
-    return torch.empty(rows, device=device).uniform_(of.low, of.high, generator=generator)
+    return torch.empty(rows, dtype=torch.float32, device=device).uniform_(
+        of.low, of.high, generator=generator
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..sizes import Size
+
 DSA = "color_crop_cutout_flip_scale_rotate"
 
 BRIGHTNESS = 1.0
@@ -13,8 +15,6 @@ CROP = 0.125  # of the side
 CUTOUT = 0.5  # of the side
 SCALE = 1.2
 ROTATE = 15.0  # degrees
-
-Size = tuple[int, int]
 
 
 class Range(NamedTuple):
@@ -30,8 +30,10 @@ def parts_of(strategy: str) -> list[str]:
     """Return the parts of a strategy string.
 
     Raises:
-        ValueError: an unknown part, or one twice.
+        ValueError: no string, an unknown part, or one twice.
     """
+    if not isinstance(strategy, str):
+        raise ValueError(f"mim4dd.augment: strategy is {strategy!r}, expected some of {DSA}")
     parts = [] if strategy in ("", "none") else strategy.split("_")
     for part in parts:
         if part not in DSA.split("_"):

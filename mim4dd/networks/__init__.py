@@ -8,13 +8,12 @@ from .convnet import ConvNet, depth_for
 from .creation import ARCHITECTURES, create, initialise
 from .cross_architecture import alexnet, lenet, mlp, resnet18, vgg11
 from .memory import CHUNK
-from .network import ImageSize, Network, nothing_of, size_of
+from .network import Network, nothing_of
 
 __all__ = [
     "ARCHITECTURES",
     "CHUNK",
     "ConvNet",
-    "ImageSize",
     "Network",
     "alexnet",
     "create",
@@ -24,6 +23,5 @@ __all__ = [
     "mlp",
     "nothing_of",
     "resnet18",
-    "size_of",
     "vgg11",
 ]

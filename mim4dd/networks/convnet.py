@@ -7,8 +7,9 @@ from collections.abc import Callable
 from torch import nn
 
 from ..errors import InputError, unknown
+from ..sizes import ImageSize, Size, check_counts, size_of
 from .blocks import InstanceNorm, OnePassBlock
-from .network import ImageSize, Network, Size, size_of
+from .network import Network
 
 _NORMS: dict[str, Callable[[int, Size], nn.Module]] = {
     "instance": lambda channels, _: InstanceNorm(channels),
@@ -46,8 +47,8 @@ class ConvNet(Network):
         image_size: (height, width) of the images, or one side.
 
     Raises:
-        InputError: an unknown name, something that is no image size, or more blocks than the image can be
-            halved.
+        InputError: an unknown name, something that is no number or image size, or more blocks than the image
+            can be halved.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class ConvNet(Network):
         make_activation = _pick("activation", activation, _ACTIVATIONS)
         make_pooling = _pick("pooling", pooling, _POOLINGS)
         make_norm = _pick("norm", norm, _NORMS)
+        check_counts(channels=channels, num_classes=num_classes, width=width, depth=depth)
         image_size = size_of(image_size)
         padded = channels == 1 and image_size == (28, 28)
         height, width_px = (32, 32) if padded else image_size

@@ -9,10 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..errors import InputError, unknown
+from ..errors import unknown
+from ..sizes import ImageSize, check_counts
 from .convnet import ConvNet, depth_for
 from .cross_architecture import alexnet, lenet, mlp, resnet18, vgg11
-from .network import ImageSize, Network
+from .network import Network
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 ARCHITECTURES: dict[str, Callable[..., Network]] = {
@@ -48,12 +49,11 @@ def create(
         precision: what its blocks compute in: "fp32", "tf32" or "bf16".
 
     Raises:
-        InputError: an unknown architecture or precision, a width below 1, or something that is no image size.
+        InputError: an unknown architecture or precision, or something that is no number or image size.
     """
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
-    if width < 1:
-        raise InputError(f"width is {width}, expected at least 1")
+    check_counts(channels=channels, num_classes=num_classes, width=width)
     if architecture not in ARCHITECTURES:
         raise unknown("architecture", architecture, ARCHITECTURES)
     make = ARCHITECTURES[architecture]

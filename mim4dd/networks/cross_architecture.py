@@ -6,8 +6,9 @@ import math
 
 from torch import nn
 
+from ..sizes import ImageSize, size_of
 from .blocks import InstanceNorm, Residual
-from .network import ImageSize, Network, size_of
+from .network import Network
 
 
 def mlp(channels: int, num_classes: int, image_size: ImageSize) -> Network:

@@ -4,28 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..sizes import ImageSize, size_of
 from .precision import autocast
-
-Size = tuple[int, int]
-ImageSize = int | Sequence[int]  # a side, or height and width
-
-
-def size_of(image_size: object) -> Size:
-    """Return the height and width: of a square, given one side, or of any sequence of the two.
-
-    Raises:
-        InputError: it is neither.
-    """
-    match [image_size] * 2 if isinstance(image_size, Integral) else image_size:
-        case [Integral() as height, Integral() as width] if min(int(height), int(width)) > 0:
-            return int(height), int(width)
-    raise InputError(f"image_size is {image_size!r}, expected (height, width) or one side, in pixels")
 
 
 class Network(nn.Module):
@@ -38,6 +23,7 @@ class Network(nn.Module):
         image_size: (height, width) of the images, or one side.
 
     Attributes:
+        image_size: (height, width) of the images.
         feature_sizes: numbers of features an image has after each block.
         batch_normalised: whether, in training mode, an image's features depend on the others in its batch.
         precision: what the blocks compute in, see `mim4dd.networks.precision`; what they return is float32
@@ -52,7 +38,8 @@ class Network(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         shapes = copy.deepcopy(self.blocks).to("meta")
-        x = torch.empty(2, channels, *size_of(image_size), device="meta")
+        self.image_size = size_of(image_size)
+        x = torch.empty(2, channels, *self.image_size, device="meta")
         self.feature_sizes = tuple((x := block(x))[0].numel() for block in shapes)
         self.classifier = nn.Linear(self.feature_sizes[-1], num_classes)
         self.batch_normalised = any(isinstance(m, nn.BatchNorm2d) for m in self.blocks.modules())
@@ -75,8 +62,20 @@ class Network(nn.Module):
         return self.features(x, (len(self.blocks) - 1,))[-1].flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the class logits [B, num_classes]."""
-        return self.classifier(self.embed(x))
+        """Return the class logits [B, num_classes].
+
+        Raises:
+            InputError: the images are of a size that the classifier was not made for.
+        """
+        features = self.embed(x)
+        # The classifier may be another module by now: a user's own, or none (`nn.Identity`).
+        if features.shape[1] != getattr(self.classifier, "in_features", features.shape[1]):
+            raise InputError(
+                f"images are {list(x.shape)}, expected [batch, channels, {self.image_size[0]}, "
+                f"{self.image_size[1]}], the image_size that the classifier was made for"
+            )
+        weight = next(self.classifier.parameters(), features)
+        return self.classifier(features.to(weight.dtype))
 
 
 def nothing_of(x: Tensor) -> Tensor:
