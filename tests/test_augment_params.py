@@ -172,3 +172,15 @@ def test_rows_from_several_generators_are_those_from_each(mode):
         for name, field in params.fields().items():
             assert torch.equal(field, torch.cat([drawn.fields()[name] for drawn in each]))
             assert field.is_contiguous()
+
+
+def test_a_part_is_drawn_for_all_rows_unless_told_otherwise():
+    one, other = (
+        sample(augment.DSA, 64, 16, **{name: value})
+        for sample, name, value in (
+            (augment.sample, "generator", torch.Generator().manual_seed(0)),
+            (augment.sample_each, "generators", [torch.Generator().manual_seed(0)]),
+        )
+    )
+    for name, field in one.fields().items():
+        assert torch.equal(field, other.fields()[name])

@@ -125,3 +125,12 @@ def test_fused_says_why_it_cannot_run(monkeypatch):
     with pytest.raises(RuntimeError, match="not built"):
         augment.apply(torch.zeros(1, 1, 8, 8), AugmentParams.identity(1), backend="fused")
     augment.apply(torch.zeros(1, 1, 8, 8), AugmentParams.identity(1))
+
+
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+def test_too_large_images_and_too_few_rows_are_named(backend):
+    one = AugmentParams.identity(1)
+    with pytest.raises(ValueError, match="from 1 to 16384"):
+        augment.apply(torch.zeros(1).expand(1, 1, 1, 16385), one, backend=backend)
+    with pytest.raises(ValueError, match=r"rows is \[1\] of torch.int64, expected integers \[2\]"):
+        augment.apply(torch.zeros(2, 1, 4, 4), one, rows=torch.tensor([0]), backend=backend)

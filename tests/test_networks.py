@@ -1,7 +1,12 @@
+import collections
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import close
+from torch import nn
 
 from mim4dd import networks
 from mim4dd.errors import InputError
@@ -209,3 +214,93 @@ def test_bad_input_is_named():
             ConvNet(**counts | {name: value})
     with pytest.raises(TypeError, match="does not know how Bilinear starts"):
         networks.initialise(torch.nn.Bilinear(1, 1, 1), generator(0, "test"))
+
+
+PUBLISHED = {  # for 3x32x32: weights, features of each block, convolutions, linear layers, ReLUs, poolings
+    "mlp": (411_146, (128, 128), 0, 3, 2, {}),
+    "lenet": (62_006, (1536, 400, 120, 84), 2, 3, 4, {"MaxPool2d": 1, "AdaptiveMaxPool2d": 1}),
+    "alexnet": (1_872_202, (32768, 12288, 16384, 12288, 3072), 5, 1, 5, {"MaxPool2d": 3}),
+    "vgg11": (
+        9_231_114,
+        (16384, 8192, 16384, 4096, 8192, 2048, 2048, 512),
+        *(8, 1, 8, {"MaxPool2d": 4, "AdaptiveMaxPool2d": 1}),
+    ),
+    "resnet18": (
+        11_173_962,
+        (65536, 65536, 32768, 16384, 8192, 512),
+        *(20, 1, 9, {"AdaptiveAvgPool2d": 1}),  # and eight ReLUs after the sums
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", PUBLISHED)
+def test_other_architectures_are_the_published_ones(architecture):
+    weights, features, convolutions, linear, relus, poolings = PUBLISHED[architecture]
+    network = networks.create(architecture, 3, 10, (32, 32))
+    assert sum(p.numel() for p in network.parameters()) == weights
+    assert network.feature_sizes == features
+    kinds = collections.Counter(type(module).__name__ for module in network.modules())
+    assert (kinds["Conv2d"], kinds["Linear"], kinds["ReLU"]) == (convolutions, linear, relus)
+    assert {kind: count for kind, count in kinds.items() if "Pool" in kind} == poolings
+    networks.initialise(network, generator(0, "w"))
+    maps = network.features(torch.randn(2, 3, 32, 32, generator=generator(0, "x")))
+    assert all((m >= 0).all() for m in maps), "rectified"
+
+
+def test_small_images_keep_maps_that_can_be_normalised():
+    sizes = {name: networks.create(name, 3, 10, (8, 8)).feature_sizes for name in ("vgg11", "resnet18")}
+    assert sizes["vgg11"] == (1024, 512, 1024, 1024, 2048, 2048, 2048, 512)  # 2x2 from the second block on
+    assert sizes["resnet18"] == (4096, 4096, 2048, 1024, 2048, 512)
+
+
+NORMS = {
+    "instance": F.instance_norm,
+    "group": lambda y: F.group_norm(y, 4),
+    "layer": lambda y: F.layer_norm(y, y.shape[1:]),
+    "batch": lambda y: F.batch_norm(y, None, None, training=True),
+    "none": lambda y: y,
+}
+ACTIVATIONS = {
+    "relu": F.relu,
+    "leaky_relu": partial(F.leaky_relu, negative_slope=0.01),
+    "sigmoid": torch.sigmoid,
+}
+POOLINGS = {
+    "avg": partial(F.avg_pool2d, kernel_size=2),
+    "max": partial(F.max_pool2d, kernel_size=2),
+    "none": lambda y: y,
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_convnet_variants_are_what_they_are_called(norm, activation, pooling):
+    options = {"norm": norm, "activation": activation, "pooling": pooling}
+    network = ConvNet(3, 5, width=8, depth=2, image_size=(12, 12), **options)
+    networks.initialise(network, generator(0, "w"))
+    x = y = torch.randn(4, 3, 12, 12, generator=generator(0, "x"))
+    for k in range(2):
+        convolution = next(m for m in network.blocks[k].modules() if isinstance(m, nn.Conv2d))
+        y = F.conv2d(y, convolution.weight, convolution.bias, padding=1)
+        y = POOLINGS[pooling](ACTIVATIONS[activation](NORMS[norm](y)))
+        close(network.features(x)[k], y)
+
+
+def test_only_grey_images_of_28_pixels_are_padded():
+    assert ConvNet(3, 10, width=4, image_size=(28, 28)).feature_sizes == (4 * 14 * 14, 4 * 7 * 7, 4 * 3 * 3)
+
+
+def test_as_deep_as_the_image_can_be_halved():
+    assert ConvNet(1, 10, width=4, depth=3, image_size=8).feature_sizes == (64, 16, 4)
+
+
+@pytest.mark.parametrize("architecture", networks.ARCHITECTURES)
+def test_biases_start_as_pytorchs(architecture):
+    network = networks.create(architecture, 1, 10, (32, 32), width=64)
+    networks.initialise(network, generator(3, "test"))
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None and len(module.bias) >= 64:
+            bound = module.weight[0].numel() ** -0.5
+            assert 0.8 * bound < -module.bias.min() <= bound
+            assert 0.8 * bound < module.bias.max() <= bound
