@@ -91,3 +91,52 @@ def test_a_batch_that_calibrates_nothing_is_refused_and_forgotten():
     assert loss(a, k, la, lk).isfinite()
     with pytest.raises(ValueError, match="calibrated_noise_ratio: it is inf on these features"):
         calibrated_noise_ratio(a.float().abs(), k.float().abs(), la, lk, temperature=0.005)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_module_in_half_precision_keeps_its_calibration(dtype):
+    """At a low temperature it is beyond float16, and bfloat16 has three digits of it."""
+    a, k, la, lk = labelled_features(6, 20, 8, 3, dtype=torch.float32)
+    loss = mim4dd.NCELoss(noise_ratio="calibrated", temperature=0.05)
+    loss(a.abs(), k.abs(), la, lk)
+    ratio = loss.noise_ratio.clone()
+    assert ratio > torch.finfo(torch.float16).max
+    assert torch.equal(torch.nn.Sequential(loss).to(dtype)[0].noise_ratio, ratio)
+    assert loss(a.to(dtype), k.to(dtype), la, lk).isfinite()
+    assert mim4dd.NCELoss(noise_ratio="calibrated").to(dtype).noise_ratio.dtype == torch.float32
+    term = mim4dd.MutualInformation(loss="nce", temperature=0.05)
+    term([a.abs()], [k.abs()], la, lk)
+    assert torch.equal(term.to(dtype).noise_ratios, ratio[None])
+
+
+def test_nothing_is_calibrated_inside_a_transform():
+    a, k, la, lk = labelled_features(6, 20, 8, 3)
+    for loss in (mim4dd.NCELoss(noise_ratio="calibrated"), mim4dd.MutualInformation()):
+        gradient = torch.func.grad(lambda a, loss=loss: loss(a, k, la, lk))
+        with pytest.raises(RuntimeError, match="inside a transform of torch.func cannot be kept"):
+            gradient(a)
+        loss(a, k, la, lk)
+        assert gradient(a).isfinite().all()
+        copy.deepcopy(loss)
+
+
+def test_calibration_of_mixed_dtypes_is_in_the_wider():
+    a, k, la, lk = labelled_features(6, 20, 8, 3)
+    mixed = calibrated_noise_ratio(a.float(), k, la, lk)
+    torch.testing.assert_close(mixed, calibrated_noise_ratio(a.float().double(), k, la, lk))
+
+
+def test_calibration_in_chunks_leaves_out_the_pairs_with_itself(monkeypatch):
+    a, _, labels, _ = labelled_features(6, 1, 16, 3)
+    whole = calibrated_noise_ratio(a, a, labels, labels, exclude_self=True)
+    monkeypatch.setattr(calibration, "CHUNK_PAIRS", 12)  # two rows at a time
+    torch.testing.assert_close(calibrated_noise_ratio(a, a, labels, labels, exclude_self=True), whole)
+
+
+def test_module_calibrates_with_its_options():
+    a, k, _, _ = labelled_features(6, 6, 8, 3)
+    labels = torch.arange(6) % 3
+    for options in ({"temperature": 0.3}, {"negatives": 7.0}, {"exclude_self": True}):
+        loss = mim4dd.NCELoss(noise_ratio="calibrated", **options)
+        loss(a, k, labels, labels)
+        torch.testing.assert_close(loss.noise_ratio, calibrated_noise_ratio(a, k, labels, labels, **options))

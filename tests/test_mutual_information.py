@@ -209,3 +209,29 @@ def test_a_map_that_is_not_there_is_refused(generator, loss):
     for layers, given in (("all", ([], [])), ("last", ([], [])), ([], (synthetic, real))):
         with pytest.raises(ValueError, match="there is no map to compare, expected at least one"):
             MutualInformation(loss=loss, layers=layers)(*given, *labels)
+
+
+@pytest.mark.parametrize("loss", ["nce", "info_nce"])
+def test_maps_and_labels_that_do_not_fit_are_named_as_the_caller_does(generator, loss):
+    synthetic, real = maps(generator, 6), maps(generator, 20)
+    labels = torch.arange(6) % 3, torch.arange(20) % 3
+    term = MutualInformation(loss=loss, layers="all")
+    with pytest.raises(
+        ValueError, match="map 1 has 24 features an image in synthetic_features and 12 in real_features"
+    ):
+        term(synthetic, [real[0], real[1][:, :3]], *labels)
+    with pytest.raises(ValueError, match=r"synthetic_labels is \[20\], and synthetic map 0 \[6, 4, 3, 3\]"):
+        term(synthetic, real, *reversed(labels))
+    with pytest.raises(ValueError, match=r"real_labels is \[20\], and real map 1 \[9, 6, 2, 2\]"):
+        term(synthetic, [real[0], real[1][:9]], *labels)
+    with pytest.raises(ValueError, match="real_labels is of type NoneType, expected a tensor of int32"):
+        term(synthetic, real, labels[0], None)
+
+
+def test_another_number_of_layers_than_was_calibrated_is_named(generator):
+    labels = torch.arange(6) % 3, torch.arange(20) % 3
+    synthetic, real = maps(generator, 6), maps(generator, 20)
+    term = MutualInformation(layers="all")
+    term(synthetic, real, *labels)
+    with pytest.raises(ValueError, match="noise_ratios holds those of 2 layers, and there are 1 to compare"):
+        term(synthetic[1], real[1], *labels)

@@ -50,14 +50,14 @@ def test_supervised_contrastive_within_and_across_views(features):
 
 
 def test_neighbourhood_components(features):
-    # Goldberger et al. 2004: neighbours by the softmax of minus half the squared distances, not oneself; the
+    # Goldberger et al. 2004: neighbours by the softmax of minus the squared distances, not oneself; the
     # logarithm of the probability of a neighbour of one's own class.
     units = F.normalize(features[0])
     distances = (units[:, None] - units).square().sum(2)
-    p = (-distances / (2 * 0.2)).masked_fill(torch.eye(12, dtype=torch.bool), -torch.inf).softmax(1)
+    p = (-distances).masked_fill(torch.eye(12, dtype=torch.bool), -torch.inf).softmax(1)
     expected = -(p * (LABELS[:, None] == LABELS)).sum(1).log().mean()
     loss = mim4dd.info_nce_loss(
-        features[0], features[0], LABELS, LABELS, temperature=0.2, positives="any", exclude_self=True
+        features[0], features[0], LABELS, LABELS, temperature=0.5, positives="any", exclude_self=True
     )
     same(loss, expected, features[0])
 
@@ -115,3 +115,16 @@ def test_clip(features):
     expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     loss = mim4dd.info_nce_loss(images, texts, temperature=torch.exp(-logit_scale), symmetric=True) / 2
     same(loss, expected, images, texts, logit_scale)
+
+
+def test_the_positives_within_the_logarithm(features):
+    # Khosla et al. 2020, L_in: with 1 / |P(i)| within the logarithm, which is a constant more.
+    views, labels = torch.cat(features), LABELS.repeat(2)
+    others = 1 - torch.eye(24, dtype=torch.float64)
+    p = (F.normalize(views) @ F.normalize(views).T / 0.2).exp() * others
+    positive = (labels[:, None] == labels).double() * others
+    l_in = -((p * positive).sum(1) / p.sum(1) / positive.sum(1)).log().mean()
+    loss = mim4dd.info_nce_loss(
+        views, views, labels, labels, temperature=0.2, positives="any", exclude_self=True
+    )
+    same(loss + positive.sum(1).log().mean(), l_in, *features)

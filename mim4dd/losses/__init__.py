@@ -2,8 +2,8 @@
 
 With c_ij the cosine of anchor i and key j, both losses look at every pair once; labels say which pairs are
 positive (same label) and which negative. Rows are normalised inside; a zero row has no direction, so its
-cosines are 0 and its gradient is 0. No large M x N matrix is held in memory. Under autocast nothing changes:
-the features are used in the dtype they come in, sums are float32.
+cosines are 0 and its gradient is 0, as of a row whose squares leave float32. No large M x N matrix is held in
+memory. Under autocast nothing changes: the features are used in the dtype they come in, sums are float32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .checks import (
     check_labels,
     check_layers,
     check_negatives,
-    check_positive,
+    check_positives,
     check_self,
 )
 from .contrastive import contrastive_losses
@@ -156,8 +156,8 @@ def info_nce_loss(
     With z = cosine / temperature, anchor i pays the mean over its positives j of logsumexp_k z_ik - z_ij; or,
     with `positives="any"`, logsumexp_k z_ik - logsumexp_j z_ij, which one near positive is enough to make
     small: minus the logarithm of the probability that anchor i finds its label among the keys (neighbourhood
-    components analysis, NeurIPS 2004; L_in of the SupCon paper). The loss is the mean over the anchors that
-    have a positive.
+    components analysis, NeurIPS 2004; L_in of the SupCon paper, but for a constant). The loss is the mean
+    over the anchors that have a positive.
 
     Args:
         anchors: float [M, D].
@@ -231,9 +231,7 @@ def _info_nce_losses(
     exclude_self: bool,
     backend: str | None,
 ) -> Tensor:
-    names = {"each": "info_nce", "any": "info_nce_any"}
-    if positives not in names:
-        raise ValueError(f"mim4dd.{function}: positives is {positives!r}, expected 'each' or 'any'")
+    check_positives(function, positives)
     if anchor_labels is None and key_labels is None:
         if exclude_self:
             raise ValueError(
@@ -248,7 +246,8 @@ def _info_nce_losses(
                 f"{list(first.shape)}, keys is {list(other.shape)}; give labels or as many keys as anchors"
             )
         anchor_labels = key_labels = torch.arange(len(first), device=first.device, dtype=torch.int32)
-    form = LossForm(names[positives], None, symmetric, exclude_self)
+    name = "info_nce_any" if positives == "any" else "info_nce"
+    form = LossForm(name, None, symmetric, exclude_self)
     ratios = [1.0] * len(anchors)
     return _losses(function, anchors, keys, anchor_labels, key_labels, temperature, ratios, form, backend)
 
@@ -270,10 +269,7 @@ def _losses(
             f"mim4dd.{function}: noise_ratio has {len(noise_ratios)} numbers, expected one or "
             f"{len(anchors)}, one per layer"
         )
-    check_positive(function, temperature=temperature)
     check_negatives(function, form.negatives)
-    for ratio in noise_ratios:
-        check_positive(function, noise_ratio=ratio)
     for a, k in zip(anchors, keys, strict=True):
         check_features(function, a, k)
         labels = check_labels(function, a, k, anchor_labels, key_labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from .checks import check_features, check_labels, check_negatives, check_positive, check_self
 from .reference import CHUNK_PAIRS, unit_rows
+from .scales import one_dtype, without_autocast
 
 
 def calibrated_noise_ratio(
@@ -26,17 +28,25 @@ def calibrated_noise_ratio(
 
     It is negatives * mean_ij exp(cosine_ij / temperature) over these features; `negatives=None` takes the
     mean number of other-label keys per anchor. Shapes and errors as in `nce_loss`; on the CPU also a
-    ValueError if the ratio is not finite: of empty sides, or at too low a temperature.
+    ValueError if the ratio is not finite: of empty sides, or at too low a temperature. Inside a transform of
+    `torch.func` it is a RuntimeError.
     """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "mim4dd.calibrated_noise_ratio: what is measured inside a transform of torch.func cannot be kept "
+            "after it; call the loss on a first batch outside"
+        )
     check_features("calibrated_noise_ratio", anchors, keys)
     anchor_labels, key_labels = check_labels(
         "calibrated_noise_ratio", anchors, keys, anchor_labels, key_labels
     )
     check_self("calibrated_noise_ratio", exclude_self, anchors, keys)
-    check_positive("calibrated_noise_ratio", temperature=temperature)
+    anchors, keys = one_dtype(anchors, keys)
+    dtype = torch.promote_types(anchors.dtype, torch.float32)
+    check_positive("calibrated_noise_ratio", dtype, temperature=temperature)
     check_negatives("calibrated_noise_ratio", negatives)
     m, n = len(anchors), len(keys)
-    with torch.no_grad(), torch.autocast(anchors.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(anchors):
         units, other_units = unit_rows(anchors), unit_rows(keys)
         total, num_negatives = units.new_zeros(()), units.new_zeros(())
         step = max(1, CHUNK_PAIRS // max(1, n))
@@ -53,7 +63,7 @@ def calibrated_noise_ratio(
         ratio = mean * ((num_negatives / m).clamp_min(1) if negatives is None else negatives)
     # Empty sides have no mean, and at a temperature below about 1/88 that of like features has no float32.
     try:
-        check_positive("calibrated_noise_ratio", ratio=ratio)
+        check_positive("calibrated_noise_ratio", dtype, ratio=ratio)
     except ValueError as error:
         raise ValueError(
             f"mim4dd.calibrated_noise_ratio: it is {float(ratio)} on these features; expected finite "
@@ -62,14 +72,26 @@ def calibrated_noise_ratio(
     return ratio
 
 
-def register_calibration(module: nn.Module, name: str) -> None:
-    """Give a module a buffer for what it will measure: empty, float32 [0], until something is assigned.
+class Calibrated(nn.Module):
+    """A module that keeps what it has measured, in float32 also under `half()`: a ratio may be e^20."""
 
-    So whether it has been measured is told by its shape, without a look at the device. Loading a state dict
-    restores either state.
-    """
-    module.register_buffer(name, torch.empty(0))
-    module.register_load_state_dict_pre_hook(partial(_take_shape, name))
+    def register_calibration(self, name: str) -> None:
+        """Make a buffer for what will be measured: empty, float32 [0], until something is assigned.
+
+        So whether it has been measured is told by its shape, without a look at the device. Loading a state
+        dict restores either state.
+        """
+        self.register_buffer(name, torch.empty(0))
+        self.register_load_state_dict_pre_hook(partial(_take_shape, name))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, ratio in before.items():
+            moved = self._buffers[name]
+            if ratio is not None and moved is not None and moved.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = ratio.to(moved.device)
+        return self
 
 
 def _take_shape(name: str, module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -86,6 +85,12 @@ def check_self(function: str, exclude_self: bool, anchors: Tensor, keys: Tensor)
         )
 
 
+def check_positives(function: str, positives: object) -> None:
+    """How the positives of an anchor count: each, or any of them."""
+    if positives not in ("each", "any"):
+        raise ValueError(f"mim4dd.{function}: positives is {positives!r}, expected 'each' or 'any'")
+
+
 def check_negatives(function: str, negatives: object) -> None:
     """None or a positive number; not a tensor, whose gradient would be dropped."""
     if negatives is None:
@@ -98,12 +103,13 @@ def check_negatives(function: str, negatives: object) -> None:
     check_positive(function, negatives=negatives)
 
 
-def check_positive(function: str, **values: object) -> None:
-    """A number must be positive and finite, and so must the one a tensor on the CPU holds; no more is taken.
+def check_positive(function: str, dtype: torch.dtype = torch.float32, **values: object) -> None:
+    """A positive number within the range of `dtype`, or a tensor of one; of a tensor on the CPU the same.
 
     Reading a tensor's value elsewhere would wait for the device, and cannot be traced: `assert_positive` sees
     to those.
     """
+    smallest, largest = _range_of(dtype)
     for name, value in values.items():
         if not isinstance(value, Tensor | Real | torch.SymFloat | torch.SymInt):
             hint = "; NCELoss and calibrated_noise_ratio measure it" if str(value) == "calibrated" else ""
@@ -119,8 +125,11 @@ def check_positive(function: str, **values: object) -> None:
                 )
             if _readable(value):
                 value = value.item()
-        if isinstance(value, Real) and not 0 < float(value) < math.inf:
-            raise ValueError(f"mim4dd.{function}: {name} is {value}, expected a positive number")
+        if isinstance(value, Real) and not smallest <= float(value) <= largest:
+            raise ValueError(
+                f"mim4dd.{function}: {name} is {value}, expected a positive number from {smallest:.3} to "
+                f"{largest:.3}, the range of {dtype}"
+            )
 
 
 def assert_positive(function: str, scales: Tensor, **values: float | Tensor) -> None:
@@ -131,8 +140,15 @@ def assert_positive(function: str, scales: Tensor, **values: float | Tensor) -> 
     """
     names = [name for name, value in values.items() if isinstance(value, Tensor) and not _readable(value)]
     if names:
+        smallest, largest = _range_of(scales.dtype)
         message = f"mim4dd.{function}: {' or '.join(names)} is not a positive number"
-        torch._assert_async(((scales > 0) & scales.isfinite()).all(), message)
+        torch._assert_async(((scales >= smallest) & (scales <= largest)).all(), message)
+
+
+def _range_of(dtype: torch.dtype) -> tuple[float, float]:
+    """Below it the inverse is not finite."""
+    info = torch.finfo(dtype)
+    return info.tiny, info.max
 
 
 def _readable(value: Tensor) -> bool:

@@ -9,14 +9,16 @@ op costs more than a small kernel.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.eager_transforms import enable_inplace_requires_grad
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import reference
 from .form import LossForm, saved_dtype
+from .scales import without_autocast
 
 
 def contrastive_losses(
@@ -42,10 +44,13 @@ def contrastive_losses(
     features = [*anchors, *keys]
     grad = torch.is_grad_enabled()
     wanted = [grad and any(value.requires_grad for value in group) for group in ([scales], anchors, keys)]
-    options = (*astuple(form), backend, wanted)
-    if torch.compiler.is_compiling():
+    options = (form.name, form.negatives, form.symmetric, form.exclude_self, backend, wanted)
+    if torch.compiler.is_compiling() or scales.is_meta or isinstance(scales, FakeTensor):
         return _op(scales, anchor_labels, key_labels, features, *options)[0]
-    return _Node.apply(options, scales, anchor_labels, key_labels, *features)[0]
+    tensors = [scales, anchor_labels, key_labels, *features]
+    if any(wanted):  # what was made in inference mode cannot be saved for the backward
+        tensors = [tensor.clone() if tensor.is_inference() else tensor for tensor in tensors]
+    return _Node.apply(options, *tensors)[0]
 
 
 def _evaluate(
@@ -68,8 +73,8 @@ def _evaluate(
 
         return contrast(form, scales, anchor_labels, key_labels, features[:half], features[half:], wanted)
     losses, grad_scales, grad_anchors, grad_keys = [], [], [], []
-    for layer in range(half):
-        with torch.autocast(scales.device.type, enabled=False):
+    with without_autocast(scales):
+        for layer in range(half):
             loss, (grad_scale, grad_anchor, grad_key) = reference.chunked(
                 form,
                 scales[:, layer],
@@ -79,10 +84,10 @@ def _evaluate(
                 features[half + layer],
                 wanted,
             )
-        losses.append(loss)
-        grad_scales.append(grad_scale)
-        grad_anchors.append(grad_anchor)
-        grad_keys.append(grad_key)
+            losses.append(loss)
+            grad_scales.append(grad_scale)
+            grad_anchors.append(grad_anchor)
+            grad_keys.append(grad_key)
     grad_all_scales = torch.stack(grad_scales, -1) if wanted[0] else scales.new_empty(0)
     return [torch.stack(losses), grad_all_scales, *grad_anchors, *grad_keys]
 
@@ -99,35 +104,39 @@ def _save(ctx: Any, tensors: Sequence[Tensor], options: tuple, output: Sequence[
 
 def _gradients(ctx: Any, grad_losses: Tensor | None) -> list[Tensor | None]:
     """The gradients for scales and each feature, None where nobody asked."""
-    *_, wanted = ctx.options
     # Saved: scales, two labels and the features; then the gradients for scales and features.
     saved = ctx.saved_tensors
     half = (len(saved) - 4) // 4
-    inputs, (grad_scales, *grad_features) = saved[: 3 + 2 * half], saved[3 + 2 * half :]
-    features = inputs[3:]
+    tensors, gradients = saved[: 3 + 2 * half], saved[3 + 2 * half :]
+    for_scales, *for_sides = ctx.options[-1]
+    wanted = [for_scales, *(want for want in for_sides for _ in range(half))]
     if grad_losses is None:
         return [None] * (1 + 2 * half)
     if torch.is_grad_enabled():
-        return _differentiable_gradients(ctx.options, inputs, grad_losses)
+        # Of one tensor in two places, or one made of another, each place has a gradient of its own. A view
+        # is also rid of the transform that it was saved in, as by `torch.func.vjp`, if that is over.
+        tensors = [tensor.view_as(tensor) for tensor in tensors]
+        if any(tensor.requires_grad for tensor in tensors):
+            return _differentiable_gradients(ctx.options, wanted, tensors, grad_losses)
+    scales, _, _, *features = tensors
+    grad_each = [grad_losses, *(grad_losses[index % half] for index in range(2 * half))]
     return [
-        grad_scales * grad_losses if wanted[0] else None,
-        *(
-            (gradient * grad_losses[index % half]).to(feature.dtype) if wanted[1 + index // half] else None
-            for index, (feature, gradient) in enumerate(zip(features, grad_features, strict=True))
-        ),
+        (gradient * grad).to(value.dtype) if want else None
+        for value, gradient, grad, want in zip((scales, *features), gradients, grad_each, wanted, strict=True)
     ]
 
 
 def _differentiable_gradients(
-    options: tuple, tensors: Sequence[Tensor], grad_losses: Tensor
+    options: tuple, wanted: Sequence[bool], tensors: Sequence[Tensor], grad_losses: Tensor
 ) -> list[Tensor | None]:
     """The same through the plain formula: for a derivative of the gradients (`create_graph=True`)."""
     *form_options, _, _ = options
-    # Of one tensor in two places, or one made of another, each place has a gradient of its own.
-    scales, anchor_labels, key_labels, *features = (tensor.view_as(tensor) for tensor in tensors)
+    scales, anchor_labels, key_labels, *features = tensors
     half = len(features) // 2
     form = LossForm(*form_options)
-    with torch.autocast(scales.device.type, enabled=False):
+    with enable_inplace_requires_grad(True):  # what a transform that is over was to differentiate
+        needed = [v.requires_grad_() for v, want in zip((scales, *features), wanted, strict=True) if want]
+    with without_autocast(scales):
         losses = [
             reference.plain(
                 form,
@@ -139,10 +148,8 @@ def _differentiable_gradients(
             )
             for layer in range(half)
         ]
-    inputs = [scales, *features]
-    needed = [value for value in inputs if value.requires_grad]
-    gradients = iter(torch.autograd.grad(torch.stack(losses), needed, grad_losses, create_graph=True))
-    return [next(gradients) if value.requires_grad else None for value in inputs]
+        gradients = iter(torch.autograd.grad(torch.stack(losses), needed, grad_losses, create_graph=True))
+    return [next(gradients) if want else None for want in wanted]
 
 
 class _Node(torch.autograd.Function):

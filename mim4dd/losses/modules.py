@@ -1,16 +1,19 @@
-"""The contrastive losses as modules."""
+"""The contrastive losses as modules; they refuse at once the settings that no features would do with."""
 
 from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
+from .. import backends
 from . import calibrated_noise_ratio, info_nce_loss, nce_loss
-from .calibration import register_calibration
+from .calibration import Calibrated
+from .checks import check_negatives, check_positive, check_positives
 
 
-class NCELoss(nn.Module):
+class NCELoss(Calibrated):
     """`nce_loss` as a module; the arguments are those of the function.
 
     `noise_ratio="calibrated"` measures the ratio on the first batch (`calibrated_noise_ratio`) and freezes it
@@ -29,6 +32,9 @@ class NCELoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        check_positive("NCELoss", torch.float64, temperature=temperature)
+        check_negatives("NCELoss", negatives)
+        backends.resolve("NCELoss", backend, None)
         self.temperature = temperature
         self.negatives = negatives
         self.symmetric = symmetric
@@ -40,8 +46,9 @@ class NCELoss(nn.Module):
                 raise ValueError(
                     f"mim4dd.NCELoss: noise_ratio is {noise_ratio!r}, expected a number or 'calibrated'"
                 )
-            register_calibration(self, "noise_ratio")
+            self.register_calibration("noise_ratio")
         else:
+            check_positive("NCELoss", torch.float64, noise_ratio=noise_ratio)
             self.noise_ratio = noise_ratio
 
     def forward(self, anchors: Tensor, keys: Tensor, anchor_labels: Tensor, key_labels: Tensor) -> Tensor:
@@ -69,6 +76,12 @@ class NCELoss(nn.Module):
             backend=self.backend,
         )
 
+    def extra_repr(self) -> str:
+        """Return its settings, but for what is learned or measured."""
+        return _settings(
+            self, "temperature", "noise_ratio", "negatives", "symmetric", "exclude_self", "backend"
+        )
+
 
 class InfoNCELoss(nn.Module):
     """`info_nce_loss` as a module; a temperature given as an `nn.Parameter` is learned."""
@@ -83,6 +96,9 @@ class InfoNCELoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        check_positive("InfoNCELoss", torch.float64, temperature=temperature)
+        check_positives("InfoNCELoss", positives)
+        backends.resolve("InfoNCELoss", backend, None)
         self.temperature = temperature
         self.positives = positives
         self.symmetric = symmetric
@@ -108,3 +124,12 @@ class InfoNCELoss(nn.Module):
             exclude_self=self.exclude_self,
             backend=self.backend,
         )
+
+    def extra_repr(self) -> str:
+        """Return its settings, but for what is learned."""
+        return _settings(self, "temperature", "positives", "symmetric", "exclude_self", "backend")
+
+
+def _settings(module: nn.Module, *names: str) -> str:
+    values = {name: getattr(module, name) for name in names}
+    return ", ".join(f"{name}={value!r}" for name, value in values.items() if not isinstance(value, Tensor))

@@ -7,7 +7,7 @@ holding an M x N matrix.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +16,15 @@ from torch import Tensor
 from ..dtypes import at_least_float32
 from .form import LossForm, saved_dtype
 
-# Pairs looked at together: 4 MiB a float32 temporary, which stays in the cache of a CPU.
-CHUNK_PAIRS = 1 << 20
+# Pairs looked at together: 1 MiB a float32 temporary, of which several stay in the cache of a CPU.
+CHUNK_PAIRS = 1 << 18
 
 
 def inverse_norms(features: Tensor) -> Tensor:
     """Return 1 / length of each row, [rows, 1], 0 for a zero row; features at least float32."""
     squared = features.square().sum(1, keepdim=True)
     zero = squared == 0
-    return torch.where(zero, 0, torch.where(zero, 1, squared).rsqrt())
+    return torch.where(zero, 1, squared).rsqrt().masked_fill(zero, 0)
 
 
 def unit_rows(features: Tensor) -> Tensor:
@@ -33,58 +33,67 @@ def unit_rows(features: Tensor) -> Tensor:
     return features * inverse_norms(features)
 
 
-def nce_rows(form: LossForm, x: Tensor, positive: Tensor) -> Tensor:
-    """NCE loss of each row of critic logits x [rows, N], -inf for a pair left out.
+# Of rows of logits: their losses, which of them count in the mean (1, else 0), and what makes the slopes, the
+# derivative of the summed losses with respect to the logits.
+Terms = tuple[Tensor, Tensor, Callable[[], Tensor]]
 
-    positive: bool [rows, N].
+
+def terms(form: LossForm, x: Tensor, positive: Tensor) -> Terms:
+    """The loss of each row of logits x [rows, N], the lowest for a pair left out.
+
+    positive: [rows, N], 1 for a positive pair, else 0; in the dtype of x, whose arithmetic is many times
+    faster than a choice between two numbers.
     """
-    on_positives, on_negatives = _nce_weights(form, x, positive)
-    weight = torch.where(positive, on_positives, on_negatives)
-    return (F.softplus(torch.where(positive, -x, x)) * weight).sum(1)
+    if form.name == "nce":
+        return _nce(form, x, positive)
+    return (_info_nce if form.name == "info_nce" else _info_nce_any)(x, positive)
 
 
-def nce_gradient(form: LossForm, x: Tensor, positive: Tensor) -> Tensor:
-    """The derivative of the summed `nce_rows` with respect to x [rows, N]."""
-    on_positives, on_negatives = _nce_weights(form, x, positive)
+def _nce(form: LossForm, x: Tensor, positive: Tensor) -> Terms:
+    negative = 1 - positive
+    num_positives = positive.sum(1, keepdim=True)
+    on_negatives: Tensor | float = 1.0
+    if form.negatives is not None:
+        num_negatives = x.shape[1] - form.exclude_self - num_positives
+        on_negatives = form.negatives / num_negatives.clamp_min(1)
+    weight = negative * on_negatives - positive / num_positives.clamp_min(1)  # below 0 on positives
+    wrong = x * (negative - positive)
+    losses = (F.softplus(wrong) * weight.abs()).sum(1)
     # Not sigmoid(x) - 1 on positives: that cancels where the critic is sure.
-    return torch.where(positive, -x, x).sigmoid_().mul_(torch.where(positive, -on_positives, on_negatives))
+    return losses, torch.ones_like(losses), lambda: wrong.sigmoid_().mul_(weight)
 
 
-def info_nce_rows(z: Tensor, positive: Tensor) -> Tensor:
-    """InfoNCE loss of each row of logits z [rows, N], -inf for a pair left out, 0 without a positive.
-
-    positive: bool [rows, N].
-    """
-    if not z.shape[1]:
-        return z.sum(1)
-    num_positives = positive.sum(1)
-    mean_positive = torch.where(positive, z, 0).sum(1) / num_positives.clamp_min(1)
-    return torch.where(num_positives > 0, z.logsumexp(1) - mean_positive, 0)
+def _info_nce(x: Tensor, positive: Tensor) -> Terms:
+    num_positives = positive.sum(1, keepdim=True)
+    counts = num_positives.clamp_max(1)
+    share = positive / num_positives.clamp_min(1)
+    losses = -(x.log_softmax(1) * share).sum(1)
+    return losses, counts, lambda: x.softmax(1).sub_(share).mul_(counts)
 
 
-def info_nce_gradient(z: Tensor, positive: Tensor) -> Tensor:
-    """The derivative of the summed `info_nce_rows` with respect to z [rows, N]."""
-    num_positives = positive.sum(1, keepdim=True).to(z)
-    share = torch.where(positive, 1 / num_positives, 0)
-    return z.softmax(1).sub_(share).mul_(num_positives > 0)
+def _info_nce_any(x: Tensor, positive: Tensor) -> Terms:
+    counts = positive.sum(1, keepdim=True).clamp_max(1)
+    log_p = x.log_softmax(1)
+    log_mine = log_p + (counts - positive) * _lowest(x)  # of the positives; a row without one stays
+    losses = -log_mine.logsumexp(1) * counts[:, 0] if x.shape[1] else x.sum(1)
+    return losses, counts, lambda: x.softmax(1).sub_(log_mine.softmax(1)).mul_(counts)
 
 
-def info_nce_any_rows(z: Tensor, positive: Tensor) -> Tensor:
-    """InfoNCE loss of each row of logits z [rows, N], its positives taken together; else `info_nce_rows`."""
-    if not z.shape[1]:
-        return z.sum(1)
-    loss = z.logsumexp(1) - _positives(z, positive).logsumexp(1)
-    return torch.where(positive.any(1), loss, 0)
+def _positives(
+    form: LossForm, x: Tensor, row_labels: Tensor, column_labels: Tensor, start: int = 0
+) -> Tensor:
+    """Which pairs are positive, as `terms` takes them; marks in x, rows from `start` on, those left out."""
+    same = row_labels[:, None] == column_labels[None, :]
+    positive = same.view(torch.uint8).to(x.dtype)  # of a bool it takes five times as long
+    if form.exclude_self:
+        positive.diagonal(start).fill_(0)
+        x.diagonal(start).fill_(_lowest(x))
+    return positive
 
 
-def info_nce_any_gradient(z: Tensor, positive: Tensor) -> Tensor:
-    """The derivative of the summed `info_nce_any_rows` with respect to z [rows, N]."""
-    return z.softmax(1).sub_(_positives(z, positive).softmax(1))
-
-
-def _positives(z: Tensor, positive: Tensor) -> Tensor:
-    """The logits, -inf for what is not positive; a row without a positive stays, so that it cancels."""
-    return z.masked_fill(positive.any(1, keepdim=True) & ~positive, -torch.inf)
+def _lowest(x: Tensor) -> float:
+    """In place of -inf, which makes NaN of a row with nothing else."""
+    return torch.finfo(x.dtype).min
 
 
 def plain(
@@ -107,14 +116,10 @@ def plain(
     """
     units, labels = (unit_rows(anchors), unit_rows(keys)), (anchor_labels, key_labels)
     loss = scales.new_zeros(())
-    for row, column in _directions(form):
-        positive = labels[row][:, None] == labels[column][None, :]
+    for row, column in ((0, 1), (1, 0)) if form.symmetric else ((0, 1),):
         x = units[row] @ units[column].T / scales[0] - scales[1].log()
-        if form.exclude_self:
-            positive.fill_diagonal_(False)
-            x = x.fill_diagonal_(-torch.inf)
-        rows = _rows(form, x, positive)
-        loss = loss + rows.sum() / _num_rows(form, labels[row], labels[column])
+        losses, counts, _ = terms(form, x, _positives(form, x, labels[row], labels[column]))
+        loss = loss + losses.sum() / counts.sum().clamp_min(1)
     return loss
 
 
@@ -131,85 +136,77 @@ def chunked(
 
     Memory beside the inputs: their unit rows and gradients, and a few temporaries of CHUNK_PAIRS.
     """
-    want_scales, *want_side = wanted
+    want_scales, want_anchors, want_keys = wanted
     temperature, noise_ratio = scales
-    sides, labels = (anchors, keys), (anchor_labels, key_labels)
-    units = [unit_rows(side) for side in sides]
-    grad_unit = [
-        torch.zeros_like(unit) if want else unit[:0] for unit, want in zip(units, want_side, strict=True)
+    sides, labels = [at_least_float32(anchors), at_least_float32(keys)], (anchor_labels, key_labels)
+    # Anchors of length 1 / temperature and keys of length 1: their products are the logits, and those of the
+    # slopes with one side the gradients for the other.
+    inverses = inverse_norms(sides[0]) / temperature, inverse_norms(sides[1])
+    rows = [side * inverse for side, inverse in zip(sides, inverses, strict=True)]
+    wants = want_scales, want_scales or want_anchors, want_keys
+    shift = noise_ratio.log()
+    loss, grad_shift, *grad_rows = _one_way(form, shift, labels, rows, wants)
+    if form.symmetric:
+        other, grad_other, *grad_turned = _one_way(
+            form, shift, labels[::-1], rows[::-1], (wants[0], wants[2], wants[1])
+        )
+        loss, grad_shift = loss + other, grad_shift + grad_other
+        grad_rows = [a + b for a, b in zip(grad_rows, reversed(grad_turned), strict=True)]
+    grad_scales = scales.new_empty(0)
+    if want_scales:
+        grad_temperature = -torch.vdot(rows[0].flatten(), grad_rows[0].flatten()) / temperature
+        grad_scales = torch.stack([grad_temperature, grad_shift / noise_ratio])
+    grad_sides = [
+        _across(row, grad_row, inverse, length).to(saved_dtype(side.dtype))
+        if want
+        else side.new_empty(0, dtype=saved_dtype(side.dtype))
+        for side, row, grad_row, inverse, length, want in zip(
+            (anchors, keys),
+            rows,
+            grad_rows,
+            inverses,
+            (temperature, 1.0),
+            (want_anchors, want_keys),
+            strict=True,
+        )
     ]
-    loss, grad_scales = scales.new_zeros(()), torch.zeros_like(scales)
-    for row, column in _directions(form):
-        num_rows = _num_rows(form, labels[row], labels[column])
-        step = max(1, CHUNK_PAIRS // max(1, len(units[column])))
-        for start in range(0, len(units[row]), step):
-            chunk = slice(start, start + step)
-            positive = labels[row][chunk, None] == labels[column][None, :]
-            cosine = units[row][chunk] @ units[column].T
-            x = cosine / temperature - noise_ratio.log()
-            if form.exclude_self:
-                positive.diagonal(start).fill_(False)
-                x.diagonal(start).fill_(-torch.inf)
-            loss += _rows(form, x, positive).sum() / num_rows
-            if not any(wanted):
-                continue
-            grad_x = _gradient(form, x, positive).div_(num_rows)
-            if form.exclude_self:  # NaN where there is no other key
-                grad_x.diagonal(start).fill_(0)
-            if want_scales:
-                grad_scales[0] -= torch.vdot(grad_x.view(-1), cosine.view(-1)) / temperature**2
-                grad_scales[1] -= grad_x.sum() / noise_ratio
-            grad_x /= temperature
-            if want_side[row]:
-                grad_unit[row][chunk].addmm_(grad_x, units[column])
-            if want_side[column]:
-                grad_unit[column].addmm_(grad_x.T, units[row][chunk])
-    grad_side = [
-        _through_unit_rows(side, unit, gradient) if want else side.new_empty(0, dtype=saved_dtype(side.dtype))
-        for side, unit, gradient, want in zip(sides, units, grad_unit, want_side, strict=True)
-    ]
-    return loss, [grad_scales if want_scales else scales.new_empty(0), *grad_side]
+    return loss, [grad_scales, *grad_sides]
 
 
-def _directions(form: LossForm) -> list[tuple[int, int]]:
-    """Who is row and who is column, anchors 0 and keys 1, in each term of the loss."""
-    return [(0, 1), (1, 0)] if form.symmetric else [(0, 1)]
+def _one_way(
+    form: LossForm, shift: Tensor, labels: Sequence[Tensor], units: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor]:
+    """The mean loss of the first units, rows, among the others, columns; and its gradients.
+
+    They are for `shift`, which is subtracted from the products of units, and for either units.
+    """
+    rows, columns = units
+    want_shift, want_rows, want_columns = wanted
+    loss, count, grad_shift = torch.zeros_like(shift), torch.zeros_like(shift), torch.zeros_like(shift)
+    grad_rows, grad_columns = (
+        unit.new_zeros(unit.shape if want else 0) for unit, want in zip(units, wanted[1:], strict=True)
+    )
+    step = max(1, CHUNK_PAIRS // max(1, len(columns)))
+    for start in range(0, len(rows), step):
+        chunk = slice(start, start + step)
+        x = (rows[chunk] @ columns.T).sub_(shift)
+        positive = _positives(form, x, labels[0][chunk], labels[1], start)
+        losses, counts, slopes = terms(form, x, positive)
+        loss += losses.sum()
+        count += counts.sum()
+        if any(wanted):
+            grad_x = slopes()
+            if want_shift:
+                grad_shift -= grad_x.sum()
+            if want_rows:
+                torch.mm(grad_x, columns, out=grad_rows[chunk])
+            if want_columns:
+                grad_columns.addmm_(grad_x.T, rows[chunk])
+    count.clamp_min_(1)
+    return [value.div_(count) for value in (loss, grad_shift, grad_rows, grad_columns)]
 
 
-def _rows(form: LossForm, x: Tensor, positive: Tensor) -> Tensor:
-    if form.name == "nce":
-        return nce_rows(form, x, positive)
-    return (info_nce_rows if form.name == "info_nce" else info_nce_any_rows)(x, positive)
-
-
-def _gradient(form: LossForm, x: Tensor, positive: Tensor) -> Tensor:
-    if form.name == "nce":
-        return nce_gradient(form, x, positive)
-    return (info_nce_gradient if form.name == "info_nce" else info_nce_any_gradient)(x, positive)
-
-
-def _nce_weights(form: LossForm, x: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """What a positive and a negative pair of each row count, [rows, 1] each."""
-    num_positives = positive.sum(1, keepdim=True).to(x)
-    if form.negatives is None:
-        return 1 / num_positives.clamp_min(1), torch.ones_like(num_positives)
-    num_negatives = x.shape[1] - form.exclude_self - num_positives
-    return 1 / num_positives.clamp_min(1), form.negatives / num_negatives.clamp_min(1)
-
-
-def _num_rows(form: LossForm, row_labels: Tensor, column_labels: Tensor) -> Tensor:
-    """How many rows the mean is over: all, or for InfoNCE those with a positive; at least 1."""
-    if form.name == "nce":
-        return torch.full((), max(1, len(row_labels)), device=row_labels.device)  # no copy to wait for
-    ordered = column_labels.sort().values
-    counts = torch.searchsorted(ordered, row_labels, right=True) - torch.searchsorted(ordered, row_labels)
-    if form.exclude_self:
-        counts -= (row_labels == column_labels).long()
-    return (counts > 0).sum().clamp_min(1)
-
-
-def _through_unit_rows(side: Tensor, unit: Tensor, grad_unit: Tensor) -> Tensor:
-    """The gradient for the rows of `side`, given that for their unit rows: what is left across the row."""
-    along = (unit * grad_unit).sum(1, keepdim=True)
-    grad_side = (grad_unit - unit * along) * inverse_norms(side.to(unit))
-    return grad_side.to(saved_dtype(side.dtype)).contiguous()
+def _across(rows: Tensor, grad_rows: Tensor, inverses: Tensor, temperature: Tensor | float) -> Tensor:
+    """Turn the gradient for rows of length 1 / temperature into that for the features: rows / inverses."""
+    along = (rows * grad_rows).sum(1, keepdim=True) * temperature * temperature
+    return grad_rows.addcmul_(rows, along, value=-1).mul_(inverses)

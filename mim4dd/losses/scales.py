@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch._guards import active_fake_mode
 
-from .checks import assert_positive
+from .checks import assert_positive, check_positive
+
+
+def without_autocast(value: Tensor) -> AbstractContextManager[None]:
+    """Compute in the dtypes that are there; the meta device, which has no autocast, refuses its context."""
+    return nullcontext() if value.is_meta else torch.autocast(value.device.type, enabled=False)
 
 
 def one_dtype(*features: Tensor) -> list[Tensor]:
@@ -25,6 +31,9 @@ def scales_of(
 ) -> Tensor:
     """Return [2, L]: the temperature and the noise ratio of each layer, on the device, at least float32."""
     dtype = torch.promote_types(features.dtype, torch.float32)
+    check_positive(function, dtype, temperature=temperature)
+    for ratio in noise_ratios:
+        check_positive(function, dtype, noise_ratio=ratio)
     values = (*[temperature] * len(noise_ratios), *noise_ratios)
     constants = tuple(value for value in values if not isinstance(value, Tensor))
     numbers = _numbers(constants, dtype, features.device)
@@ -36,8 +45,8 @@ def scales_of(
         for value in values
     ]
     scales = torch.stack(tensors).reshape(2, -1)
-    ratio = next((value for value in noise_ratios if isinstance(value, Tensor)), 1.0)
-    assert_positive(function, scales, temperature=temperature, noise_ratio=ratio)
+    learned = next((value for value in noise_ratios if isinstance(value, Tensor)), 1.0)
+    assert_positive(function, scales, temperature=temperature, noise_ratio=learned)
     return scales
 
 
@@ -53,5 +62,6 @@ def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
 
 @lru_cache(maxsize=4096)  # more than any program has in use: a recorded step reads them again
 def _kept_numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
+    # Neither of inference mode nor a wrapper of a torch.func transform, which would outlive it.
+    with torch.inference_mode(False), torch._C._DisableFuncTorch():
         return torch.tensor(values, dtype=dtype, device=device)

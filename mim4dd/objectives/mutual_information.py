@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import calibrated_noise_ratio, info_nce_losses, nce_losses
-from ..losses.calibration import register_calibration
-from ..losses.checks import FEATURE_DTYPES, check_tensor
+from ..losses.calibration import Calibrated
+from ..losses.checks import FEATURE_DTYPES, LABEL_DTYPES, check_tensor
 
 
-class MutualInformation(nn.Module):
+class MutualInformation(Calibrated):
     """A contrastive loss over feature maps, an add-on to any objective (MIM4DD, NeurIPS 2023).
 
     Same-label pairs, one real and one synthetic, are positive. With `loss="nce"`, the published term, a
@@ -97,7 +97,7 @@ class MutualInformation(nn.Module):
         self.symmetric = symmetric
         self.noise_ratios: Tensor
         if loss == "nce" and noise_ratio == "calibrated":
-            register_calibration(self, "noise_ratios")
+            self.register_calibration("noise_ratios")
         self.feature_sizes = tuple(feature_sizes)
         self.projections = nn.ParameterDict()
         if projection != "none":
@@ -146,8 +146,14 @@ class MutualInformation(nn.Module):
         if not layers:
             raise ValueError("mim4dd.MutualInformation: there is no map to compare, expected at least one")
         for k in layers:
-            self._check_map("synthetic", k, synthetic[k])
-            self._check_map("real", k, real[k])
+            self._check_map("synthetic", k, synthetic[k], synthetic_labels)
+            self._check_map("real", k, real[k], real_labels)
+            width, other = (maps[k].shape[1:].numel() for maps in (synthetic, real))
+            if width != other:
+                raise ValueError(
+                    f"mim4dd.MutualInformation: map {k} has {width} features an image in synthetic_features "
+                    f"and {other} in real_features; expected as many"
+                )
         ours, theirs = ([self._embed(k, maps[k]) for k in layers] for maps in (synthetic, real))
         losses = self._losses(ours, theirs, synthetic_labels, real_labels)
         decay = [self.weight * self.layer_decay ** (len(synthetic) - 1 - k) for k in layers]
@@ -181,13 +187,19 @@ class MutualInformation(nn.Module):
             symmetric=self.symmetric,
         )
 
-    def _check_map(self, side: str, k: int, features: Tensor) -> None:
-        """Floating [rows, ...], not empty, and as wide as its matrix is, if it has one."""
+    def _check_map(self, side: str, k: int, features: Tensor, labels: Tensor) -> None:
+        """Floating [rows, ...] with a label a row, not empty, and as wide as its matrix is, if it has one."""
         check_tensor("MutualInformation", f"{side} map {k}", features, FEATURE_DTYPES)
         if features.ndim < 2:
             raise ValueError(
                 f"mim4dd.MutualInformation: {side} map {k} is {list(features.shape)}, expected [rows, ...]; "
                 "give it an axis of features"
+            )
+        check_tensor("MutualInformation", f"{side}_labels", labels, LABEL_DTYPES)
+        if labels.shape != features.shape[:1]:
+            raise ValueError(
+                f"mim4dd.MutualInformation: {side}_labels is {list(labels.shape)}, and {side} map {k} "
+                f"{list(features.shape)}; expected one label a row"
             )
         width = features.shape[1:].numel()
         # Two empty maps have cosines, all 0: the term would be a constant that nothing lowers.
@@ -217,6 +229,11 @@ class MutualInformation(nn.Module):
                 for pair in zip(synthetic, real, strict=True)
             ]
             self.noise_ratios = torch.stack(measured)
+        if len(self.noise_ratios) != len(real):
+            raise ValueError(
+                f"mim4dd.MutualInformation: noise_ratios holds those of {len(self.noise_ratios)} layers, and "
+                f"there are {len(real)} to compare; expected as many in every call"
+            )
         return self.noise_ratios.unbind()
 
 
