@@ -10,6 +10,8 @@ from filelock import FileLock, Timeout
 
 from .errors import InputError
 
+LOCK = ".lock"  # in the folder of a run for as long as it lasts, and after one that was killed
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -68,7 +70,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another process is running there.
     """
-    lock = FileLock(folder / ".lock", timeout=0)
+    lock = FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:

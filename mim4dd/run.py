@@ -18,7 +18,7 @@ from .console import complain
 from .errors import InputError
 from .exits import guarded
 from .experiment import Experiment
-from .files import make_folder
+from .files import LOCK, make_folder
 from .options import plain, read
 from .presets import with_presets
 from .runner import run
@@ -128,7 +128,8 @@ def open_folder(experiment: Experiment) -> Path:
         return _claimed(make_folder(Path("runs"), dataset), name)
     if folder.is_file():
         raise InputError(f"--out {folder} is a file; give a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not config.overwrite:
+    held = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
+    if held and not config.overwrite:
         resume = f"--resume {shlex.quote(str(folder))}, " if (folder / STATE).exists() else ""
         raise InputError(
             f"--out {folder} holds something already; give another folder, {resume}or --overwrite"

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mim4dd import compare
 from mim4dd.config_json import to_json
+from mim4dd.distill import DivergenceError
 from mim4dd.errors import InputError
 from mim4dd.experiment import Experiment
 from mim4dd.options import read
@@ -243,19 +244,8 @@ def test_an_interrupted_cell_is_run_again(finished, monkeypatch, capsys):
     assert [path.name for path in cut.iterdir()] == ["synthetic.safetensors"]
     assert "So far: 8 of 10 cells" in (finished / "compare.md").read_text()
     (finished / "compare.json").unlink()
-    other = [
-        *QUICK,
-        "--methods",
-        "dm",
-        "--mim-weights",
-        "5",
-        "--seeds",
-        "1",
-        "--baselines",
-        "--out",
-        str(finished),
-    ]
-    assert compare.main([*other, "--image-momentum", "0.4"]) == 2
+    other = [*QUICK, "--methods", "dm", "--mim-weights", "5", "--seeds", "1", "--image-momentum", "0.4"]
+    assert compare.main([*other, "--baselines", "--out", str(finished)]) == 2
     assert "image_momentum 0.5 (now 0.4)" in capsys.readouterr().err, (
         "nor is the set in the making overwritten"
     )
@@ -268,21 +258,8 @@ def test_an_interrupted_cell_is_run_again(finished, monkeypatch, capsys):
 
 def test_a_cell_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    command = [
-        "--quick",
-        "--iterations",
-        "2",
-        "--eval-epochs",
-        "1",
-        "--mim-loss",
-        "nce",
-        "--mim-weights",
-        "3e38",
-        "0",
-        "--seeds",
-        "0",
-    ]
-    command += ["--baselines", "random", "--out", str(out)]
+    command = ["--quick", "--iterations", "2", "--eval-epochs", "1", "--seeds", "0", "--out", str(out)]
+    command += ["--mim-loss", "nce", "--mim-weights", "3e38", "0", "--baselines", "random"]
     assert compare.main(command) == 1
     assert "1 of 3 cells failed" in capsys.readouterr().err
     diverged = out / "cells" / "dm-w3e+38-ipc1-seed0"
@@ -295,6 +272,18 @@ def test_a_cell_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeyp
     assert compare.main(command) == 1
 
 
+def test_a_failure_counts_where_it_is_asked_for(tmp_path, scored):
+    def score(config):
+        if config.mim.mim_weight == 5:
+            raise DivergenceError("the mim term became inf")
+        return 0.5
+
+    scored(score)
+    command = [*QUICK, "--seeds", "0", "--baselines", "--out", str(tmp_path / "out"), "--mim-weights", "0"]
+    assert compare.main([*command, "5"]) == 1
+    assert compare.main(command) == 0, "the one that failed is not among these"
+
+
 ACCURACIES = {(0.0, 0): 0.5, (0.0, 1): 0.6, (0.0, 2): 0.7, (10.0, 0): 0.6, (10.0, 1): 0.65, (10.0, 2): 0.9}
 
 
@@ -302,18 +291,8 @@ def test_table_against_hand_computation(tmp_path, scored):
     """Differences 10, 5, 20: mean 35/3, deviation sqrt(175/3); t(0.975, 2) = 4.302653 in printed tables."""
     scored(lambda config: ACCURACIES[config.mim.mim_weight, config.seed])
     out = tmp_path / "out"
-    arguments = [
-        "--quick",
-        "--mim-weights",
-        "0",
-        "10",
-        "--eval-archs",
-        "mlp",
-        "--baselines",
-        "--out",
-        str(out),
-    ]
-    assert compare.main(arguments) == 0
+    arguments = ["--quick", "--mim-weights", "0", "10", "--eval-archs", "mlp", "--baselines"]
+    assert compare.main([*arguments, "--out", str(out)]) == 0
     base, ours = facts(out)["rows"]
     assert base["accuracy_mean"] == pytest.approx(0.6)
     assert base["accuracy_std"] == pytest.approx(0.1)

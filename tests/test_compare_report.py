@@ -36,12 +36,24 @@ def test_picture_shows_every_mean_at_its_place():
     assert headings == ["1 per class", "10 per class"]
 
 
-@pytest.mark.parametrize(("validation", "split"), [(0.0, "test"), (0.2, "validation")])
-def test_the_table_says_which_images_accuracies_are_of(tmp_path, validation, split):
+def written(folder, *networks, validation=0.0):
+    """The table of one arm, with a seed for each of these numbers of networks."""
     arm = Arm("dm", 0.0, 1)
     settings = {"data": {"dataset": "digits", "validation": validation}, "eval": {"eval_archs": []}}
-    outcomes = {(arm, 0): {"accuracy_mean": 0.5, "num_networks": 5}}
-    compare_report.write(tmp_path, [arm], outcomes, 1, settings)
-    text = (tmp_path / "compare.md").read_text()
+    outcomes = {(arm, k): {"accuracy_mean": 0.5, "num_networks": n} for k, n in enumerate(networks)}
+    compare_report.write(folder, [arm], outcomes, len(outcomes), settings)
+    return (folder / "compare.md").read_text()
+
+
+@pytest.mark.parametrize(("validation", "split"), [(0.0, "test"), (0.2, "validation")])
+def test_the_table_says_which_images_accuracies_are_of(tmp_path, validation, split):
+    text = written(tmp_path, 5, validation=validation)
     assert f"Accuracy on the {split} set: mean" in text
     assert ("Each seed holds out a validation split" in text) == (split == "validation")
+
+
+@pytest.mark.parametrize(
+    ("counts", "text"), [([1], "1 network"), ([5], "5 networks"), ([1, 5], "1 or 5 networks")]
+)
+def test_the_table_says_how_many_networks_a_mean_is_of(tmp_path, counts, text):
+    assert f"over the seeds, each the mean of {text}\n" in written(tmp_path, *counts)

@@ -148,6 +148,11 @@ def test_impossible_settings_are_refused(parts, message):
         config_check.check(Config(**parts))
 
 
+def test_a_noise_ratio_is_positive():
+    with pytest.raises(InputError, match="--mim-noise-ratio is 0.0, expected a positive number"):
+        config_check.check(Config(mim=MimConfig(mim_loss="nce", mim_noise_ratio=0.0)))
+
+
 @pytest.mark.parametrize(
     ("part", "kind", "setting", "too_small"),
     [
@@ -196,6 +201,14 @@ def test_the_defaults_are_what_the_help_says():
     assert [term_and_lr(m, 50) for m in ("dm", "dsa", "ncfm")] == [(30, 5), (1000, 0.1), (300, 0.5)]
 
 
+def test_the_defaults_of_options_without_a_preset():
+    assert Config().mim == MimConfig(
+        None, "info-nce", "synthetic", "class", "all", 1.0, None, "calibrated", "none", 128, False
+    )
+    assert Config().eval.baselines == ("random",)
+    assert Config().distill.image_momentum == 0.5
+
+
 @pytest.mark.parametrize("dataset", ["digits", "mnist", "kmnist", "svhn", "fashion-mnist"])
 def test_characters_are_not_mirrored(dataset):
     parts = presets.with_presets(Config(data=DataConfig(dataset=dataset))).distill.augmentation.split("_")
@@ -213,6 +226,17 @@ def test_the_settings_of_the_term_go_with_its_loss():
     assert [term("nce"), term("nce", "digits"), term("nce", ipc=10)] == [(100, 0.1), (10, 0.1), (1, 0.1)]
 
 
+def test_the_published_term_is_left_out_where_it_does_harm():
+    def weights(ipc):
+        parts = {"data": DataConfig("cifar10"), "mim": MimConfig(mim_loss="nce")}
+        methods = "dm", "dc", "dsa", "mtt", "ncfm"
+        runs = [settings(distill=DistillConfig(method=m, ipc=ipc), **parts) for m in methods]
+        return [run.mim.mim_weight for run in runs]
+
+    assert weights(1) == [100, 0, 100, 0, 0]
+    assert weights(2) == [100, 0, 0, 0, 0]
+
+
 def test_the_published_protocol_counts_updates_by_method():
     """1,000 networks of gradient matching are as many times its outer steps in updates of the images."""
 
@@ -224,6 +248,21 @@ def test_the_published_protocol_counts_updates_by_method():
     assert [iterations("dsa", ipc) for ipc in (1, 10, 50)] == [1000, 10_000, 50_000]
     assert iterations("dsa", 10, factor=2) == 40_000, "the networks see 40 images a class"
     assert iterations("mtt", 10) == 5000
+
+
+@pytest.mark.parametrize(("method", "ipc", "iterations"), [("ncfm", 1, 20_000), ("dc", 10, 10_000)])
+def test_the_other_methods_count_their_published_updates(method, ipc, iterations):
+    distill = DistillConfig(method=method, ipc=ipc)
+    assert settings(preset="paper", distill=distill).distill.iterations == iterations
+
+
+def test_the_experts_are_as_many_and_as_long_as_published():
+    def trajectory(**options):
+        t = settings(**options).trajectory
+        return t.num_experts, t.expert_snapshots, t.expert_batches, t.max_start, t.student_steps
+
+    assert trajectory(preset="paper") == (100, 50, 0, 20, 30), "an epoch between snapshots"
+    assert trajectory() == (3, 8, 100, 5, 20)
 
 
 @pytest.mark.parametrize("settings", [RunConfig, Comparison, Tuning])

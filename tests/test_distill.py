@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import digits_problem
 
 from mim4dd.distill import DivergenceError, distill
@@ -189,3 +190,31 @@ def test_soft_labels_are_learned_where_the_loss_depends_on_them():
         result = distill(objective(problem), start, iterations=3, lr=0.1, momentum=0.0)
         torch.testing.assert_close(result.soft_labels.sum(1), torch.ones(20))
         assert ((result.soft_labels - soft).abs().max() > 1e-3) == learned
+
+
+def test_a_class_that_a_label_starts_without_can_come_in():
+    problem, start = digits_problem()
+    start = dataclasses.replace(start, soft_labels=F.one_hot(problem.labels, 10).float())
+    result = distill(GradientMatching(problem), start, iterations=2, lr=0.1, momentum=0.0)
+    assert result.soft_labels.min() > 0
+
+
+def test_soft_labels_move_a_hundredth_a_step_and_a_projection_a_thousandth():
+    """Adam's first step is its learning rate, up or down, for every number; whatever that of the images."""
+    problem, start = digits_problem()
+    soft = 0.02 + 0.8 * F.one_hot(problem.labels, 10)
+    options = {"projection": "trained", "projection_size": 4, "feature_sizes": (128, 32)}
+    term = MutualInformation(layers="all", generator=generator(0, "projection"), **options)
+    before = [p.detach().clone() for p in term.parameters()]
+    result = distill(
+        GradientMatching(dataclasses.replace(problem, layers=(0, 1))),
+        dataclasses.replace(start, soft_labels=soft),
+        iterations=1,
+        lr=0.1,
+        momentum=0.0,
+        mutual_information=term,
+    )
+    moved = result.soft_labels.log() - soft.log()
+    torch.testing.assert_close(moved.amax(1) - moved.amin(1), torch.full((10,), 0.02), rtol=1e-3, atol=0)
+    for old, new in zip(before, term.parameters(), strict=True):
+        assert (new - old).abs().median().item() == pytest.approx(1e-3, rel=1e-2)

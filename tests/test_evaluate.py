@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import QUICK, npz, parse
-from conftest import close
+from conftest import close, pixels
 
 from mim4dd import augment, networks, run, stacked
 from mim4dd.config_json import to_json
@@ -203,6 +203,22 @@ def test_evaluate_refuses_files_and_data_that_do_not_fit(finished, tmp_path, cap
     other = npz(tmp_path / "other.npz")
     assert main([str(folder / "synthetic.safetensors"), "--dataset", other]) == 2
     assert "give --dataset the data it was made from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("classes", "size"), [(10, 9), (9, 8)])
+def test_data_of_the_same_classes_or_the_same_size_alone_do_not_fit(
+    finished, tmp_path, capsys, classes, size
+):
+    folder, _ = finished
+    images, labels = pixels(40, size, size), np.arange(40) % classes
+    other = npz(tmp_path / "other.npz", x_train=images, x_test=images, y_train=labels, y_test=labels)
+    assert main([str(folder), "--dataset", other, "--num-eval", "1", "--eval-epochs", "1"]) == 2
+    assert "give --dataset the data it was made from" in capsys.readouterr().err
+
+
+def test_a_set_of_resized_images_is_tested_on_images_of_that_size(tmp_path):
+    assert run.main([*QUICK, "--image-size", "12", "--num-eval", "0", "--out", str(tmp_path / "out")]) == 0
+    assert main([str(tmp_path / "out"), "--num-eval", "1", "--eval-epochs", "1"]) == 0
 
 
 def test_a_saved_set_is_scored_by_its_own_settings_and_those_given(digits, tmp_path, monkeypatch):

@@ -9,14 +9,14 @@ import torch
 from commands import parse
 from conftest import close
 
-from mim4dd import experiment, runner, scoring
+from mim4dd import experiment, networks, runner, scoring
 from mim4dd.data import load
 from mim4dd.data.clusters import cluster_labels, image_for_each, kmeans_centres
 from mim4dd.distill import DivergenceError
 from mim4dd.evaluation import Score
 from mim4dd.experiment import Experiment
 from mim4dd.networks import memory
-from mim4dd.objectives import METHODS, TrainedOnReal, TrainedOnSynthetic
+from mim4dd.objectives import METHODS, TrainedOnReal, TrainedOnSynthetic, mutual_information_estimate
 from mim4dd.seeding import generator
 from mim4dd.synthetic import encode, initialise, select_kmeans, select_random
 
@@ -155,6 +155,11 @@ def test_whitening_is_measured_on_the_training_images():
         close(ours.images, prepared.train.whitening.apply(plain.images), 1e-6)
 
 
+def test_the_data_of_a_run_are_those_that_were_loaded():
+    """Not what a split or whitening made of them: others compare it with what they load."""
+    assert prepare("--validation 0.2 --zca").data == load("digits")[0].fingerprint
+
+
 def scale(images):
     return 255 if images.images.dtype == torch.uint8 else 1
 
@@ -240,6 +245,16 @@ def test_the_full_data_take_fewer_epochs_and_one_network(monkeypatch, epochs, cu
     assert random.initial_seed() == generator(3, "evaluation/0").initial_seed()
 
 
+def test_the_full_data_are_tested_on_the_test_set(monkeypatch):
+    tested = []
+    monkeypatch.setattr(scoring, "train_on_real", lambda *_: None)
+    monkeypatch.setattr(scoring, "accuracy", lambda _, images: tested.append(images) or 0.25)
+    prepared = prepare()
+    scoring.baseline(prepared, "full", print)
+    (images,) = tested
+    assert images is prepared.test
+
+
 def test_only_the_term_has_maps_kept(monkeypatch, brief_students):
     made = []
     dm = METHODS["dm"]
@@ -276,6 +291,23 @@ def test_a_base_method_that_diverges_alone_is_left_out(monkeypatch, evaluated, c
     assert score is not None
     assert [*baselines] == ["random"]
     assert "the base method alone is not evaluated: the loss is nan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("network", ["convnet", "convnet-bn"])
+def test_the_information_is_seen_by_a_network_that_no_loss_has_seen(network):
+    prepared = prepare(f"--network {network} --ipc 2")
+    problem, start, test = prepared.problem, prepared.start, prepared.test
+    unseen, random = problem.network(), generator(3, "information/real")
+    networks.initialise(unseen, generator(3, "information/network"))
+    problem.set_batch_norm_statistics(unseen, random)
+    index = torch.randperm(len(test), generator=random)
+    after = dataclasses.replace(start, images=start.images.flip(0))
+    sets = test.batch(index), start.images, after.images
+    real, *synthetic = (unseen.features(images)[-1].detach() for images in sets)
+    labels = problem.labels, test.labels[index]
+    expected = [mutual_information_estimate(maps, real, *labels, temperature=0.1) for maps in synthetic]
+    found = prepared.information(after)
+    assert [found["before"], found["after"]] == pytest.approx(expected, abs=1e-4)
 
 
 def test_of_held_out_images_of_one_class_there_is_no_information():

@@ -1,5 +1,6 @@
 """Where files go, and that they are whole."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from filelock import FileLock
 
 from mim4dd.errors import InputError
-from mim4dd.files import atomic, cache_folder, exclusive, make_folder
+from mim4dd.files import atomic, cache_folder, exclusive, make_folder, write
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,17 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with atomic(path) as temporary:
         temporary.write_text("new")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("result.json", "new")]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_a_file_may_be_read_by_whom_the_user_lets(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        write(tmp_path / "file", "text")
+        assert (tmp_path / "file").stat().st_mode & 0o777 == mode
+        assert os.umask(mask) == mask, "which stays as it is"
+    finally:
+        os.umask(before)
 
 
 def test_one_process_at_a_time_runs_in_a_folder(tmp_path, monkeypatch):

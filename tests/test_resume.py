@@ -121,6 +121,20 @@ def test_its_time_goes_on_too(cut_off):
     assert json.loads((cut_off / "result.json").read_text())["seconds"]["distill"] >= 1000
 
 
+def test_the_time_of_the_evaluation_is_its_own(cut_off):
+    state = checkpoint.Checkpoint.load(cut_off)
+    dataclasses.replace(state, seconds=1000.0).save(cut_off)
+    assert run.main(["--resume", str(cut_off)]) == 0
+    assert json.loads((cut_off / "result.json").read_text())["seconds"]["evaluate"] < 1000
+
+
+def test_a_resumed_run_takes_the_memory_it_is_given(cut_off, monkeypatch):
+    asked, prepare = [], Experiment.prepare
+    monkeypatch.setattr(Experiment, "prepare", lambda c: asked.append(c.memory_budget) or prepare(c))
+    assert run.main(["--resume", str(cut_off), "--memory-budget", "2.5"]) == 0
+    assert asked == [2.5]
+
+
 def test_cut_off_again_before_a_look_it_is_as_before(cut_off, monkeypatch, capsys):
     before = {name: (cut_off / name).read_bytes() for name in files(cut_off)}
 
@@ -185,6 +199,15 @@ def test_what_cannot_be_resumed_is_refused(cut_off, tmp_path, capsys):
     assert "that run is finished" in refused(cut_off, capsys)
 
 
+def test_a_state_of_another_release_is_refused(tmp_path, monkeypatch):
+    state = checkpoint.Checkpoint(parse(QUICK), "", 1, 1.0, [], {})
+    state.save(tmp_path)
+    assert checkpoint.Checkpoint.load(tmp_path) == state
+    monkeypatch.setattr(checkpoint, "__version__", "99.0")
+    with pytest.raises(InputError, match="is of another version of mim4dd"):
+        checkpoint.Checkpoint.load(tmp_path)
+
+
 @pytest.mark.parametrize("change", ["missing", "more", "of a GPU"])
 def test_a_state_of_something_else_is_refused(change):
     looks = []
@@ -225,6 +248,16 @@ def test_a_run_is_resumed_from_anywhere_but_only_on_its_data(tmp_path, cut_off_a
     assert "data.npz differ from those of the run in" in refused("../there/out", capsys)
     npz(tmp_path / "there" / "data.npz")
     assert run.main(["--resume", "../there/out"]) == 0
+
+
+def test_paths_of_a_state_mean_the_same_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse([*QUICK, "--dataset", "set", "--data-dir", "data", "--experts", "experts"])
+    checkpoint.Checkpoint(config, "", 1, 1.0, [], {}).save(tmp_path)
+    found = checkpoint.Checkpoint.load(tmp_path).config
+    assert found.data.dataset == str(tmp_path / "set")
+    assert found.data.data_dir == tmp_path / "data"
+    assert found.trajectory.experts == tmp_path / "experts"
 
 
 def test_what_is_overwritten_is_not_gone_on_with(cut_off, monkeypatch, capsys):

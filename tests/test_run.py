@@ -24,6 +24,13 @@ def test_run_leaves_four_files_and_a_table(finished):
         assert text in done.stdout
 
 
+@pytest.mark.parametrize(("weight", "name"), [(0, "dm"), (2.0, "dm with mutual information")])
+def test_the_table_says_whether_the_term_took_part(weight, name):
+    score = {"accuracies": [0.5], "accuracy_mean": 0.5, "num_networks": 1}
+    ((found, *_),) = report.rows({**score, "method": "dm", "mim_weight": weight, "baselines": {}})
+    assert found == name
+
+
 def test_result_holds_what_is_promised(finished):
     folder, _ = finished
     result = json.loads((folder / "result.json").read_text())
@@ -188,21 +195,34 @@ def test_own_data_in_colour(tmp_path, capsys):
     assert evaluate.main([str(tmp_path / "out" / "synthetic.safetensors"), "--num-eval", "1"]) == 0
 
 
-def test_picture_shows_every_image_in_its_colours():
-    """Each image is one colour, which must be found at its place, named classes wrapping after ten images."""
-    colours = torch.linspace(0.1, 0.9, 12 * 3).view(12, 3)
-    names = ("first", "a name far too long for the narrow strip it has", "third")
+COLOURS = torch.linspace(0.1, 0.9, 12 * 3).view(12, 3)
+
+
+def picture(*names):
+    """That of three classes of four images, each of which is one colour."""
     synthetic = SyntheticSet(
-        images=colours[:, :, None, None].expand(-1, -1, 8, 8),
+        images=COLOURS[:, :, None, None].expand(-1, -1, 8, 8),
         labels=torch.arange(3).repeat_interleave(4),
         class_names=names,
         mean=torch.zeros(3),
         std=torch.ones(3),
     )
-    image = report.picture(synthetic)
+    return report.picture(synthetic)
+
+
+def test_picture_shows_every_image_in_its_colours():
+    image = picture("first", "a name far too long for the narrow strip it has", "third")
     shown = {colour for _, colour in image.getcolors(100_000)}
-    for colour in colours:
+    for colour in COLOURS:
         assert tuple((colour * 255).round().int().tolist()) in shown
+
+
+def test_picture_shows_every_image_in_the_strip_of_its_class():
+    """Strips of four, two of them side by side, each below the line of its name."""
+    shown = np.asarray(picture("first", "second", "third"))
+    colours = (COLOURS * 255).round().byte().numpy()
+    places = [tuple(np.argwhere((shown == colour).all(2)).min(0)) for colour in colours]
+    assert places == [(22 + c // 2 * 90, 4 + c % 2 * 276 + k * 68) for c in range(3) for k in range(4)]
 
 
 def test_class_names_may_have_letters_of_other_languages():

@@ -13,13 +13,14 @@ import pytest
 import torch
 from commands import QUICK, command, files, npz, parse
 from conftest import write_pictures
+from safetensors import SafetensorError
 
 from mim4dd import run, runner
 from mim4dd.checkpoint import Checkpoint
 from mim4dd.distill import Progress
 from mim4dd.exits import guarded
 from mim4dd.experiment import Experiment
-from mim4dd.files import cache_folder
+from mim4dd.files import LOCK, cache_folder, exclusive
 from mim4dd.synthetic import SyntheticSet
 
 
@@ -75,6 +76,25 @@ def test_two_runs_at_once_get_a_folder_each(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     experiment = Experiment.prepare(parse([*QUICK]))
     assert [run.open_folder(experiment).name for _ in range(2)] == ["digits-dm-ipc1-0", "digits-dm-ipc1-0-2"]
+
+
+def test_without_a_folder_the_usual_one_is_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert run.main([*QUICK, "--num-eval", "0", "--overwrite"]) == 0
+    assert files(tmp_path / "runs") == ["digits-dm-ipc1-0"]
+
+
+def test_a_folder_is_free_once_a_run_that_saved_nothing_was_killed_in_it(tmp_path, capsys):
+    arguments = [*QUICK, "--num-eval", "0", "--out", str(tmp_path)]
+    with exclusive(tmp_path):
+        assert run.main(arguments) == 2
+    assert f"another process is running in {tmp_path}" in capsys.readouterr().err
+    killed = "import os; from mim4dd import run, runner; runner.introduce = lambda *_: os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", f"{killed}; run.main({arguments})"]).returncode == 9
+    assert files(tmp_path) == [LOCK]
+    assert run.main(arguments) == 0
+    assert LOCK not in files(tmp_path)
 
 
 def test_too_little_memory_is_told(tmp_path, capsys):
@@ -202,6 +222,14 @@ def test_a_full_disk_is_told(capsys):
         guarded(other)
 
 
+def test_a_disk_that_fills_while_tensors_are_written_is_told(capsys):
+    def full():
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    assert guarded(full) == 1
+    assert "a file could not be written (Error while" in capsys.readouterr().err
+
+
 def test_unknown_option_exits_with_2_without_traceback():
     done = command("--ipcs", "3")
     assert done.returncode == 2
@@ -238,6 +266,22 @@ def test_interruption_keeps_the_last_good_set(tmp_path, sent):
     assert process.returncode == 130, error
     assert "the last good set, of iteration" in error
     assert len(SyntheticSet.load(tmp_path / "out" / "synthetic.safetensors")) == 10
+
+
+def test_a_second_signal_does_not_interrupt_the_saving():
+    saved, before = [], signal.getsignal(signal.SIGTERM)
+
+    def interrupted():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            os.kill(os.getpid(), signal.SIGTERM)
+            saved.append(True)
+            raise
+
+    assert guarded(interrupted) == 130
+    assert saved
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_short_memory_keeps_the_last_good_set(tmp_path, monkeypatch, capsys):

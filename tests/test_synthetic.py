@@ -205,6 +205,12 @@ def test_too_few_images_are_refused(digits, how):
         initialise(digits, 1000, how, generator(0, "init"))
 
 
+@pytest.mark.parametrize("select", [select_random, select_kmeans])
+def test_more_than_there_are_cannot_be_selected(digits, select):
+    with pytest.raises(InputError, match="fewer than the 1000 asked"):
+        select(digits, 1000, generator(0, "select"))
+
+
 def test_foreign_and_corrupted_files_are_refused(tmp_path, digits):
     with pytest.raises(InputError, match="no such file"):
         SyntheticSet.load(tmp_path / "missing.safetensors")
@@ -254,6 +260,14 @@ def test_decode_enlarges_the_quarters_of_an_image():
                 expected = torch.nn.functional.interpolate(quarter, scale_factor=2, mode="bilinear")[0]
                 torch.testing.assert_close(decoded[4 * n + 2 * row + column], expected)
     assert decode(x, 1) is x
+
+
+def test_encode_averages_the_pixels_of_every_tile():
+    x = torch.randn(4, 3, 8, 8, generator=generator(0, "x"))
+    (encoded,) = encode(x, 2)
+    for k, small in enumerate(x.unflatten(3, (4, 2)).unflatten(2, (4, 2)).mean((3, 5))):
+        row, column = 4 * (k // 2), 4 * (k % 2)
+        torch.testing.assert_close(encoded[:, row : row + 4, column : column + 4], small)
 
 
 def test_encode_is_undone_by_decode_up_to_what_is_lost():

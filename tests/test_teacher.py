@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import close
 
 from mim4dd import networks, teacher
 from mim4dd.data import load
@@ -34,3 +35,12 @@ def test_it_learns_and_gives_probabilities():
     given = teacher.probabilities(network, test.batch(torch.arange(100)))
     torch.testing.assert_close(given.sum(1), torch.ones(100))
     assert (given.argmax(1) == test.labels[:100]).float().mean() > 0.9
+
+
+def test_what_it_says_of_an_image_does_not_depend_on_the_others():
+    train, test = load("digits")
+    network = networks.create("convnet-bn", 1, 10, (8, 8), width=8)
+    teacher.teach(network, train, Protocol(1, "none", batch=1438), generator(0, "teacher"))
+    images = test.batch(torch.arange(20))
+    alone = torch.cat([teacher.probabilities(network, image[None]) for image in images])
+    close(teacher.probabilities(network, images), alone)

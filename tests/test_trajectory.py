@@ -143,6 +143,14 @@ def test_experts_trained_otherwise_are_others(problem, change):
     assert recipe(other).path() != recipe(problem).path()
 
 
+def test_experts_of_another_seed_start_from_other_weights(problem):
+    other = with_options(problem, expert_seed=1)
+    for one in (problem, other):
+        for _ in train_experts(one):
+            pass
+    assert not torch.equal(weights(problem, 0, 0), weights(other, 0, 0))
+
+
 def test_two_runs_train_their_experts_once(problem):
     """The second waits for the first, and then finds them."""
     first, found = train_experts(problem), []
@@ -233,6 +241,12 @@ def test_the_objective_is_the_distance_after_steps_on_minibatches(problem):
     assert trained["params"][0] is objective.log_lr
     assert trained["lr"] == 0.1
     assert found[0][order[18:]].abs().max() == 0, "two images were not in the first three batches"
+
+
+def test_the_size_of_the_steps_starts_and_is_learned_as_the_settings_say(problem):
+    objective = TrajectoryMatching(with_options(problem, student_lr=0.03, student_lr_rate=0.7))
+    assert objective.network_lr == pytest.approx(0.03)
+    assert objective.trained[0]["lr"] == 0.7
 
 
 def test_a_match_starts_anywhere_and_ends_a_span_later(problem):

@@ -286,6 +286,22 @@ def test_what_is_said_of_the_best():
     assert [line[3] for line in table([base, other, clear])] == ["", "all", "last"]
 
 
+def test_trials_given_up_and_failed_are_counted_apart():
+    early = trial(2.0, 0.4, complete=False)
+    failed = dataclasses.replace(trial(3.0, complete=False), failed="it diverged")
+    counts = tune_report._counts([trial(0.0, 0.5, 0.6), trial(1.0, 0.6, 0.7), early, early, failed])
+    assert counts == "4 trials: 2 given up early, 1 failed."
+
+
+@pytest.mark.parametrize(
+    ("gains", "noise"), [((-0.1, -0.1), True), ((0.1, 0.3), True), ((0.1, 0.1001), False)]
+)
+def test_what_is_no_better_than_the_base_is_within_noise(tmp_path, scored, gains, noise):
+    scored(lambda config: 0.5 + gains[config.seed] * bool(config.mim.mim_weight))
+    assert tune.main([*QUICK, "--trials", "1", "--seeds", "0", "1", "--out", str(tmp_path)]) == 0
+    assert written(tmp_path)["found"]["within_noise"] == noise
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
