@@ -30,13 +30,15 @@ STEPS, STEP_SIZE = 20, 0.01
 
 def problem(real: ImageSet, strategy: str, name: str) -> Problem:
     computing = "fp32" if name == "textbook" else name.split()[0]
-    settings = {
-        "width": WIDTH,
-        "real_batch": REAL_BATCH,
-        "precision": computing,
-        "memory": memory.budget(None, real.images.device),
-    }
-    return problems.problem(real, IPC, augmentation=strategy, **settings)
+    return problems.problem(
+        real,
+        IPC,
+        width=WIDTH,
+        real_batch=REAL_BATCH,
+        augmentation=strategy,
+        precision=computing,
+        memory=memory.budget(None, real.images.device),
+    )
 
 
 def setting(of: Problem, images: Tensor, weights=None) -> baselines.Setting:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bench import baselines, measure
 from mim4dd import augment, extension, graph
+from mim4dd.augment import strategy
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SHAPES = [(256, 3, 32, 32), (64, 3, 128, 128)]
@@ -39,14 +40,14 @@ def textbook(op: str, x: Tensor) -> Tensor:
 
 def kornia_version(op: str, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor] | None:
     kornia = importlib.import_module("kornia.augmentation")
-    half = augment.CUTOUT**2  # of the area
+    half = strategy.CUTOUT**2  # of the area
     makers = {
         "color": lambda: kornia.ColorJiggle(0.5, (0.5, 1.5), (0.0, 2.0), p=1.0),  # also clamps to [0, 1]
         "cutout": lambda: kornia.RandomErasing(scale=(half, half), ratio=(1.0, 1.0), p=1.0),
-        "crop": lambda: kornia.RandomCrop(shape[2:], padding=int(shape[2] * augment.CROP + 0.5)),
+        "crop": lambda: kornia.RandomCrop(shape[2:], padding=int(shape[2] * strategy.CROP + 0.5)),
         "flip": lambda: kornia.RandomHorizontalFlip(p=0.5),
         "scale": lambda: kornia.RandomAffine(0, scale=(1 / 1.2, 1.2, 1 / 1.2, 1.2), p=1.0),
-        "rotate": lambda: kornia.RandomRotation(augment.ROTATE, p=1.0),
+        "rotate": lambda: kornia.RandomRotation(strategy.ROTATE, p=1.0),
     }
     return makers[op]() if op in makers else None
 
@@ -55,10 +56,10 @@ def versions(
     op: str, shape: tuple[int, ...], generator: torch.Generator
 ) -> dict[str, Callable[[Tensor], Tensor]]:
     """What is timed, by name: images to augmented images."""
-    strategy = augment.DSA if op == "all" else op
+    parts = augment.DSA if op == "all" else op
 
     def ours(backend: str, x: Tensor) -> Tensor:
-        params = augment.sample(strategy, len(x), x.shape[2:], generator=generator, mode="all")
+        params = augment.sample(parts, len(x), x.shape[2:], generator=generator, mode="all")
         return augment.apply(x, params, backend=backend)
 
     calls: dict[str, Callable[[Tensor], Tensor]] = {

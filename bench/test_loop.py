@@ -193,8 +193,3 @@ def test_loop(benchmark, device, step, name, monkeypatch):
     # A textbook evaluation is long enough to warm up by itself.
     warm = step == "evaluation" and name == "textbook"
     benchmark.pedantic(timed, rounds=rounds, warmup_rounds=0 if warm else 1)
-    benchmark.extra_info |= {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-    }

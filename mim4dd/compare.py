@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import FLOAT32_MAX, Config, settled
+from .config import Config, settled
 from .config_check import check
 from .console import about, complain, console, print_table
 from .devices import pick_device
@@ -30,12 +30,7 @@ Key = tuple[Arm, int]  # an arm and a seed
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, 1 (a cell diverged), 2 (bad input) or 130."""
-
-    def command() -> int:
-        given = sys.argv[1:] if arguments is None else arguments
-        return compare(read(Comparison, "python -m mim4dd.compare", given))
-
-    return guarded(command)
+    return guarded(lambda: compare(read(Comparison, "python -m mim4dd.compare", arguments)))
 
 
 def compare(comparison: Comparison) -> int:
@@ -95,13 +90,6 @@ def cells(comparison: Comparison) -> dict[Key, Cell]:
     }.items():
         if not values:
             raise InputError(f"{option} names nothing, expected one or more")
-    for option, numbers, least in (
-        ("--mim-weights", [w for w in comparison.mim_weights if not isinstance(w, str)], 0),
-        ("--ipcs", comparison.ipcs, 1),
-    ):
-        for number in numbers:
-            if not least <= number < FLOAT32_MAX:
-                raise InputError(f"{option} names {number}, expected numbers of at least {least}")
     for baseline in comparison.eval.baselines:
         if baseline not in REAL:  # from a file; the command line knows
             raise unknown("baseline for a comparison:", baseline, REAL)

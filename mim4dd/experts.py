@@ -35,8 +35,8 @@ BATCH = 256
 
 
 @dataclass(frozen=True)
-class ExpertConfig:
-    """The experts that trajectory matching (mtt) follows. They are kept, and found again by later runs.
+class TrajectoryConfig:
+    """Trajectory matching (mtt): its experts, which are kept and found again, and how they are followed.
 
     Attributes:
         experts: Folder to keep them in, or one file of experts to use as it is, however they were trained;
@@ -46,20 +46,6 @@ class ExpertConfig:
         expert_batches: Batches of 256 images between two snapshots; 0: an epoch.
         expert_seed: Seed of their weights, batches and augmentations; the same for every --seed, so that runs
             share them.
-    """
-
-    experts: Path | None = None
-    num_experts: int | None = None
-    expert_snapshots: int | None = None
-    expert_batches: int | None = None
-    expert_seed: int = 0
-
-
-@dataclass(frozen=True)
-class TrajectoryConfig(ExpertConfig):
-    """Trajectory matching (mtt): its experts, which are kept and found again, and how they are followed.
-
-    Attributes:
         max_start: A match starts from one of this many first snapshots.
         span: Snapshots from the start of a match to its target.
         student_steps: Steps on the synthetic images that are to lead there.
@@ -68,6 +54,11 @@ class TrajectoryConfig(ExpertConfig):
         student_lr_rate: Learning rate of its logarithm.
     """
 
+    experts: Path | None = None
+    num_experts: int | None = None
+    expert_snapshots: int | None = None
+    expert_batches: int | None = None
+    expert_seed: int = 0
     max_start: int | None = None
     span: int = 2
     student_steps: int | None = None
@@ -85,7 +76,7 @@ class Recipe:
     architecture: str
     width: int
     augmentation: str
-    config: ExpertConfig
+    config: TrajectoryConfig
 
     @property
     def shapes(self) -> dict[str, list[int]]:
@@ -196,7 +187,7 @@ def _train_alone(recipe: Recipe, path: Path) -> Iterator[tuple[int, int]]:
     count, snapshots = recipe.config.num_experts, recipe.config.expert_snapshots
     if not count or not snapshots:
         raise ValueError(
-            "mim4dd.experts: ExpertConfig(num_experts=..., expert_snapshots=...) is needed to train experts"
+            "mim4dd.experts: TrajectoryConfig(num_experts=..., expert_snapshots=...) is needed to train them"
         )
     partial = path.with_suffix(".partial")
     finished = path.with_suffix(".finished")  # how many experts of the partial file are all there

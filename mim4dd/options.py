@@ -18,8 +18,10 @@ T = TypeVar("T")
 Hidden = tyro.conf.Suppress[tyro.conf.Fixed[T]]  # a setting that is no option of this command line
 
 
-def read(kind: type[T], prog: str, arguments: Sequence[str]) -> T:
-    """Read a command line into `kind`, `Config` or a subclass, and under it the file that --config names.
+def read(kind: type[T], prog: str, arguments: Sequence[str] | None) -> T:
+    """Read a command line (None: the process's own) into `kind`, `Config` or a subclass.
+
+    Under it lies the file that --config names.
 
     Raises:
         InputError: the file cannot be read, or holds something else.

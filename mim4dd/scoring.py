@@ -11,7 +11,7 @@ from .config import settled
 from .evaluation import OnNetwork, Protocol, Score, accuracy, evaluate, train_on_real
 from .experiment import Experiment
 from .seeding import generator
-from .synthetic import SyntheticSet, select_kmeans, select_random
+from .synthetic import SyntheticSet, select_kmeans
 
 FULL_SHARE = 20  # full data: the epochs divided by this, but at least 5; and one network
 
@@ -41,7 +41,7 @@ def baseline(experiment: Experiment, name: str, on_network: OnNetwork) -> Score:
 
     def draw(k: int) -> tuple[Tensor, Tensor]:
         random = generator(config.seed, f"baseline/random/{k}", experiment.device)
-        return real.batch(select_random(real, ipc, random).flatten()), labels
+        return real.batch(real.sample(ipc, random).flatten()), labels
 
     return _evaluate(experiment, draw, protocol, on_network)
 

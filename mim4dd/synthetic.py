@@ -245,21 +245,11 @@ def initialise(
             centres = kmeans_centres(real, k, generator) if centres is None else centres
             index = image_for_each(centres, real, members(real))
         else:
-            index = select_random(real, k, generator)
+            index = real.sample(k, generator)
             index = index if centres is None else image_for_each(centres, real, index)
         images = encode(real.batch(index.flatten()), factor)
     facts = real.class_names, real.mean, real.std
     return SyntheticSet(images, labels, *facts, factor=factor, whitening=real.whitening)
-
-
-def select_random(real: ImageSet, ipc: int, generator: torch.Generator) -> Tensor:
-    """Return indices [num_classes, ipc] of random real images, none twice.
-
-    Raises:
-        InputError: fewer images in a class than `ipc`.
-    """
-    real.check_enough(ipc)
-    return real.sample(ipc, generator)
 
 
 def select_kmeans(real: ImageSet, ipc: int, generator: torch.Generator) -> Tensor:

@@ -36,12 +36,7 @@ UNPRUNED = 5  # trials before any is given up
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, 1 (the base diverged), 2 (bad input) or 130."""
-
-    def command() -> None:
-        given = sys.argv[1:] if arguments is None else arguments
-        Search(read(Tuning, "python -m mim4dd.tune", given)).run()
-
-    return guarded(command)
+    return guarded(lambda: Search(read(Tuning, "python -m mim4dd.tune", arguments)).run())
 
 
 class Search:

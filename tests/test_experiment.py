@@ -18,7 +18,7 @@ from mim4dd.experiment import Experiment
 from mim4dd.networks import memory
 from mim4dd.objectives import METHODS, TrainedOnReal, TrainedOnSynthetic, mutual_information_estimate
 from mim4dd.seeding import generator
-from mim4dd.synthetic import encode, initialise, select_kmeans, select_random
+from mim4dd.synthetic import encode, initialise, select_kmeans
 
 
 def prepare(options="", load=load):
@@ -133,7 +133,7 @@ def test_pairs_by_cluster_go_with_the_images_of_the_start(init):
     assert torch.equal(prepared.problem.partners, cluster_labels(train, centres))
     candidates = [(train.labels == c).nonzero().squeeze(1) for c in range(10)]
     if init == "real":
-        candidates = select_random(train, 8, random)
+        candidates = train.sample(8, random)
     index = image_for_each(centres, train, candidates)
     assert torch.equal(prepared.start.images, encode(train.batch(index.flatten()), 2))
 
@@ -216,7 +216,7 @@ def test_every_network_is_trained_on_other_random_images(evaluated):
     drawn = [training_set(k) for k in range(3)]
     for k, (images, labels) in enumerate(drawn):
         assert torch.equal(labels, torch.arange(10).repeat_interleave(2))
-        index = select_random(prepared.train, 2, generator(3, f"baseline/random/{k}")).flatten()
+        index = prepared.train.sample(2, generator(3, f"baseline/random/{k}")).flatten()
         assert torch.equal(images, prepared.train.batch(index))
     assert not any(torch.equal(drawn[a][0], drawn[b][0]) for a, b in ((0, 1), (0, 2), (1, 2)))
 

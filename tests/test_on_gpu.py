@@ -16,6 +16,8 @@ from mim4dd.networks.normalisation import instance_norm, reference
 
 pytest.importorskip("triton")
 
+from mim4dd.kernels import first_block as first_block_kernels
+
 from mim4dd.networks import on_gpu
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason="the extension is not built")
@@ -91,8 +93,7 @@ def test_gradients_of_the_first_block(groups, used):
     mixture = sum((one * other.double()).sum() for one, other in zip(first, upstream, strict=True))
     twice = torch.autograd.grad(mixture, leaves[:4])
 
-    kernels, _ = on_gpu._kernels()
-    _, mean, rstd = kernels.forward(x, taps(weight), scale, bias, EPS, padding, True, 2)
+    _, mean, rstd = first_block_kernels.forward(x, taps(weight), scale, bias, EPS, padding, True, 2)
     given = (grad_y, x, taps(weight), scale, bias, mean, rstd, padding, True, 2)
     grad_x, grad_taps, grad_scale, grad_bias = on_gpu._first_block_backward(*given, True, True)
     agree(grad_x, first[0])
@@ -179,25 +180,24 @@ def test_convolutions_of_a_batch_join_the_channels(dims, turned, monkeypatch):
 @pytest.mark.parametrize("dims", [(0, 0), (1, 1), (None, 0), (0, None)], ids=str)
 def test_first_blocks_of_a_batch_join_the_channels(dims, monkeypatch):
     monkeypatch.setattr(batching, "takes_groups", lambda device: True)
-    kernels, _ = on_gpu._kernels()
     x, taps, scale, bias, grad = random((3, 2, 2, 6, 8), (3, 18, 32), (32,), (3, 32), (3, 2, 32, 3, 4))
     x, taps = (t[0] if dim is None else t for t, dim in zip((x, taps), dims, strict=True))
     moved = [t if dim is None else t.movedim(0, dim) for t, dim in zip((x, taps), dims, strict=True)]
     block, kept = ("map", "taps", "channel", "channel"), ("value", "value")
-    forward = batching.rule(kernels.forward, block, ("map", *kept), grouped=False)
+    forward = batching.rule(first_block_kernels.forward, block, ("map", *kept), grouped=False)
     options = (1, True, 2)
     given_dims = (*dims, None, 0)
     outs, axes = forward(Batch, (*given_dims, *[None] * 4), *moved, scale, bias, EPS, *options)
     gradients = ("taps of images", *kept)
-    backward = batching.rule(kernels.backward, ("map", *block, *kept), gradients, grouped=False)
+    backward = batching.rule(first_block_kernels.backward, ("map", *block, *kept), gradients, grouped=False)
     dims_of_all = (0, *given_dims, *axes[1:], *[None] * 3)
     grads, grad_axes = backward(Batch, dims_of_all, grad, *moved, scale, bias, *outs[1:], *options)
     for k in range(3):
         own = [t if dim is None else t[k] for t, dim in zip((x, taps), dims, strict=True)]
-        expected = kernels.forward(*own, scale, bias[k], EPS, *options)
+        expected = first_block_kernels.forward(*own, scale, bias[k], EPS, *options)
         for out, axis, wanted in zip(outs, axes, expected, strict=True):
             agree(out.select(axis, k), wanted)
-        expected = kernels.backward(grad[k], *own, scale, bias[k], *expected[1:], *options)
+        expected = first_block_kernels.backward(grad[k], *own, scale, bias[k], *expected[1:], *options)
         for grad_found, axis, wanted in zip(grads, grad_axes, expected, strict=True):
             agree(grad_found.select(axis, k), wanted)
 

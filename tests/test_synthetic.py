@@ -7,11 +7,11 @@ from conftest import close
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mim4dd.data import load
+from mim4dd.data import ImageSet, load
 from mim4dd.errors import InputError
 from mim4dd.files import atomic
 from mim4dd.seeding import generator
-from mim4dd.synthetic import SyntheticSet, decode, encode, initialise, select_kmeans, select_random
+from mim4dd.synthetic import SyntheticSet, decode, encode, initialise, select_kmeans
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_start_is_class_by_class_and_reproducible(digits, how):
     assert first.images.shape == (30, 1, 8, 8)
 
 
-@pytest.mark.parametrize("select", [select_random, select_kmeans])
+@pytest.mark.parametrize("select", [ImageSet.sample, select_kmeans])
 def test_selected_images_are_real_of_their_class_and_distinct(digits, select):
     index = select(digits, 5, generator(0, "select"))
     assert torch.equal(digits.labels[index], torch.arange(10)[:, None].expand(10, 5))
@@ -180,7 +180,7 @@ def test_kmeans_images_lie_nearer_to_their_class_than_random_ones(digits):
         )
 
     kmeans = distance_to_nearest(select_kmeans(digits, 5, generator(0, "select")))
-    random = [distance_to_nearest(select_random(digits, 5, generator(k, "select"))) for k in range(5)]
+    random = [distance_to_nearest(digits.sample(5, generator(k, "select"))) for k in range(5)]
     assert kmeans < min(random)
 
 
@@ -194,7 +194,7 @@ def test_kmeans_with_as_many_centres_as_images_takes_each_once(digits):
 
 
 def test_pixels_are_the_original_colours(digits):
-    index = select_random(digits, 1, generator(0, "init"))
+    index = digits.sample(1, generator(0, "init"))
     synthetic = initialise(digits, 1, "real", generator(0, "init"))
     close(synthetic.pixels, digits.images[index.flatten()] / 255, tolerance=1e-5)
 
@@ -205,10 +205,9 @@ def test_too_few_images_are_refused(digits, how):
         initialise(digits, 1000, how, generator(0, "init"))
 
 
-@pytest.mark.parametrize("select", [select_random, select_kmeans])
-def test_more_than_there_are_cannot_be_selected(digits, select):
+def test_more_than_there_are_cannot_be_selected(digits):
     with pytest.raises(InputError, match="fewer than the 1000 asked"):
-        select(digits, 1000, generator(0, "select"))
+        select_kmeans(digits, 1000, generator(0, "select"))
 
 
 def test_foreign_and_corrupted_files_are_refused(tmp_path, digits):
@@ -281,7 +280,7 @@ def test_encode_is_undone_by_decode_up_to_what_is_lost():
 
 def test_start_with_a_factor_is_made_of_more_real_images(digits):
     start = initialise(digits, 2, "real", generator(1, "init"), factor=2)
-    index = select_random(digits, 8, generator(1, "init"))
+    index = digits.sample(8, generator(1, "init"))
     torch.testing.assert_close(start.images, encode(digits.batch(index.flatten()), 2))
     assert len(start) == 20
     assert start.decoded.shape == (80, 1, 8, 8)

@@ -30,7 +30,7 @@ def with_options(problem, **options):
 
 
 def weights(problem, expert, snapshot):
-    return open_experts(problem, recipe(problem)).weights(expert, snapshot, torch.device("cpu"))
+    return open_experts(recipe(problem)).weights(expert, snapshot, torch.device("cpu"))
 
 
 def test_experts_are_networks_trained_by_plain_sgd(problem):
@@ -312,6 +312,6 @@ def test_a_problem_without_settings_is_refused(problem, missing):
 @pytest.mark.parametrize("missing", ["num_experts", "expert_snapshots"])
 def test_experts_without_a_number_are_refused(problem, missing):
     with pytest.raises(
-        ValueError, match=r"ExpertConfig\(num_experts=\.\.\., expert_snapshots=\.\.\.\) is needed"
+        ValueError, match=r"TrajectoryConfig\(num_experts=\.\.\., expert_snapshots=\.\.\.\) is needed"
     ):
         TrajectoryMatching(with_options(problem, **{missing: None}))

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdlib>
-#include <cstring>
 #include <new>
 
 #include "augment.h"

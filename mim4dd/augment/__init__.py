@@ -13,13 +13,10 @@ from .. import backends, extension
 from . import checks, op, reference
 from .params import AugmentParams
 from .sampling import pad_and_crop, sample, sample_each
-from .strategy import CROP, CUTOUT, DSA, ROTATE, parts_of
+from .strategy import DSA, parts_of
 
 __all__ = [
-    "CROP",
-    "CUTOUT",
     "DSA",
-    "ROTATE",
     "AugmentParams",
     "apply",
     "pad_and_crop",

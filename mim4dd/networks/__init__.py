@@ -8,7 +8,7 @@ from .convnet import ConvNet, depth_for
 from .creation import ARCHITECTURES, create, initialise
 from .cross_architecture import alexnet, lenet, mlp, resnet18, vgg11
 from .memory import CHUNK
-from .network import Network, nothing_of
+from .network import Network
 
 __all__ = [
     "ARCHITECTURES",
@@ -21,7 +21,6 @@ __all__ = [
     "initialise",
     "lenet",
     "mlp",
-    "nothing_of",
     "resnet18",
     "vgg11",
 ]

@@ -54,11 +54,6 @@ class OnePassBlock(nn.Sequential):
         return instance_norm(x, norm.weight, bias, norm.eps, relu=norm.relu, pool=norm.pool)
 
 
-def one_pass(network: nn.Module) -> bool:
-    """Return whether all of a network's blocks are `OnePassBlock`s."""
-    return all(isinstance(block, OnePassBlock) for block in network.get_submodule("blocks").children())
-
-
 class Residual(nn.Module):
     """ResNet-18's block, with instance normalisation: two 3x3 convolutions and a skip connection."""
 

@@ -14,8 +14,8 @@ from ..sizes import ImageSize, check_counts
 from .convnet import ConvNet, depth_for
 from .cross_architecture import alexnet, lenet, mlp, resnet18, vgg11
 from .network import Network
+from .precision import COMPUTED
 
-PRECISIONS = ("fp32", "tf32", "bf16")
 ARCHITECTURES: dict[str, Callable[..., Network]] = {
     "convnet": ConvNet,
     "convnet-bn": functools.partial(ConvNet, norm="batch"),
@@ -51,8 +51,8 @@ def create(
     Raises:
         InputError: an unknown architecture or precision, or something that is no number or image size.
     """
-    if precision not in PRECISIONS:
-        raise unknown("precision", precision, PRECISIONS)
+    if precision not in COMPUTED:
+        raise unknown("precision", precision, COMPUTED)
     check_counts(channels=channels, num_classes=num_classes, width=width)
     if architecture not in ARCHITECTURES:
         raise unknown("architecture", architecture, ARCHITECTURES)

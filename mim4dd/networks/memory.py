@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .blocks import OnePassBlock, one_pass
+from .blocks import OnePassBlock
 from .first_block import fits
 from .network import Network
 from .on_gpu import runs as kernels_run
@@ -35,7 +35,7 @@ def per_image(network: Network, image: tuple[int, ...], *, gradients: bool, tran
     """
     device = next(network.parameters()).device
     dtype = torch.bfloat16 if network.precision == "bf16" else torch.float32
-    fused = one_pass(network) and kernels_run(dtype, device)
+    fused = all(isinstance(b, OnePassBlock) for b in network.blocks) and kernels_run(dtype, device)
     shapes = copy.deepcopy(network).to("meta")
     shapes.precision = "fp32"
     steps = (_blocks if fused else _operators)(shapes, torch.empty(1, *image, device="meta"))

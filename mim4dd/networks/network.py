@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import at_least_float32
 from ..errors import InputError
 from ..sizes import ImageSize, size_of
 from .precision import autocast
@@ -54,7 +55,7 @@ class Network(nn.Module):
             for k, block in enumerate(self.blocks):
                 x = block(x)
                 wanted = x if layers is None or k in layers else nothing_of(x)
-                maps.append(wanted.to(torch.promote_types(x.dtype, torch.float32)))
+                maps.append(at_least_float32(wanted))
         return maps
 
     def embed(self, x: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ kernels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -37,18 +36,9 @@ def runs(dtype: torch.dtype, device: torch.device) -> bool:
     return extension.available() and device.type == "cuda" and kernel_obstacle(dtype, device) is None
 
 
-def _kernels() -> tuple[ModuleType, ModuleType]:
-    from ..kernels import first_block, normalisation  # only where they run, as they import Triton
-
-    return first_block, normalisation
-
-
-def _normalisation(name: str) -> Callable[..., tuple[Tensor, ...]]:
-    return lambda *arguments: getattr(_kernels()[1], name)(*arguments)
-
-
-def _first_block(*arguments: Any) -> tuple[Tensor, ...]:
-    return _kernels()[0].forward(*arguments)
+def _kernel(module: str, name: str) -> Callable[..., tuple[Tensor, ...]]:
+    """Return a function of `mim4dd.kernels`, imported when it is called, as that imports Triton."""
+    return lambda *arguments: getattr(import_module(f"mim4dd.kernels.{module}"), name)(*arguments)
 
 
 def _convolve(x: Tensor, weight: Tensor, turned: bool, groups: int = 1) -> Tensor:
@@ -135,7 +125,8 @@ def _first_block_backward(
     want_x: bool,
     want_taps: bool,
 ) -> tuple[Tensor, ...]:
-    first_block, normalisation = _kernels()
+    from ..kernels import first_block, normalisation
+
     grad_x = grad_taps = x.new_empty(0)
     if want_x:
         convolution = _FirstConvolution(x, taps, padding)
@@ -167,7 +158,8 @@ def _first_block_backward_twice(
     relu: bool,
     pool: int,
 ) -> tuple[Tensor, ...]:
-    _, normalisation = _kernels()
+    from ..kernels import normalisation
+
     convolution = _FirstConvolution(x, taps, padding)
     convolved, rest = convolution(x, taps), (scale, bias, mean, rstd, relu, pool)
     grad_convolved, *_ = normalisation.backward(grad_y, convolved, *rest)
@@ -195,10 +187,10 @@ def _register() -> None:
     for name, call in {
         "convolve": _convolve,
         "convolve_grad_weight": _convolve_grad_weight,
-        "instance_norm": _normalisation("forward"),
-        "instance_norm_backward": _normalisation("backward"),
-        "instance_norm_backward_twice": _normalisation("backward_twice"),
-        "first_block": _first_block,
+        "instance_norm": _kernel("normalisation", "forward"),
+        "instance_norm_backward": _kernel("normalisation", "backward"),
+        "instance_norm_backward_twice": _kernel("normalisation", "backward_twice"),
+        "first_block": _kernel("first_block", "forward"),
         "first_block_backward": _first_block_backward,
         "first_block_backward_twice": _first_block_backward_twice,
     }.items():

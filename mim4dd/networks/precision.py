@@ -13,6 +13,7 @@ from ..errors import InputError, unknown
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+COMPUTED = PRECISIONS[1:]  # what "auto" may stand for
 
 
 def resolve(precision: Precision, device: torch.device) -> Precision:

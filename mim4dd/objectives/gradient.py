@@ -12,7 +12,8 @@ from torch.func import functional_call, grad, vmap
 
 from .. import augment
 from ..dtypes import at_least_float32
-from ..networks import CHUNK, Network, initialise, nothing_of
+from ..networks import CHUNK, Network, initialise
+from ..networks.network import nothing_of
 from ..seeding import generator
 from ..stacked import Stack, augmented_batch
 from ..state import Count, State
@@ -53,12 +54,12 @@ def gradient_distance(
         [at_least_float32(g) for g in grads] for grads in (synthetic_grads, real_grads)
     )
     if metric == "rowwise":
-        pairs = [
-            (s.flatten(1), r.detach().flatten(1))
+        distances = [
+            (1 - _cosine(s.flatten(1), r.detach().flatten(1))).sum()
             for s, r in zip(synthetic_grads, real_grads, strict=True)
             if s.ndim > 1
         ]
-        return _sum([(1 - _cosine(s, r)).sum() for s, r in pairs])
+        return torch.stack(distances).sum() if distances else torch.zeros(())
     synthetic, real = (torch.cat([g.flatten() for g in grads]) for grads in (synthetic_grads, real_grads))
     if metric == "mse":
         return (synthetic - real.detach()).square().sum()
@@ -67,10 +68,6 @@ def gradient_distance(
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1) + EPSILON)
-
-
-def _sum(terms: Sequence[Tensor]) -> Tensor:
-    return torch.stack([*terms]).sum() if terms else torch.zeros(())
 
 
 def loops(ipc: int) -> tuple[int, int]:
@@ -136,7 +133,7 @@ class GradientMatching(Objective):
         real = self.problem.real
         params = self.problem.class_augmentation(self.augmentations)
         index = real.sample(self.problem.real_batch, self.draws)
-        real_labels = _class_labels(real.num_classes, self.problem.real_batch, real.labels.device)
+        real_labels = real.labels[index]
         real_images = real.augmented(index, params, real_labels)
         real_grads, real_maps = self._class_gradients(real_images, real_labels)
         classes = (real.num_classes, -1)
@@ -216,8 +213,3 @@ def _one_by_one(network: nn.Module, images: Tensor, targets: Tensor) -> tuple[li
         [torch.stack(of_weight) for of_weight in zip(*gradients, strict=True)],
         [torch.cat(of_layer).unflatten(0, images.shape[:2]) for of_layer in zip(*maps, strict=True)],
     )
-
-
-def _class_labels(num_classes: int, per_class: int, device: torch.device) -> Tensor:
-    """Labels [num_classes, per_class]: 0, 0, ... 1, 1, ..."""
-    return torch.arange(num_classes, device=device)[:, None].expand(-1, per_class)

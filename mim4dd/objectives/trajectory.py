@@ -18,28 +18,19 @@ from .base import Matched, Objective, Problem
 from .student import Batch, follow, squared_distance
 
 
-def settings(problem: Problem) -> TrajectoryConfig:
-    """Return the problem's settings of trajectory matching.
+def recipe(problem: Problem) -> Recipe:
+    """Return what shapes the experts of a problem.
 
     Raises:
-        ValueError: it has none, or one without a number of starts or steps.
+        ValueError: the problem has no settings of trajectory matching, or no number of starts or steps.
+        InputError: data or a network that cannot be followed.
     """
-    config = problem.trajectory
+    config, network = problem.trajectory, problem.network()
     if config is None or not config.max_start or not config.student_steps:
         raise ValueError(
             "mim4dd.objectives.TrajectoryMatching: Problem(trajectory=TrajectoryConfig(max_start=..., "
             "student_steps=...)) is needed"
         )
-    return config
-
-
-def recipe(problem: Problem) -> Recipe:
-    """Return what shapes the experts of a problem.
-
-    Raises:
-        InputError: data or a network that cannot be followed.
-    """
-    config, network = settings(problem), problem.network()
     if problem.real.num_classes == 1:
         raise InputError("mtt follows networks that learn to tell classes apart, and there is only one class")
     if next(network.buffers(), None) is not None:
@@ -55,9 +46,10 @@ def train_experts(problem: Problem) -> Iterator[tuple[int, int]]:
     Raises:
         InputError: trajectories that end before a match would, or what `recipe` and `open_experts` refuse.
     """
-    made, config = recipe(problem), settings(problem)
+    made = recipe(problem)
+    config = made.config
     if made.path().exists():
-        open_experts(problem, made)  # only to see whether it can be
+        open_experts(made)  # only to see whether it can be
     elif config.expert_snapshots is not None and _last(config) > config.expert_snapshots:
         raise InputError(
             f"--expert-snapshots is {config.expert_snapshots}, but --max-start {config.max_start} "
@@ -71,14 +63,13 @@ def _last(config: TrajectoryConfig) -> int:
     return (config.max_start or 1) - 1 + config.span
 
 
-def open_experts(problem: Problem, made: Recipe) -> Experts:
+def open_experts(made: Recipe) -> Experts:
     """Open the file of a recipe's experts.
 
     Raises:
-        InputError: they do not fit the problem, or their trajectories are too short for it.
+        InputError: they do not fit the recipe, or their trajectories are too short for it.
     """
-    found = Experts(made.path(), made)
-    config = settings(problem)
+    found, config = Experts(made.path(), made), made.config
     if _last(config) > found.num_snapshots:
         raise InputError(
             f"{made.path()} holds {found.num_snapshots} snapshots, but --max-start {config.max_start} with "
@@ -96,9 +87,9 @@ class TrajectoryMatching(Objective):
     def __init__(self, problem: Problem) -> None:
         for _ in train_experts(problem):
             pass
-        self.problem, self.config = problem, settings(problem)
         made = recipe(problem)
-        self.network, self.experts = made.network, open_experts(problem, made)
+        self.problem, self.config = problem, made.config
+        self.network, self.experts = made.network, open_experts(made)
         self.starts = self.config.max_start or 1
         seed, device = problem.seed, problem.real.images.device
         self.matches = generator(seed, "mtt/match")  # on the CPU: they say what to read from a file
@@ -143,7 +134,12 @@ class TrajectoryMatching(Objective):
         batches = [self._batch(index) for index in self._indices(len(images))]
         end = follow(self.network, start, batches, images, targets, self.log_lr.exp())
         distance = squared_distance(end, target) / squared_distance(start, target)
-        return self._with_features(distance, start, images)
+        if not self.problem.layers:
+            return Matched(distance, [], [], self.problem.labels, self.problem.labels)
+        load(self.network, start)
+        per_class = self.problem.real_batch
+        seen = self.problem.siamese(self.network, images, per_class, self.draws, self.augmentations)
+        return Matched(distance, *seen)
 
     def _indices(self, count: int) -> Iterator[Tensor]:
         """Yield the images of every step: each in turn, in a new order every time around."""
@@ -159,11 +155,3 @@ class TrajectoryMatching(Objective):
             self.problem.augmentation, len(index), self.problem.real.image_size, generator=self.training
         )
         return lambda images, targets: (augment.apply(images[index], params), targets[index])
-
-    def _with_features(self, distance: Tensor, weights: Tensor, images: Tensor) -> Matched:
-        problem = self.problem
-        if not problem.layers:
-            return Matched(distance, [], [], problem.labels, problem.labels)
-        load(self.network, weights)
-        seen = problem.siamese(self.network, images, problem.real_batch, self.draws, self.augmentations)
-        return Matched(distance, *seen)
