@@ -9,6 +9,7 @@ import torch
 from mim4dd import augment
 from mim4dd.augment import AugmentParams
 from mim4dd.data import load
+from mim4dd.losses.form import LossForm
 from mim4dd.objectives import Matched, Objective, Problem, TrajectoryConfig
 from mim4dd.seeding import generator as seeded
 from mim4dd.synthetic import SyntheticSet, initialise
@@ -18,6 +19,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 GOLDEN = Path(__file__).parent / "golden"
+FORMS = [
+    LossForm("nce"),
+    LossForm("nce", negatives=3.0, symmetric=True),
+    LossForm("info_nce"),
+    LossForm("info_nce", symmetric=True),
+    LossForm("info_nce_any"),
+    LossForm("info_nce_any", symmetric=True),
+]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -149,22 +158,3 @@ def prepared_match(objective: Objective, images: torch.Tensor, targets: torch.Te
     """What the loop asks of an objective in one update."""
     objective.prepare(images.detach(), targets.detach())
     return objective.match(images, targets)
-
-
-@pytest.fixture(params=["skinny", "narrow", "wide"])
-def path(request, monkeypatch):
-    """Send calls of the fused losses, of any size, through one path, in blocks of at most 64 x 64 pairs."""
-    from mim4dd.kernels import narrow, sides
-
-    from mim4dd import kernels
-
-    monkeypatch.setattr(kernels, "SKINNY_PAIRS", 1 << 62 if request.param == "skinny" else 0)
-    monkeypatch.setattr(narrow, "WIDEST", 128 if request.param == "narrow" else 0)
-    monkeypatch.setattr(sides, "BLOCK", 64)
-    precision = torch.get_float32_matmul_precision()
-    # "highest" float32 does not go through `narrow`; the interpreter's products are exact in either case.
-    torch.set_float32_matmul_precision(
-        "high" if request.param == "narrow" and not torch.cuda.is_available() else precision
-    )
-    yield request.param
-    torch.set_float32_matmul_precision(precision)

@@ -1,23 +1,30 @@
 """Problems for the fused kernels, and the plain formula in float64 to check them by."""
 
+import pytest
 import torch
+from conftest import FORMS
+from mim4dd.kernels import narrow, sides
 
 from mim4dd import kernels
 from mim4dd.losses import reference
-from mim4dd.losses.form import LossForm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FORMS = [
-    LossForm("nce"),
-    LossForm("nce", negatives=3.0, symmetric=True),
-    LossForm("info_nce"),
-    LossForm("info_nce", symmetric=True),
-    LossForm("info_nce_any"),
-    LossForm("info_nce_any", symmetric=True),
-]
 ONE_OF_EACH = FORMS[1], FORMS[2], FORMS[5]
 # Relative errors by dtype; half precision against the formula on the same rounded features.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+@pytest.fixture(params=["skinny", "narrow", "wide"])
+def path(request, monkeypatch):
+    """Send calls of the fused losses, of any size, through one path, in blocks of at most 64 x 64 pairs."""
+    monkeypatch.setattr(kernels, "SKINNY_PAIRS", 1 << 62 if request.param == "skinny" else 0)
+    monkeypatch.setattr(narrow, "WIDEST", 128 if request.param == "narrow" else 0)
+    monkeypatch.setattr(sides, "BLOCK", 64)
+    precision = torch.get_float32_matmul_precision()
+    # "highest" float32 does not go through `narrow`; the interpreter's products are exact in either case.
+    torch.set_float32_matmul_precision("high" if request.param == "narrow" and DEVICE == "cpu" else precision)
+    yield request.param
+    torch.set_float32_matmul_precision(precision)
 
 
 def problem(m, n, widths, dtype=torch.float32, label_dtype=torch.int64, classes=3):

@@ -6,23 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import close, labelled_features
+from conftest import FORMS, close, labelled_features
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import mim4dd
 from mim4dd import losses
 from mim4dd.losses import contrastive, reference
-from mim4dd.losses.form import LossForm
-
-FORMS = [
-    LossForm("nce"),
-    LossForm("nce", negatives=3.0, symmetric=True),
-    LossForm("info_nce"),
-    LossForm("info_nce", symmetric=True),
-    LossForm("info_nce_any"),
-    LossForm("info_nce_any", symmetric=True),
-]
 
 
 def batch(m, n, d, classes=3, seed=0, dtype=torch.float32):

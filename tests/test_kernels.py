@@ -13,10 +13,14 @@ from mim4dd.losses.form import LossForm
 
 pytest.importorskip("triton")
 
+import pairs
+from conftest import FORMS
 from mim4dd.kernels import launch, narrow, skinny
-from pairs import DEVICE, FORMS, ONE_OF_EACH, agree, check, problem
+from pairs import DEVICE, ONE_OF_EACH, agree, check, problem
 
 from mim4dd import kernels
+
+path = pairs.path  # a fixture: were it imported by name, each of its uses would count as a redefinition
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,14 @@ import torch
 
 pytest.importorskip("triton")
 
+import pairs
+from conftest import FORMS
 from mim4dd.kernels import autotune, launch, narrow, wide
-from pairs import FORMS, check, problem
+from pairs import check, problem
 
 from mim4dd import kernels
+
+path = pairs.path  # a fixture
 
 
 @pytest.mark.usefixtures("path")
