@@ -126,7 +126,9 @@ def test_too_few_rows_give_no_estimate():
 
 def test_names_bad_input():
     rows, labels = torch.zeros(3, 4), torch.tensor([0, 1, 2])
-    with pytest.raises(ValueError, match=r"key_labels is \[2\], expected \[3\]"):
+    with pytest.raises(ValueError, match=r"real_labels is \[2\], expected \[3\]"):
         mutual_information_estimate(rows, rows, labels, labels[:2])
+    with pytest.raises(ValueError, match=r"synthetic_features is \[3, 4\] and real_features is \[3, 3\]"):
+        mutual_information_estimate(rows, rows[:, 1:], labels, labels)
     with pytest.raises(ValueError, match="temperature is 0"):
         mutual_information_estimate(rows, rows, labels, labels, temperature=0)

@@ -37,28 +37,37 @@ def check_layers(function: str, anchors: Any, keys: Any) -> None:
         )
 
 
-def check_features(function: str, anchors: Tensor, keys: Tensor) -> None:
+def check_features(
+    function: str, anchors: Tensor, keys: Tensor, *, names: tuple[str, str] = ("anchors", "keys")
+) -> None:
     """Both [rows, width], floating, of one width, on one device."""
-    for name, value in (("anchors", anchors), ("keys", keys)):
+    for name, value in zip(names, (anchors, keys), strict=True):
         check_tensor(function, name, value, FEATURE_DTYPES)
         if value.ndim != 2:
             raise ValueError(f"mim4dd.{function}: {name} is {list(value.shape)}, expected [rows, width]")
     if anchors.shape[1] != keys.shape[1]:
         raise ValueError(
-            f"mim4dd.{function}: features differ in width, anchors is {list(anchors.shape)} and keys is "
-            f"{list(keys.shape)}"
+            f"mim4dd.{function}: features differ in width, {names[0]} is {list(anchors.shape)} and "
+            f"{names[1]} is {list(keys.shape)}"
         )
     if anchors.device != keys.device:
         raise ValueError(
-            f"mim4dd.{function}: anchors is on {anchors.device} and keys on {keys.device}; move one of them"
+            f"mim4dd.{function}: {names[0]} is on {anchors.device} and {names[1]} on {keys.device}; "
+            "move one of them"
         )
 
 
 def check_labels(
-    function: str, anchors: Tensor, keys: Tensor, anchor_labels: Tensor | None, key_labels: Tensor | None
+    function: str,
+    anchors: Tensor,
+    keys: Tensor,
+    anchor_labels: Tensor | None,
+    key_labels: Tensor | None,
+    *,
+    names: tuple[str, str] = ("anchor_labels", "key_labels"),
 ) -> tuple[Tensor, Tensor]:
     """Return the labels: one int32 or int64 for each row, on the device of the features."""
-    for name, labels, rows in (("anchor_labels", anchor_labels, anchors), ("key_labels", key_labels, keys)):
+    for name, labels, rows in zip(names, (anchor_labels, key_labels), (anchors, keys), strict=True):
         if labels is None:
             raise ValueError(f"mim4dd.{function}: {name} is None, expected labels of both sides")
         check_tensor(function, name, labels, LABEL_DTYPES)

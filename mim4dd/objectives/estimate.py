@@ -59,9 +59,10 @@ def mutual_information_estimate(
     """
     function = "mutual_information_estimate"
     synthetic, real = synthetic_features.flatten(1), real_features.flatten(1)
-    check_features(function, synthetic, real)
+    check_features(function, synthetic, real, names=("synthetic_features", "real_features"))
     check_positive(function, temperature=temperature)
-    labels, real_labels = check_labels(function, synthetic, real, synthetic_labels, real_labels)
+    names = "synthetic_labels", "real_labels"
+    labels, real_labels = check_labels(function, synthetic, real, synthetic_labels, real_labels, names=names)
     cosine = (unit_rows(synthetic) @ unit_rows(real).T).double()
     halves = [_Pairs(cosine[:, half], labels, real_labels[half]) for half in _halves(real_labels)]
     if not all(len(half.cosine) for half in halves):
