@@ -327,8 +327,8 @@ def test_data_parallel(path, tmp_path):
         torch.testing.assert_close(actual, model.module.weight.grad, rtol=1e-4, atol=1e-6)
     finally:
         torch.distributed.destroy_process_group()
-        # The group is freed with `model`, and waits, holding the GIL, for gloo's threads, which may need it to
-        # free their last work: let them have it first.
+        # The group is freed with `model`, and waits, holding the GIL, for gloo's threads, which may need it
+        # to free their last work: let them have it first.
         time.sleep(0.2)
 
 
