@@ -25,7 +25,7 @@ from bench import measure
 from mim4dd.losses import reference
 from mim4dd.losses.form import LossForm
 
-SECONDS = 4.0  # for the rounds of a case, at least five of them
+SECONDS = {"cpu": 4.0, "cuda": 1.0}  # for the rounds of a case, at least five of them
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,8 @@ def test_losses(benchmark, case):
         measure.synchronise(case.device)
 
     one_round = sum(measure.seconds(call, case.device) for call in calls.values())
-    benchmark.pedantic(timed, setup=time_the_others, rounds=min(20, max(5, int(SECONDS / one_round))))
+    rounds = min(20, max(5, int(SECONDS[case.device] / one_round)))
+    benchmark.pedantic(timed, setup=time_the_others, rounds=rounds)
     times[ours] = benchmark.stats.stats.data
     medians = {name: statistics.median(measured) for name, measured in times.items()}
     benchmark.extra_info |= {
