@@ -148,7 +148,13 @@ __global__ void __launch_bounds__(kThreads, blocks_of(sizeof(Acc)))
   else write<adjoint, false>(read, out, begin, end, mean);
 }
 
-void check(cudaError_t error) {
+template <typename... Parameters, typename... Arguments>
+void start(void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 
@@ -158,14 +164,9 @@ void launch(const Call& call, Acc* sums, cudaStream_t stream) {
   const bool small = int64_t{1} * pixels * call.channels <= kSmallImage;
   // A small image is one block's, whose second reading comes from the cache.
   const int part = small ? pixels : kPart, parts = (pixels - 1) / part + 1;
-  if (!small) {
-    sums_kernel<adjoint, lanes, more, In, Acc>
-        <<<static_cast<unsigned>(call.batch * kSums), kThreads, 0, stream>>>(call, sums);
-    check(cudaGetLastError());
-  }
-  augment_kernel<adjoint, lanes, more, In, Out, Acc>
-      <<<static_cast<unsigned>(call.batch * parts), kThreads, 0, stream>>>(call, small ? nullptr : sums, part, parts);
-  check(cudaGetLastError());
+  if (small) sums = nullptr;
+  else start(sums_kernel<adjoint, lanes, more, In, Acc>, call.batch * kSums, stream, call, sums);
+  start(augment_kernel<adjoint, lanes, more, In, Out, Acc>, call.batch * parts, stream, call, sums, part, parts);
 }
 
 }  // namespace

@@ -1,0 +1,90 @@
+"""The augmentation's CUDA kernels, compiled for the CPU with a stand-in for CUDA, beside the reference."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from mim4dd import augment, extension
+
+ROOT = Path(__file__).parents[1]
+NAMESPACE = "mim4dd_on_cpu"
+PARTS = augment.DSA.split("_")
+# Of 1, 3, fewer and more than 4 channels; one block and several; sides that are no multiple of anything.
+SHAPES = [(5, 1, 1, 1), (30, 3, 4, 4), (5, 3, 32, 32), (2, 2, 9, 300), (3, 7, 65, 33), (2, 3, 130, 127)]
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+pytestmark = pytest.mark.skipif(not extension.available(), reason="the extension is not built")
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    """The operator whose CPU kernel they are."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no c++ on PATH")
+    library, torch_path = tmp_path_factory.mktemp("kernels") / "kernels.so", Path(torch.__file__).parent
+    options = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-Dmim4dd={NAMESPACE}"]
+    options += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT}/tests/cuda_on_cpu"]
+    options += [f"-I{torch_path}/include", f"-I{torch_path}/include/torch/csrc/api/include"]
+    sources = [ROOT / "tests/cuda_on_cpu/augment.cpp", ROOT / "csrc/augment/ops.cpp"]
+    command = [compiler, *options, *sources, f"-L{torch_path}/lib", "-ltorch_cpu", "-o", library]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    torch.ops.load_library(library)
+    return getattr(torch.ops, NAMESPACE).augment
+
+
+def expected(x, upstream, params, **options):
+    leaf = x.clone().requires_grad_(x.is_floating_point())
+    y = augment.apply(leaf, params, backend="reference", **options)
+    return y.detach(), torch.autograd.grad(y, leaf, upstream)[0] if upstream is not None else None
+
+
+def close(result, wanted, dtype):
+    tolerance = TOLERANCES[dtype] * max(1.0, wanted.abs().max().item())
+    torch.testing.assert_close(result, wanted, atol=tolerance, rtol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("strategy", [*PARTS, augment.DSA])
+def test_images_and_gradients_equal_the_reference(kernels, strategy, shape, dtype, memory_format):
+    params = augment.sample(
+        strategy, shape[0], shape[2:], generator=torch.Generator().manual_seed(0), mode="all"
+    )
+    x, upstream = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x, upstream = (t.to(memory_format=memory_format) for t in (x, upstream))
+    fields = [*params.fields().values()]
+    for wanted, given, adjoint in zip(
+        expected(x, upstream, params), (x, upstream), (False, True), strict=True
+    ):
+        result, again = (kernels(given, fields, None, None, None, True, adjoint) for _ in range(2))
+        close(result, wanted, dtype)
+        assert torch.equal(result, again)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("channels", [1, 3, 6])
+def test_bytes_that_are_normalised_and_rows(kernels, channels, align_corners):
+    random = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (6, channels, 9, 12), dtype=torch.uint8, generator=random)
+    params = augment.sample(augment.DSA, 2, (9, 12), generator=random, mode="all")
+    rows, mean, std = torch.tensor([0, 1, 1, 0, 0, 1]), *torch.rand(2, channels, generator=random) + 0.2
+    options = {"rows": rows, "mean": mean, "std": std, "align_corners": align_corners}
+    result = kernels(x, [*params.fields().values()], rows, mean, std, align_corners, False)
+    close(result, expected(x, None, params, **options)[0], torch.float32)
+
+
+def test_pixels_that_are_sampled_with_no_weight_are_not_read(kernels):
+    """Not even where they are not a number."""
+    x = torch.randn(1, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    x[..., 0, :] = torch.nan
+    params = augment.AugmentParams.identity(1)
+    fields = params.fields() | {"shift_y": torch.tensor([1])}
+    result = kernels(x, [*fields.values()], None, None, None, True, False)
+    assert torch.equal(result[..., :5, :], x[..., 1:, :])
+    assert not result[..., 5, :].any()
