@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 import triton
-from mim4dd.kernels import contrast, first_block, launch, normalisation
+from mim4dd.kernels import contrast, first_block, grad_weight, launch, normalisation
 from mim4dd.kernels.pairs import LOG_SUMS
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -57,6 +57,8 @@ CALLS = {
 MAPS = [(size, pool) for size in (8, 16, 32, 33) for pool in (1, 2)]
 # Channels, side and padding of images with 128 channels out, 32 x 32.
 IMAGES = [(1, 28, 3), (3, 32, 1)]
+# Sides of maps of 3 groups of 128 channels.
+SMALL_MAPS = (7, 8)
 LAYER_SHARED = 65_536  # bytes of shared memory that a kernel of a layer may take
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -162,7 +164,8 @@ def rows(capability: int, precision: str) -> Iterator[dict]:
 
 
 def layer_rows(capability: int, precision: str) -> Iterator[dict]:
-    """Compile the kernels of normalisation for every size of `MAPS`, of the first block for `IMAGES`."""
+    """Compile the kernels of normalisation for every size of `MAPS`, of the first block for `IMAGES`, of the
+    gradient of a weight for `SMALL_MAPS`."""
     for size, pool in MAPS:
         x, out = (torch.zeros(1, 128, side, side, dtype=DTYPES[precision]) for side in (size, size // pool))
         per_image = torch.zeros(1, 128)
@@ -183,20 +186,33 @@ def layer_rows(capability: int, precision: str) -> Iterator[dict]:
             first_block.forward(*block, 1e-5, padding, True, 2)
             first_block.backward(out, *block, per_image, per_image, padding, True, 2)
         yield from _layer_rows("first_block", capability, precision, collected)
+    tile = grad_weight.TILES[precision]
+    for size in SMALL_MAPS:
+        x = torch.zeros(100, 3 * 128, size, size, dtype=DTYPES[precision])
+        rounded = torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "tf32")
+        with rounded, compiled(capability) as collected:
+            grad_weight.grad_weight(x, x, 3)
+        shared = tile.stages * (tile.out + tile.taps * tile.channels) * tile.pixels * x.element_size()
+        yield from _layer_rows("grad_weight", capability, precision, collected, shared)
 
 
-def _layer_rows(module: str, capability: int, precision: str, collected: dict) -> Iterator[dict]:
+def _layer_rows(
+    module: str, capability: int, precision: str, collected: dict, shared: int = LAYER_SHARED
+) -> Iterator[dict]:
     for name, options, kernel in collected.values():
+        tile = [options.get("BLOCK", options.get("BLOCK_P")), options.get("BLOCK_C"), None]
+        if name == "sums_kernel":
+            tile = [options["BLOCK_O"], options["BLOCK_C"], options["BLOCK_P"]]
         yield {
             "kernel": f"{module}_kernels.{name}",
             "sm": capability,
             "precision": precision,
-            "tile": [options.get("BLOCK", options.get("BLOCK_P")), options["BLOCK_C"], None],
+            "tile": tile,
             "loss": None,
             "symmetric": False,
             "warps": kernel.metadata.num_warps,
             "stages": kernel.metadata.num_stages,
-            "shared_estimate": LAYER_SHARED,
+            "shared_estimate": shared,
             **resources(kernel),
         }
 

@@ -1,8 +1,8 @@
 """Triton kernels of the contrastive losses, and of the ConvNet's blocks.
 
 They take tensors and know nothing of distillation. `contrast` is the entry point of the losses; `skinny`,
-`narrow` and `wide` are its implementations, chosen by the number of pairs and of features. `first_block` and
-`normalisation` are what `mim4dd.networks` runs on a GPU.
+`narrow` and `wide` are its implementations, chosen by the number of pairs and of features. `first_block`,
+`normalisation` and `grad_weight` are what `mim4dd.networks` runs on a GPU.
 """
 
 import os

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from .first_block_kernels import backward_kernel, forward_kernel
-from .launch import on_device_of
+from .launch import on_device_of, precision_of_convolutions
 
 
 class Tile(NamedTuple):
@@ -121,7 +121,7 @@ def _call(
         x = x.contiguous()  # offsets within a channel have 32 bits
     rows, channels = taps.shape
     per_group = channels // (x.shape[1] // (rows // 9))
-    precision = _precision(x.dtype)
+    precision = precision_of_convolutions(x.dtype)
     tile = TILES[precision]
     block = min(tile.channels, per_group & -per_group)
     down, across = _map_size(x, padding)
@@ -148,11 +148,3 @@ def _call(
 def _map_size(x: Tensor, padding: int) -> tuple[int, int]:
     """Rows and columns of the convolution's output."""
     return x.shape[2] + 2 * padding - 2, x.shape[3] + 2 * padding - 2
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """How products are formed: float32 as in torch's convolutions."""
-    if dtype != torch.float32:
-        return "half"
-    # Not `allow_tf32`, which raises where a program has set the precision of convolutions alone.
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]

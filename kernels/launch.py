@@ -146,6 +146,14 @@ def precision_of(dtype: torch.dtype) -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def precision_of_convolutions(dtype: torch.dtype) -> str:
+    """The same for convolutions: float32 as in torch's."""
+    if dtype != torch.float32:
+        return "half"
+    # Not `allow_tf32`, which raises where a program has set the precision of convolutions alone.
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+
+
 def dot_precision(precision: str) -> str:
     """The `input_precision` of the products (ignored for half precision operands)."""
     return "ieee" if precision == "ieee" else "tf32"

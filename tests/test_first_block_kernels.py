@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from mim4dd.kernels import first_block
+from mim4dd.kernels import first_block, launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
@@ -234,5 +234,5 @@ def test_runs_are_identical():
 def test_products_are_as_precise_as_torchs_convolutions(monkeypatch):
     for allowed, precision in ((True, "tf32"), (False, "ieee")):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-        assert first_block._precision(torch.float32) == precision
-    assert first_block._precision(torch.bfloat16) == "half"
+        assert launch.precision_of_convolutions(torch.float32) == precision
+    assert launch.precision_of_convolutions(torch.bfloat16) == "half"

@@ -45,7 +45,7 @@ def agree(actual, expected, tolerance=1e-4):
     )
 
 
-@pytest.mark.parametrize("size", [(5, 7), (9, 8)], ids=str)  # products, and the library
+@pytest.mark.parametrize("size", [(5, 7), (9, 8)], ids=str)  # the kernel, and the library
 @pytest.mark.parametrize("groups", [1, 3])
 def test_convolutions_by_groups(groups, size):
     x, grad_y, weight = random((2, 4 * groups, *size), (2, 8 * groups, *size), (8 * groups, 4, 3, 3))

@@ -50,8 +50,12 @@ def _convolve(x: Tensor, weight: Tensor, turned: bool, groups: int = 1) -> Tenso
 
 
 def _convolve_grad_weight(grad_y: Tensor, x: Tensor, groups: int = 1) -> Tensor:
-    if groups > 1 and x.shape[2] * x.shape[3] <= SMALL_MAP:
-        return _grad_weight_by_products(grad_y, x, groups)
+    # Of small maps the library takes one group after the other.
+    small = groups > 1 and x.shape[2] * x.shape[3] <= SMALL_MAP
+    if small and kernel_obstacle(x.dtype, x.device) is None:
+        from ..kernels.grad_weight import grad_weight
+
+        return grad_weight(grad_y, x, groups)
     shape = grad_y.shape[1], x.shape[1] // groups, 3, 3
     weight = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     grad_y, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad_y, x))
@@ -59,13 +63,6 @@ def _convolve_grad_weight(grad_y: Tensor, x: Tensor, groups: int = 1) -> Tensor:
     return torch.ops.aten.convolution_backward(
         grad_y, x, weight, None, one, one, one, False, [0, 0], groups, wanted
     )[1]
-
-
-def _grad_weight_by_products(grad_y: Tensor, x: Tensor, groups: int) -> Tensor:
-    """The same for small maps, of which the library would take one group after the other."""
-    rows = grad_y.movedim(1, 3).unflatten(3, (groups, -1)).flatten(0, 2).permute(1, 2, 0)
-    patches = _windows(x, 1).unflatten(1, (groups, -1)).permute(1, 0, 3, 4, 5, 6, 2).flatten(4).flatten(1, 3)
-    return (rows @ patches).unflatten(2, (3, 3, -1)).flatten(0, 1).movedim(3, 1)
 
 
 def _windows(x: Tensor, padding: int) -> Tensor:
