@@ -46,8 +46,8 @@ def test_no_spills_within_shared_memory_on_tensor_cores(capability):
         for kernel in kernels | only:
             losses = {r["loss"] for r in rows if r["precision"] == precision and r["kernel"] == kernel}
             assert losses in ({None}, {"info_nce", "info_nce_any"}, {"nce", "info_nce", "info_nce_any"})
-    # The first block's tiles are those an H100 was fastest with, although images of colour spill a little; the
-    # tile of a weight's gradient is for products of warp groups, which come with sm_90.
+    # The first block's tiles are those an H100 was fastest with, although images of colour spill a little;
+    # the tile of a weight's gradient is for products of warp groups, which come with sm_90.
     may_spill = {"first_block_kernels": 400, "grad_weight_kernels": 200 if capability < 90 else 0}
     spilled = [row for row in rows if row["spilled"] > may_spill.get(row["kernel"].split(".")[0], 0)]
     assert not spilled
