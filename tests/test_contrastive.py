@@ -9,6 +9,7 @@ import torch
 import torch.multiprocessing as mp
 from conftest import FORMS, close, labelled_features
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import mim4dd
@@ -142,6 +143,21 @@ def test_compiles_without_a_break(engine):
     actual, expected = compiled(a, k, la, lk, temperature), step(a, k, la, lk, temperature)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_the_formula_compiles(form):
+    """In steps that inductor of every torch has: that of 2.11 knows no bool by another dtype."""
+    scales, (a, k, la, lk) = torch.tensor([0.3, 2.0]), batch(6, 9, 8)
+
+    def loss(a, k):
+        return reference.plain(form, scales, la, lk, a, k)
+
+    steps = {node.target for node in make_fx(loss)(a, k).graph.nodes}
+    assert torch.ops.aten.view.dtype not in steps
+    actual, expected = torch.compile(loss, fullgraph=True)(a, k), loss(a, k)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, (a, k)), torch.autograd.grad(expected, (a, k)))
 
 
 def test_compiled_calls_name_bad_input():
