@@ -15,8 +15,9 @@ def size_of(image_size: object) -> Size:
     Raises:
         InputError: it is neither.
     """
-    match [image_size] * 2 if isinstance(image_size, Integral) else image_size:
-        case [Integral() as height, Integral() as width] if min(int(height), int(width)) > 0:
+    # `int` is an Integral too, and sooner recognised.
+    match [image_size] * 2 if isinstance(image_size, int | Integral) else image_size:
+        case [int() | Integral() as height, int() | Integral() as width] if min(int(height), int(width)) > 0:
             return int(height), int(width)
     raise InputError(f"image_size is {image_size!r}, expected (height, width) or one side, in pixels")
 

@@ -63,7 +63,7 @@ def test_what_it_keeps_is_plain_wherever_it_was_first_wanted(backend):
         at_once._kept_table.cache_clear()
         for later in (way, *ways):
             later(size)
-        table = at_once._table(("color", "cutout"), size, torch.device("cpu"))
+        table = at_once._table(uniform, ("color", "cutout"), size, torch.device("cpu"))
         assert type(table) is torch.Tensor
         assert not table.is_inference()
         assert not torch._C._functorch.is_functorch_wrapped_tensor(table)
@@ -71,8 +71,9 @@ def test_what_it_keeps_is_plain_wherever_it_was_first_wanted(backend):
 
 
 def test_it_is_registered_as_torch_wants_it():
-    table = at_once._table((*PARTS,), (28, 28), torch.device("cpu"))
-    torch.library.opcheck(torch.ops.mim4dd.draw, (torch.rand(12, 7), table, 6, 1))
+    uniform = torch.rand(12, 7)
+    table = at_once._table(uniform, (*PARTS,), (28, 28), torch.device("cpu"))
+    torch.library.opcheck(torch.ops.mim4dd.draw, (uniform, table, 6, 1))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._guards import active_fake_mode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import backends, extension
 from ..sizes import Size
@@ -24,6 +24,8 @@ COLUMNS = (*NUMBERS, "flip", "shift_y", "shift_x", "cut_y", "cut_x")
 FIRST_WHOLE = len(NUMBERS)
 FIRST_BOX = COLUMNS.index("cut_y")
 IDENTITY = {"saturation": 1.0, "contrast": 1.0, "scale_x": 1.0, "scale_y": 1.0, "cut_y": -1.0, "cut_x": -1.0}
+
+CPU = torch.device("cpu")
 
 Drawn = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -74,24 +76,24 @@ def from_uniform(
         RuntimeError: `backend="fused"` where the extension is not built.
     """
     if backends.resolve("augment.sample", backend, extension.obstacle(uniform.device)) == "fused":
-        return torch.ops.mim4dd.draw(uniform, _table(parts, size, torch.device("cpu")), len(parts), together)
-    return _reference(uniform, _table(parts, size, uniform.device), len(parts), together)
+        return torch.ops.mim4dd.draw(uniform, _table(uniform, parts, size, CPU), len(parts), together)
+    return _reference(uniform, _table(uniform, parts, size, uniform.device), len(parts), together)
 
 
-def _table(parts: tuple[str, ...], size: Size, device: torch.device) -> Tensor:
+def _table(uniform: Tensor, parts: tuple[str, ...], size: Size, device: torch.device) -> Tensor:
     """Of each column [11, 5]: low, span, from a box's first pixel to its last, part, and value without it.
 
-    Kept, but for where it is traced, and under a mode that would make a fake tensor of it.
+    Kept, but for where it is traced or goes with a fake tensor.
     """
-    if torch.compiler.is_compiling() or active_fake_mode() is not None:
+    if torch.compiler.is_compiling() or type(uniform) is not Tensor:
         return _new_table(parts, size, device)
     return _kept_table(parts, size, device)
 
 
 @functools.cache  # never given up, and made once: recorded steps of the reference read it, and may not copy
 def _kept_table(parts: tuple[str, ...], size: Size, device: torch.device) -> Tensor:
-    # Neither of inference mode nor a wrapper of a torch.func transform, which would outlive it.
-    with torch.inference_mode(False), torch._C._DisableFuncTorch():
+    # Neither of inference mode nor fake nor a wrapper of a torch.func transform, which would outlive it.
+    with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():
         return _new_table(parts, size, device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from ..sizes import Size
@@ -34,7 +35,12 @@ def parts_of(strategy: str) -> list[str]:
     """
     if not isinstance(strategy, str):
         raise ValueError(f"mim4dd.augment: strategy is {strategy!r}, expected some of {DSA}")
-    parts = [] if strategy in ("", "none") else strategy.split("_")
+    return list(_parts(strategy))
+
+
+@functools.cache  # asked for at every draw
+def _parts(strategy: str) -> tuple[str, ...]:
+    parts = () if strategy in ("", "none") else tuple(strategy.split("_"))
     for part in parts:
         if part not in DSA.split("_"):
             raise ValueError(
