@@ -38,8 +38,8 @@ def drawer(request, monkeypatch):
 
 def part_of(params: AugmentParams) -> str:
     """The only part that is not the identity."""
-    identity = vars(AugmentParams.identity(len(params)))
-    changed = {name for name, value in vars(params).items() if not torch.equal(value, identity[name])}
+    identity = AugmentParams.identity(len(params)).fields()
+    changed = {name for name, value in params.fields().items() if not torch.equal(value, identity[name])}
     (part,) = (part for part, fields in CHANGED_BY.items() if fields >= changed > set())
     return part
 
@@ -98,13 +98,15 @@ def reach(side: int) -> int:
 def test_siamese_rows_are_one_row_repeated(generator):
     params = augment.sample(augment.DSA, 5, 16, generator=generator, siamese=True, mode="all")
     assert len(params) == 5
-    for field in vars(params).values():
+    for field in params.fields().values():
         assert (field == field[:1]).all()
 
 
 def test_same_seed_same_parameters():
     first, second, other = (random_params(8, (16, 16), seed) for seed in (1, 1, 2))
-    assert all(torch.equal(a, b) for a, b in zip(vars(first).values(), vars(second).values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.fields().values(), second.fields().values(), strict=True)
+    )
     assert not torch.equal(first.brightness, other.brightness)
 
 
@@ -151,7 +153,9 @@ def test_parameters_are_moved_together(generator):
 def test_no_strategy_is_the_identity(generator, strategy):
     params = augment.sample(strategy, 4, 8, generator=generator)
     identity = AugmentParams.identity(4)
-    assert all(torch.equal(a, b) for a, b in zip(vars(params).values(), vars(identity).values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(params.fields().values(), identity.fields().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("mode", ["single", "each", "all"])

@@ -46,7 +46,19 @@ Kind kind_of(const Tensor& field, size_t i) {
   return Kind::kBool;
 }
 
+// As they are drawn: one tensor with a column for each of Field.
+void set_packed(Call& call, const Tensor& images, const Tensor& packed) {
+  require(packed.dim() == 2 && packed.size(1) == mim4dd::kFields && packed.scalar_type() == ScalarType::Float &&
+              same_device(packed, images),
+          "packed params must be float32 [rows, ", mim4dd::kFields, "] on the device of images");
+  call.num_rows = packed.size(0);
+  const auto* data = static_cast<const float*>(packed.const_data_ptr());
+  for (int64_t field = 0; field < mim4dd::kFields; ++field)
+    call.fields[field] = {data + field * packed.stride(1), packed.stride(0), Kind::kFloat};
+}
+
 void set_fields(Call& call, const Tensor& images, const std::vector<Tensor>& params) {
+  if (params.size() == 1) return set_packed(call, images, params[0]);
   require(params.size() == kNames.size(), "params has ", params.size(), " fields, expected ", kNames.size());
   call.num_rows = params[0].dim() > 0 ? params[0].size(0) : -1;
   Column* column = call.fields;

@@ -8,6 +8,7 @@
 namespace mim4dd {
 
 // What is drawn, in this order: numbers, then whole ones. One more uniform number picks a part of the strategy.
+// Of a cutout's box its first row and column are.
 enum Drawn {
   kDrawnBrightness, kDrawnSaturation, kDrawnContrast, kDrawnScaleX, kDrawnScaleY, kDrawnDegrees, kNumbers,
   kDrawnFlip = kNumbers, kDrawnShiftY, kDrawnShiftX, kDrawnCutY, kDrawnCutX, kDrawn
@@ -27,35 +28,24 @@ struct DrawCall {
   int64_t together;  // so many rows after one another have one part of the strategy; 0: every row has all of them
   int parts;
   Drawing drawings[kDrawn];
-  float* numbers;   // [kNumbers, rows]
-  int64_t* shifts;  // [2, rows]
-  int64_t* cutout;  // [rows, 4]
-  bool* flip;       // [rows]
+  float* params;  // [rows, kFields]
 };
 
 MIM4DD_HOST_DEVICE void draw_row(const DrawCall& call, int64_t row) {
+  constexpr Field fields[kDrawn]{kBrightness, kSaturation, kContrast, kScaleX, kScaleY, kDegrees,
+                                 kFlip,       kShiftY,     kShiftX,   kTop,    kLeft};
   const auto uniform = [&](int what, int64_t at) { return call.uniform[what * call.rows + at]; };
   const bool all = call.together == 0;
   const int part = all ? 0 : static_cast<int>(uniform(kDrawn, row - row % call.together) * call.parts);
   for (int what = 0; what < kDrawn; ++what) {
     const Drawing& of = call.drawings[what];
     const bool drawn = of.part >= 0 && (all || static_cast<int>(of.part) == part);
-    const float value = uniform(what, row) * of.span;
-    if (what < kNumbers) {
-      call.numbers[what * call.rows + row] = drawn ? of.low + value : of.identity;
-      continue;
-    }
-    // The product rounds to less than the span, as numbers below 1 do, so its floor is one of the span's values.
-    const auto whole = static_cast<int64_t>(drawn ? of.low + static_cast<float>(static_cast<int>(value)) : of.identity);
-    if (what == kDrawnFlip) {
-      call.flip[row] = whole != 0;
-    } else if (what <= kDrawnShiftX) {
-      call.shifts[(what - kDrawnShiftY) * call.rows + row] = whole;
-    } else {
-      int64_t* box = call.cutout + 4 * row + 2 * (what - kDrawnCutY);
-      box[0] = whole;
-      box[1] = whole + (drawn ? static_cast<int64_t>(of.extent) : 0);
-    }
+    const float product = uniform(what, row) * of.span;
+    // It rounds to less than the span, as numbers below 1 do, so its floor is one of the span's values.
+    const float step = what < kNumbers ? product : static_cast<float>(static_cast<int>(product));
+    float* param = call.params + row * kFields + fields[what];
+    *param = drawn ? of.low + step : of.identity;
+    if (what >= kDrawnCutY) param[1] = drawn ? *param + of.extent : of.identity;  // the box's other end
   }
 }
 

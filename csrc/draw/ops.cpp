@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <tuple>
 
 #include "../require.h"
 #include "draw.h"
@@ -13,7 +12,6 @@
 namespace {
 
 using mim4dd::kDrawn;
-using mim4dd::kNumbers;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -26,8 +24,7 @@ const float* floats(const Tensor& given, int64_t rows, int64_t columns, const ch
   return static_cast<const float*>(given.const_data_ptr());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> draw(const Tensor& uniform, const Tensor& table, int64_t parts,
-                                                int64_t together) {
+Tensor draw(const Tensor& uniform, const Tensor& table, int64_t parts, int64_t together) {
   constexpr int64_t kWidth = sizeof(mim4dd::Drawing) / sizeof(float);
   mim4dd::DrawCall call{};
   call.rows = uniform.dim() == 2 ? uniform.size(1) : -1;
@@ -38,14 +35,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> draw(const Tensor& uniform, const Ten
   require(parts >= 1 && parts <= kDrawn && together >= 0, "parts must be from 1 to 11, together 0 or more");
   call.parts = static_cast<int>(parts);
   call.together = together;
-  const Tensor numbers = torch::stable::new_empty(uniform, {kNumbers, call.rows});
-  const Tensor shifts = torch::stable::new_empty(uniform, {2, call.rows}, ScalarType::Long);
-  const Tensor cutout = torch::stable::new_empty(uniform, {call.rows, 4}, ScalarType::Long);
-  const Tensor flip = torch::stable::new_empty(uniform, {call.rows}, ScalarType::Bool);
-  call.numbers = static_cast<float*>(numbers.mutable_data_ptr());
-  call.shifts = static_cast<int64_t*>(shifts.mutable_data_ptr());
-  call.cutout = static_cast<int64_t*>(cutout.mutable_data_ptr());
-  call.flip = static_cast<bool*>(flip.mutable_data_ptr());
+  Tensor params = torch::stable::new_empty(uniform, {call.rows, mim4dd::kFields});
+  call.params = static_cast<float*>(params.mutable_data_ptr());
 #ifdef MIM4DD_CUDA
   if (call.rows > 0) {
     const torch::stable::accelerator::DeviceGuard guard(uniform.get_device_index());
@@ -56,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> draw(const Tensor& uniform, const Ten
 #else
   for (int64_t row = 0; row < call.rows; ++row) mim4dd::draw_row(call, row);
 #endif
-  return {numbers, shifts, cutout, flip};
+  return params;
 }
 
 }  // namespace
@@ -68,9 +59,7 @@ STABLE_TORCH_LIBRARY_IMPL(mim4dd, CUDA, m) { m.impl("draw", TORCH_BOX(&draw)); }
 #else
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mim4dd, m) {
-  m.def(
-      "draw(Tensor uniform, Tensor table, int parts, int together) "
-      "-> (Tensor numbers, Tensor shifts, Tensor cutout, Tensor flip)");
+  m.def("draw(Tensor uniform, Tensor table, int parts, int together) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mim4dd, CPU, m) { m.impl("draw", TORCH_BOX(&draw)); }

@@ -70,7 +70,7 @@ def apply(
     if not fused:
         return reference.augment(images, params, rows, mean, std, align_corners)
     try:
-        return op.augment(images, list(params.fields().values()), rows, mean, std, align_corners)
+        return op.augment(images, list(params.stored().values()), rows, mean, std, align_corners)
     except ValueError:  # the op checks for itself, and faster, but says less
         checks.check(images, params, rows, mean, std)
         raise

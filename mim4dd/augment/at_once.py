@@ -22,12 +22,9 @@ from .strategy import Range, box_of, ranges
 NUMBERS = ("brightness", "saturation", "contrast", "scale_x", "scale_y", "degrees")
 COLUMNS = (*NUMBERS, "flip", "shift_y", "shift_x", "cut_y", "cut_x")
 FIRST_WHOLE = len(NUMBERS)
-FIRST_BOX = COLUMNS.index("cut_y")
 IDENTITY = {"saturation": 1.0, "contrast": 1.0, "scale_x": 1.0, "scale_y": 1.0, "cut_y": -1.0, "cut_x": -1.0}
 
 CPU = torch.device("cpu")
-
-Drawn = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def draw(
@@ -39,26 +36,12 @@ def draw(
     blocks = [torch.rand(shape, generator=r, dtype=torch.float32, device=device) for r in generators]
     uniform = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
     together = {"single": batch, "each": 1, "all": 0}[mode]
-    numbers, shifts, cutout, flip = from_uniform(uniform, parts, size, together)
-    brightness, saturation, contrast, scale_x, scale_y, degrees = numbers.unbind()
-    shift_y, shift_x = shifts.unbind()
-    return AugmentParams(
-        brightness=brightness,
-        saturation=saturation,
-        contrast=contrast,
-        shift_y=shift_y,
-        shift_x=shift_x,
-        cutout=cutout,
-        flip=flip,
-        scale_x=scale_x,
-        scale_y=scale_y,
-        degrees=degrees,
-    )
+    return AugmentParams.of_packed(from_uniform(uniform, parts, size, together))
 
 
 def from_uniform(
     uniform: Tensor, parts: tuple[str, ...], size: Size, together: int, *, backend: str | None = None
-) -> Drawn:
+) -> Tensor:
     """Return what uniform numbers become.
 
     Args:
@@ -69,8 +52,7 @@ def from_uniform(
         backend: see `augment.apply`.
 
     Returns:
-        float32 [6, rows], the NUMBERS; int64 [2, rows], the shifts; int64 [rows, 4], the boxes of cutout; and
-        bool [rows], the flips.
+        float32 [rows, 13], what `AugmentParams.of_packed` takes.
 
     Raises:
         RuntimeError: `backend="fused"` where the extension is not built.
@@ -108,7 +90,7 @@ def _new_table(parts: tuple[str, ...], size: Size, device: torch.device) -> Tens
     return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
-def _reference(uniform: Tensor, table: Tensor, parts: int, together: int) -> Drawn:
+def _reference(uniform: Tensor, table: Tensor, parts: int, together: int) -> Tensor:
     low, span, extent, part, identity = table.t()[:, :, None]
     *_, choice = uniform
     values = uniform[:-1] * span
@@ -119,21 +101,16 @@ def _reference(uniform: Tensor, table: Tensor, parts: int, together: int) -> Dra
         chosen = (choice[::together] * parts).floor().repeat_interleave(together)
         drawn = part == chosen
     values = torch.where(drawn, values, identity)
-    ends = torch.where(drawn, values + extent, identity)
-    whole = values[FIRST_WHOLE:].long()
-    box = torch.stack([values[FIRST_BOX:], ends[FIRST_BOX:]], 2).permute(1, 0, 2).flatten(1).long()
-    return values[:FIRST_WHOLE], whole[1:3], box, whole[0].bool()
+    *_, bottom, right = torch.where(drawn, values + extent, identity)
+    brightness, saturation, contrast, scale_x, scale_y, degrees, flip, shift_y, shift_x, top, left = values
+    box = (top, bottom, left, right)
+    fields = (brightness, saturation, contrast, shift_y, shift_x, *box, flip, scale_x, scale_y, degrees)
+    return torch.stack(fields, 1)
 
 
 def _register() -> None:
-    def fake(uniform: Tensor, table: Tensor, parts: int, together: int) -> Drawn:
-        rows = uniform.shape[1]
-        return (
-            uniform.new_empty(len(NUMBERS), rows),
-            uniform.new_empty(2, rows, dtype=torch.int64),
-            uniform.new_empty(rows, 4, dtype=torch.int64),
-            uniform.new_empty(rows, dtype=torch.bool),
-        )
+    def fake(uniform: Tensor, table: Tensor, parts: int, together: int) -> Tensor:
+        return uniform.new_empty(uniform.shape[1], len(COLUMNS) + 2)  # a box has two ends
 
     torch.library.register_fake("mim4dd::draw", fake)
 

@@ -15,7 +15,6 @@ _ROW_DTYPES = (torch.uint8, torch.int8, torch.int16, *_INTEGERS)
 _MAX_SIDE = 16384  # kMaxSide of csrc/augment/augment.h
 
 _OPTIONAL = ("rows", "mean", "std")
-_NAMES = (*(f"params.{name}" for name in AugmentParams.__dataclass_fields__), *_OPTIONAL)
 
 Prepared = tuple[AugmentParams, Tensor | None, Tensor | None, Tensor | None]
 
@@ -35,15 +34,16 @@ def prepare(
     grad = torch.is_grad_enabled()
     saved = grad and images.requires_grad and not torch.compiler.is_compiling()
     copied = False
-    for name, value in zip(_NAMES, (*params.fields().values(), rows, mean, std), strict=True):
-        if isinstance(value, Tensor):
-            if grad and value.requires_grad:
-                raise _error(f"{name} requires a gradient, which augment.apply does not give; detach it")
-            copied = copied or (saved and value.is_inference())
-        elif value is not None or name not in _OPTIONAL:
-            raise _error(f"{name} is {_kind(value)}, expected a tensor")
+    for name, value in (*params.stored().items(), ("rows", rows), ("mean", mean), ("std", std)):
+        if value is None and name in _OPTIONAL:
+            continue
+        if not isinstance(value, Tensor):
+            raise _error(f"{_named(name)} is {_kind(value)}, expected a tensor")
+        if grad and value.requires_grad:
+            raise _error(f"{_named(name)} requires a gradient, which augment.apply does not give; detach it")
+        copied = copied or (saved and value.is_inference())
     if copied:  # autograd refuses to save what was made in inference mode
-        params = params.map(torch.clone)
+        params = params.map_rows(torch.clone)
         rows, mean, std = (value if value is None else value.clone() for value in (rows, mean, std))
     if rows is not None and rows.dtype in _ROW_DTYPES:
         rows = rows.long()
@@ -102,6 +102,10 @@ def check_values(params: AugmentParams, rows: Tensor | None) -> None:
         low, high = (int(bound) for bound in rows.aminmax())
         if low < 0 or high >= len(params):
             raise _error(f"rows holds {low} to {high}, expected 0 to {len(params) - 1}")
+
+
+def _named(name: str) -> str:
+    return name if name in _OPTIONAL else f"params.{name}"
 
 
 def _kind(value: object) -> str:

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+# The dtype of each field and where it lies in a row of packed parameters.
+_FIELDS: dict[str, tuple[torch.dtype, int | slice]] = {
+    "brightness": (torch.float32, 0),
+    "saturation": (torch.float32, 1),
+    "contrast": (torch.float32, 2),
+    "shift_y": (torch.int64, 3),
+    "shift_x": (torch.int64, 4),
+    "cutout": (torch.int64, slice(5, 9)),
+    "flip": (torch.bool, 9),
+    "scale_x": (torch.float32, 10),
+    "scale_y": (torch.float32, 11),
+    "degrees": (torch.float32, 12),
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,23 @@ class AugmentParams:
     scale_y: Tensor
     degrees: Tensor
 
+    # All fields in one, float32 [B, 13], where they were drawn together: the compiled op takes it as it is, and
+    # a field is made when it is asked for. On a GPU it is the host that takes the time, for each tensor anew.
+    _packed: ClassVar[Tensor | None] = None
+
+    @classmethod
+    def of_packed(cls, packed: Tensor) -> AugmentParams:
+        """Return the parameters whose fields are the columns of float32 [B, 13], cutout's four."""
+        params = object.__new__(cls)
+        object.__setattr__(params, "_packed", packed)
+        return params
+
+    def __getattr__(self, name: str) -> Tensor:
+        if self._packed is None or name not in _FIELDS:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        dtype, where = _FIELDS[name]
+        return self._packed[..., where].to(dtype).contiguous()
+
     @classmethod
     def identity(cls, batch: int, *, device: torch.device | str = "cpu") -> AugmentParams:
         """Return the parameters of `batch` images that leave them as they are."""
@@ -63,16 +95,24 @@ class AugmentParams:
 
     def __getitem__(self, rows: Tensor) -> AugmentParams:
         """Return the parameters at the given rows: `params[labels]` spreads one row per class over images."""
-        return self.map(lambda field: field[rows])
+        return self.map_rows(lambda field: field[rows])
 
     def fields(self) -> dict[str, Tensor]:
-        """Return the tensors by name, in the order of the compiled op."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        """Return the tensors by name."""
+        return {name: getattr(self, name) for name in _FIELDS}
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return by name what the compiled op takes: the fields in their order, or all in one."""
+        return self.fields() if self._packed is None else {"packed": self._packed}
 
     def to(self, device: torch.device | str) -> AugmentParams:
         """Return the parameters on a device."""
-        return self.map(lambda field: field.to(device))
+        return self.map_rows(lambda field: field.to(device))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> AugmentParams:
         """Return the parameters with a function applied to every tensor."""
         return AugmentParams(**{name: function(field) for name, field in self.fields().items()})
+
+    def map_rows(self, function: Callable[[Tensor], Tensor]) -> AugmentParams:
+        """Do as `map` does with a function that picks, repeats or moves rows and leaves numbers as they are."""
+        return self.map(function) if self._packed is None else self.of_packed(function(self._packed))

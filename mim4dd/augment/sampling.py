@@ -39,7 +39,7 @@ def sample(
     """
     params = sample_each(strategy, 1 if siamese else batch, image_size, generators=[generator], mode=mode)
     if siamese:
-        params = params.map(lambda field: field.expand(batch, *field.shape[1:]))
+        params = params.map_rows(lambda field: field.expand(batch, *field.shape[1:]))
     return params
 
 
