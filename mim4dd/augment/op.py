@@ -50,7 +50,7 @@ class _TransformableNode(_Node):
     """The same in the form that torch.func asks for; a small call takes nearly twice as long."""
 
     @staticmethod
-    def forward(images: Tensor, others: tuple) -> Tensor:
+    def forward(images: Tensor, others: tuple) -> Tensor:  # type: ignore[override]
         return torch.ops.mim4dd.augment_no_grad(images, *others)
 
     @staticmethod
