@@ -40,7 +40,11 @@ MIM4DD_HOST_DEVICE void draw_row(const DrawCall& call, int64_t row) {
   for (int what = 0; what < kDrawn; ++what) {
     const Drawing& of = call.drawings[what];
     const bool drawn = of.part >= 0 && (all || static_cast<int>(of.part) == part);
+#ifdef __CUDA_ARCH__
+    const float product = __fmul_rn(uniform(what, row), of.span);  // rounded before it is added to, as on a CPU
+#else
     const float product = uniform(what, row) * of.span;
+#endif
     // It rounds to less than the span, as numbers below 1 do, so its floor is one of the span's values.
     const float step = what < kNumbers ? product : static_cast<float>(static_cast<int>(product));
     float* param = call.params + row * kFields + fields[what];
