@@ -113,10 +113,20 @@ mim4dd::Strides strides_of(const Tensor& images) {
 // Like the images, channels_last included, but floating.
 Tensor empty_like(const Tensor& images, ScalarType dtype) {
   using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  if (images.is_contiguous()) {  // as mostly, and without looking for an operator by its name
+    int32_t device = 0;
+    AtenTensorHandle made = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(images.get(), &device));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(images.dim(), images.sizes().data(), images.strides().data(),
+                                                    to<int32_t>(from(dtype)), device, images.get_device_index(),
+                                                    &made));
+    return Tensor(made);
+  }
   std::array<StableIValue, 6> stack{from(images),       from(std::optional(dtype)), from(std::nullopt),
                                     from(std::nullopt), from(std::nullopt),         from(std::nullopt)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return to<Tensor>(stack[0]);
 }
 
 Tensor augment(const Tensor& images, const std::vector<Tensor>& params, const std::optional<Tensor>& rows,

@@ -58,7 +58,7 @@ def from_uniform(
         RuntimeError: `backend="fused"` where the extension is not built.
     """
     if backends.resolve("augment.sample", backend, extension.obstacle(uniform.device)) == "fused":
-        return torch.ops.mim4dd.draw(uniform, _table(uniform, parts, size, CPU), len(parts), together)
+        return _draw(uniform, _table(uniform, parts, size, CPU), len(parts), together)
     return _reference(uniform, _table(uniform, parts, size, uniform.device), len(parts), together)
 
 
@@ -117,3 +117,4 @@ def _register() -> None:
 
 if extension.available():
     _register()
+    _draw = torch.ops.mim4dd.draw.default  # found once: that takes as long as much else

@@ -38,12 +38,12 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, images: Tensor, others: tuple) -> Tensor:
         _save(ctx, others)
-        return torch.ops.mim4dd.augment_no_grad(images, *others)
+        return _no_grad(images, *others)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         twice = torch.is_grad_enabled()  # create_graph: the gradient has a gradient
-        return _gradient(ctx, gradient, _with_gradient if twice else torch.ops.mim4dd.augment_no_grad), None
+        return _gradient(ctx, gradient, _with_gradient if twice else _no_grad), None
 
 
 class _TransformableNode(_Node):
@@ -51,7 +51,7 @@ class _TransformableNode(_Node):
 
     @staticmethod
     def forward(images: Tensor, others: tuple) -> Tensor:  # type: ignore[override]
-        return torch.ops.mim4dd.augment_no_grad(images, *others)
+        return _no_grad(images, *others)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -96,3 +96,4 @@ def _register() -> None:
 
 if extension.available():
     _register()
+    _no_grad = torch.ops.mim4dd.augment_no_grad.default  # found once: that takes as long as much else
