@@ -34,6 +34,8 @@ def augmentation() -> int:
         params += [draw(rows, INTEGERS, torch.int64) for _ in range(2)]
         params += [draw(rows, INTEGERS, torch.int64, 4), draw(rows, [0, 1], torch.bool)]
         params += [draw(rows, floats, wide) for _ in range(3)]
+        if random.random() < 0.2:  # as they are drawn together
+            params = [draw(rows, floats, torch.float32, 13)]
         index = torch.randint(-1 if random.random() < 0.1 else 0, rows, (batch,))
         dtype = random.choice(DTYPES)
         shape = (batch, random.choice([1, 3, 5]), random.randint(1, 19), random.randint(1, 19))

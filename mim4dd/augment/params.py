@@ -54,8 +54,8 @@ class AugmentParams:
     scale_y: Tensor
     degrees: Tensor
 
-    # All fields in one, float32 [B, 13], where they were drawn together: the compiled op takes it as it is, and
-    # a field is made when it is asked for. On a GPU it is the host that takes the time, for each tensor anew.
+    # All fields in one, float32 [B, 13], where they were drawn together: the compiled op takes it as it is,
+    # and a field is made when it is asked for. On a GPU the host takes the time, for each tensor anew.
     _packed: ClassVar[Tensor | None] = None
 
     @classmethod
@@ -114,5 +114,5 @@ class AugmentParams:
         return AugmentParams(**{name: function(field) for name, field in self.fields().items()})
 
     def map_rows(self, function: Callable[[Tensor], Tensor]) -> AugmentParams:
-        """Do as `map` does with a function that picks, repeats or moves rows and leaves numbers as they are."""
+        """Do as `map` with a function that picks, repeats or moves rows and leaves the numbers as they are."""
         return self.map(function) if self._packed is None else self.of_packed(function(self._packed))
