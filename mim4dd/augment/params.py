@@ -28,7 +28,8 @@ _FIELDS: dict[str, tuple[torch.dtype, int | slice]] = {
 class AugmentParams:
     """One row per image; every tensor has length B. The identity values change nothing.
 
-    Fields may share memory, so make others by `dataclasses.replace` rather than write into them.
+    Fields may share memory or be made when asked for, so make others by `dataclasses.replace` rather than write
+    into them.
 
     Attributes:
         brightness: float [B], added.
@@ -114,5 +115,5 @@ class AugmentParams:
         return AugmentParams(**{name: function(field) for name, field in self.fields().items()})
 
     def map_rows(self, function: Callable[[Tensor], Tensor]) -> AugmentParams:
-        """Do as `map` with a function that picks, repeats or moves rows and leaves the numbers as they are."""
+        """Do as `map` with a function that picks, repeats or moves rows and leaves numbers as they are."""
         return self.map(function) if self._packed is None else self.of_packed(function(self._packed))
