@@ -23,6 +23,11 @@ AT_ONCE = {"cpu": 1, "cuda": 10}
 
 # Where an update is one kernel, whose learning rate is a tensor: a recorded step reads it anew.
 FUSED = {"cuda"}
+PIECES = 48  # of the weights, for that kernel: as many as one launch takes, each for blocks of its own
+
+# Where the images of a single batch come in a drawn order as well. It changes nothing, but without it a CPU
+# would draw other augmentations than it always has.
+ORDERED = {"cpu"}
 
 # Takes which images, int64 [K, b], their augmentation, and whatever the step was given beside them; returns
 # the images [K, b, C, H, W] and their targets [K, b, ...].
@@ -75,6 +80,10 @@ class Stack:
 
     def epoch(self, count: int, batch: int) -> Iterator[Tensor]:
         """Yield batches int64 [K, b] that go through `count` images once, for each network in its order."""
+        device = self.weights.device
+        if count <= batch and device.type not in ORDERED:
+            yield torch.arange(count, device=device).expand(len(self.random), count)
+            return
         orders = [torch.randperm(count, generator=r, device=r.device) for r in self.random]
         yield from torch.stack(orders).split(batch, 1)
 
@@ -83,7 +92,7 @@ class Stack:
         device = self.weights.device
         fused = device.type in FUSED
         return torch.optim.SGD(
-            [self.weights],
+            _pieces(self.weights) if fused else [self.weights],
             lr=torch.full((), lr, dtype=torch.float32, device=device) if fused else lr,
             momentum=momentum,
             weight_decay=weight_decay,
@@ -101,10 +110,13 @@ class Stack:
             augmentation: strategy string, see `augment.sample`; drawn for each network by itself.
             size: (height, width) of the images.
         """
+        pieces = optimizer.param_groups[0]["params"]
 
         def step(index: Tensor, *data: Tensor) -> None:
             params = augment.sample_each(augmentation, index.shape[1], size, generators=self.random)
-            self.weights.grad = self._gradient(*batch(index, params, *data))
+            gradient = self._gradient(*batch(index, params, *data))
+            for piece, grad in zip(pieces, gradient.split([len(piece) for piece in pieces]), strict=True):
+                piece.grad = grad
             optimizer.step()
 
         return replayed(step, self.random, self.random[0].device)
@@ -136,6 +148,12 @@ class Stack:
         for weights in self.rows():
             flat.load(self.network, weights)
             yield self.network
+
+
+def _pieces(weights: Tensor) -> Sequence[Tensor]:
+    """Cut a vector into about `PIECES` views, each aligned for wide loads."""
+    size = -(-len(weights) // PIECES)
+    return weights.split(size + -size % 1024)
 
 
 def set_lr(optimizer: torch.optim.SGD, lr: float) -> None:

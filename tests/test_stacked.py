@@ -108,6 +108,35 @@ def test_a_stack_of_a_network_trains_that_network():
     assert torch.equal(flatten(network.parameters()), stack.weights)
 
 
+@pytest.mark.parametrize(("count", "pieces"), [(318, 1), (317_706, 45), (1_588_530, 48), (3_177_060, 48)])
+def test_an_update_is_cut_into_aligned_pieces_of_the_weights(count, pieces, monkeypatch):
+    """On a GPU, of which a whole vector would keep a few processors busy only."""
+    monkeypatch.setattr(stacked, "FUSED", {"cpu"})
+    weights = torch.zeros(count)
+    optimizer = Stack(networks.create("mlp", 1, 10, (8, 8)), weights, [generator(0, "")]).sgd(0.1)
+    (group,) = optimizer.param_groups
+    assert len(group["params"]) == pieces
+    assert all(piece.storage_offset() * 4 % 16 == 0 for piece in group["params"])
+    for piece in group["params"]:
+        piece.grad = torch.ones(len(piece))
+    optimizer.step()
+    assert torch.equal(weights, torch.full((count,), -0.1))
+
+
+def test_the_order_of_a_single_batch_is_drawn_on_a_cpu_only(monkeypatch):
+    """Where the draws of published runs are to stay."""
+    random, same = (generator(0, "order") for _ in range(2))
+    stack = Stack(networks.create("mlp", 1, 10, (8, 8)), torch.zeros(2), [random, random])
+    drawn = [torch.randperm(10, generator=same) for _ in range(4)]
+    (batch,) = stack.epoch(10, 10)
+    assert torch.equal(batch, torch.stack(drawn[:2]))
+    monkeypatch.setattr(stacked, "ORDERED", set())
+    (batch,) = stack.epoch(10, 12)
+    assert torch.equal(batch, torch.arange(10).repeat(2, 1))
+    first, second = stack.epoch(10, 6)
+    assert torch.equal(torch.cat([first, second], 1), torch.stack(drawn[2:])), "of several it is"
+
+
 def test_each_weight_of_a_stack_is_one_tensor():
     network = networks.create("convnet", 1, 10, (8, 8), width=8)
     random = generator(0, "weights")
