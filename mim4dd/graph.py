@@ -11,7 +11,10 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-WARM_UP = 3  # calls of a step as it is: by then libraries, kernels and optimisers have what they keep
+# Calls of a step as it is. The first leaves all that lasts: compiled kernels, the convolutions' plans, the
+# libraries' workspaces for the stream of the recording, momenta, calibrated noise ratios. The second is as
+# all that follow, so it is the one to record.
+WARM_UP = 1
 
 Result = TypeVar("Result")
 
@@ -19,11 +22,11 @@ Result = TypeVar("Result")
 def replayed(
     step: Callable[..., Result], generators: Sequence[torch.Generator], device: torch.device
 ) -> Callable[..., Result]:
-    """Return `step`, which on a GPU is recorded after a few calls and replayed from then on.
+    """Return `step`, which on a GPU is recorded at its second call and replayed from then on.
 
     A replay launches the same kernels on the same memory. So the step must do the same work at every call,
     read nothing on the host, and keep in place what lasts; what changes from outside are its arguments. What
-    it returns is overwritten by the next call. Every call counts: the first ones run as they are, and the
+    it returns is overwritten by the next call. Every call counts: the first one runs as it is, and the
     random draws go on where they were, so that nothing but the time differs.
 
     Args:
