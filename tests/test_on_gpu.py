@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mim4dd import extension, networks
 from mim4dd.networks import batching, convolution
@@ -59,6 +60,53 @@ def test_convolutions_by_groups(groups, size):
         found = on_gpu._convolve_grad_weight(grad_y.to(dtype), x.to(dtype), groups)
         assert found.dtype == dtype
         agree(found, grad_weight)
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators that write, as (name, tensors given, tensor made)."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.called.append((func.overloadpacket.__name__, args, result))
+        return result
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_weight_is_turned_by_one_launch(groups):
+    (weight,) = random((8 * groups, 4, 3, 3))
+    weight = weight.to(memory_format=torch.channels_last)
+    with Operators() as operators:
+        turned = on_gpu._turned(weight, groups)
+    assert [name for name, *_ in operators.called if name != "_unsafe_view"] == ["stack"]
+    assert turned.is_contiguous(memory_format=torch.channels_last)
+    own = [part.transpose(0, 1).flip(2, 3) for part in weight.chunk(groups)]
+    assert torch.equal(turned, torch.cat(own))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_products_of_the_first_block_have_aligned_rows(groups):
+    """Of multiples of 8 numbers, or in bfloat16 the library takes slow kernels."""
+    x, taps, scale, bias, grad_y, grad_grad_taps = random(
+        (2, groups, 8, 8), (9, 32 * groups), (32 * groups,), (32 * groups,), (2, 32 * groups, 4, 4),
+        (32 * groups, 9),
+    )  # fmt: skip
+    x, grad_y = x.bfloat16(), grad_y.bfloat16()
+    _, *moments = first_block_kernels.forward(x, taps, scale, bias, EPS, 1, True, 2)
+    given = (grad_y, x, taps, scale, bias, *moments, 1, True, 2)
+    with Operators() as operators:
+        on_gpu._first_block_backward(*given, True, True)
+        on_gpu._first_block_backward_twice(x, grad_grad_taps.t(), scale, bias, *given)
+    products = [(*given, made) for name, given, made in operators.called if name == "bmm"]
+    assert len(products) == 2 + 7
+    for tensors in products:
+        for strides in (sorted(tensor.stride()[1:]) for tensor in tensors):
+            assert strides[0] == 1
+            assert strides[1] % 8 == 0
 
 
 @pytest.mark.parametrize("used", [True, False])

@@ -43,10 +43,15 @@ def _kernel(module: str, name: str) -> Callable[..., tuple[Tensor, ...]]:
 
 def _convolve(x: Tensor, weight: Tensor, turned: bool, groups: int = 1) -> Tensor:
     """Return y of x, or if `turned`, grad_x of grad_y: a convolution with the weight turned round."""
-    if turned:
-        weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
-    weight = weight.contiguous(memory_format=torch.channels_last)
+    weight = _turned(weight, groups) if turned else weight.contiguous(memory_format=torch.channels_last)
     return F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, padding=1, groups=groups)
+
+
+def _turned(weight: Tensor, groups: int) -> Tensor:
+    """Return the weight turned round, inputs for outputs, with channels last: by one launch."""
+    taps = weight.unflatten(0, (groups, -1)).flatten(3).unbind(3)
+    turned = torch.stack([tap.transpose(1, 2) for tap in reversed(taps)], 2)
+    return turned.flatten(0, 1).unflatten(1, weight.shape[2:]).movedim(3, 1)
 
 
 def _convolve_grad_weight(grad_y: Tensor, x: Tensor, groups: int = 1) -> Tensor:
@@ -73,7 +78,8 @@ def _windows(x: Tensor, padding: int) -> Tensor:
 class _FirstConvolution:
     """The first block's convolution, by products with the patches of images x [B, G * I, H, W] in G groups.
 
-    Its output y is [B, O, h, w] with channels last, its weight is the taps [9 * I, O].
+    Its output y is [B, O, h, w] with channels last, its weight is the taps [9 * I, O]. Products are of rows
+    of h * w or O / G numbers: for 9 * I, no multiple of 8, the library has slow kernels in bfloat16.
     """
 
     def __init__(self, x: Tensor, taps: Tensor, padding: int) -> None:
@@ -81,23 +87,25 @@ class _FirstConvolution:
         self.map_size = tuple(side + 2 * padding - 2 for side in self.size)
         self.groups = 9 * x.shape[1] // len(taps)
 
-    def __call__(self, x: Tensor, taps: Tensor) -> Tensor:
-        rows = self._patches(x).mT @ self._grouped(taps, x)
-        return rows.transpose(1, 2).flatten(2).unflatten(1, self.map_size).movedim(3, 1)
-
-    def grad_x(self, grad_y: Tensor, taps: Tensor) -> Tensor:
-        patches = (self._rows(grad_y) @ self._grouped(taps, grad_y).mT).mT
-        return F.fold(patches.flatten(1, 2), self.size, 3, padding=self.padding)
-
-    def grad_taps(self, grad_y: Tensor, x: Tensor) -> Tensor:
-        """Return float32 [B, 9 * I, O], image by image."""
-        products = self._patches(x) @ self._rows(grad_y)
-        return products.transpose(1, 2).flatten(2).float()
-
-    def _patches(self, x: Tensor) -> Tensor:
+    def patches(self, x: Tensor) -> Tensor:
         """Return [B, G, 9 * I, h * w], without `F.unfold`, which launches a kernel for every image."""
         windows = _windows(x, self.padding)
         return windows.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3).unflatten(1, (self.groups, -1))
+
+    def __call__(self, patches: Tensor, taps: Tensor) -> Tensor:
+        rows = patches.mT @ self._grouped(taps, patches)
+        return rows.transpose(1, 2).flatten(2).unflatten(1, self.map_size).movedim(3, 1)
+
+    def grad_patches(self, grad_y: Tensor, taps: Tensor) -> Tensor:
+        return self._grouped(taps, grad_y) @ self._rows(grad_y).mT
+
+    def grad_x(self, grad_patches: Tensor) -> Tensor:
+        return F.fold(grad_patches.flatten(1, 2), self.size, 3, padding=self.padding)
+
+    def grad_taps(self, grad_y: Tensor, patches: Tensor) -> Tensor:
+        """Return float32 [B, 9 * I, O], image by image."""
+        products = patches @ self._rows(grad_y)
+        return products.transpose(1, 2).flatten(2).float()
 
     def _rows(self, y: Tensor) -> Tensor:
         """Return a map as [B, G, h * w, O / G]."""
@@ -105,7 +113,8 @@ class _FirstConvolution:
 
     def _grouped(self, taps: Tensor, like: Tensor) -> Tensor:
         """Return taps as [G, 9 * I, O / G]."""
-        return taps.to(like.dtype).unflatten(1, (self.groups, -1)).transpose(0, 1)
+        taps = taps.to(like.dtype, memory_format=torch.contiguous_format)
+        return taps.unflatten(1, (self.groups, -1)).transpose(0, 1)
 
 
 def _first_block_backward(
@@ -127,11 +136,11 @@ def _first_block_backward(
     grad_x = grad_taps = x.new_empty(0)
     if want_x:
         convolution = _FirstConvolution(x, taps, padding)
-        convolved = convolution(x, taps)
+        convolved = convolution(convolution.patches(x), taps)
         grad_convolved, *grad_channels = normalisation.backward(
             grad_y, convolved, scale, bias, mean, rstd, relu, pool
         )
-        grad_x = convolution.grad_x(grad_convolved, taps)
+        grad_x = convolution.grad_x(convolution.grad_patches(grad_convolved, taps))
     if want_taps or not want_x:
         grad_taps, *grad_channels = first_block.backward(
             grad_y, x, taps, scale, bias, mean, rstd, padding, relu, pool
@@ -157,23 +166,24 @@ def _first_block_backward_twice(
 ) -> tuple[Tensor, ...]:
     from ..kernels import normalisation
 
-    convolution = _FirstConvolution(x, taps, padding)
-    convolved, rest = convolution(x, taps), (scale, bias, mean, rstd, relu, pool)
+    convolution, rest = _FirstConvolution(x, taps, padding), (scale, bias, mean, rstd, relu, pool)
+    patches = convolution.patches(x)
+    convolved = convolution(patches, taps)
     grad_convolved, *_ = normalisation.backward(grad_y, convolved, *rest)
-    grad_grad_convolved = convolution(x, grad_grad_taps)
+    grad_grad_convolved = convolution(patches, grad_grad_taps)
     if grad_grad_x.numel():
-        grad_grad_convolved += convolution(grad_grad_x, taps)
+        grad_grad_patches = convolution.patches(grad_grad_x)
+        grad_grad_convolved += convolution(grad_grad_patches, taps)
     grad_grad_channels = (each.expand_as(mean).contiguous() for each in (grad_grad_scale, grad_grad_bias))
     grad_grad_y, second_grad_convolved, grad_scale = normalisation.backward_twice(
         grad_grad_convolved, *grad_grad_channels, grad_y, convolved, *rest
     )
-    grad_x = convolution.grad_x(second_grad_convolved, taps) + convolution.grad_x(
-        grad_convolved, grad_grad_taps
-    )
-    grad_taps = convolution.grad_taps(second_grad_convolved, x)
+    grad_patches = convolution.grad_patches(second_grad_convolved, taps)
+    grad_patches += convolution.grad_patches(grad_convolved, grad_grad_taps)
+    grad_taps = convolution.grad_taps(second_grad_convolved, patches)
     if grad_grad_x.numel():
-        grad_taps += convolution.grad_taps(grad_convolved, grad_grad_x)
-    return grad_grad_y, grad_x, grad_taps, grad_scale
+        grad_taps += convolution.grad_taps(grad_convolved, grad_grad_patches)
+    return grad_grad_y, convolution.grad_x(grad_patches), grad_taps, grad_scale
 
 
 _library = torch.library.Library("mim4dd", "IMPL")
