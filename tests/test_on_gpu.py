@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mim4dd import extension, networks
 from mim4dd.networks import batching, convolution
+from mim4dd.networks.blocks import Classifier
 from mim4dd.networks.convolution import conv2d
 from mim4dd.networks.first_block import first_block
 from mim4dd.networks.normalisation import instance_norm, reference
@@ -198,6 +199,74 @@ def test_layers_batched_by_vmap(own_weights):
         expected = torch.autograd.grad(plain(x[k].double(), *leaves), leaves)
         for one, wanted in zip(found, expected, strict=True):
             agree(one[k], wanted, 1e-3)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_joined_channels_of_maps_come_last(copied):
+    (maps,) = random((2, 15, 4, 6))
+    if copied:
+        maps = maps.unflatten(1, (3, 5)).transpose(0, 1).contiguous()  # one network's after the other's
+        joined = batching.fold(maps, 0, 1, 3)
+        maps = maps.transpose(0, 1).flatten(1, 2)
+    else:
+        maps = maps.contiguous(memory_format=torch.channels_last)
+        joined = batching.fold(maps.unflatten(1, (3, 5)), 1, 1, 3)
+        assert joined.data_ptr() == maps.data_ptr()
+    assert joined.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(joined, maps)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_product_for_each_pixel_is_that_of_the_flattened_maps(stacked):
+    """With first and second derivatives, and no sum over more than the channels."""
+    classifier = Classifier(8 * 3 * 2, 5).double().to(DEVICE)
+    maps, weight, bias = (t.double() for t in random((3, 4, 8, 3, 2), (3, 5, 48), (3, 5)))
+    if not stacked:
+        maps, weight, bias = maps[0], weight[0], bias[0]
+
+    def by_pixels(maps, weight, bias):
+        return functional_call(Pixels(classifier), {"of.weight": weight, "of.bias": bias}, (maps,))
+
+    def plain(maps, weight, bias):
+        return F.linear(maps.flatten(1), weight, bias)
+
+    def gradient(logits):
+        def loss(*given):
+            return logits(*given).exp().sum()
+
+        return grad(lambda *given: sum(g.square().sum() for g in grad(loss, (0, 1, 2))(*given)), (0, 1, 2))
+
+    for derivative in (lambda logits: logits, gradient):
+        with Operators() as operators:
+            found = (vmap if stacked else lambda call: call)(derivative(by_pixels))(maps, weight, bias)
+        expected = (vmap if stacked else lambda call: call)(derivative(plain))(maps, weight, bias)
+        torch.testing.assert_close(found, expected)
+        products = [given for name, given, _ in operators.called if name == "bmm"]
+        assert products
+        assert all(first.shape[2] <= 8 for first, _ in products)
+
+
+class Pixels(torch.nn.Module):
+    """What a classifier does on a GPU."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.of = of
+
+    def forward(self, maps):
+        return self.of.by_pixels(maps)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_classifier_sums_in_float32_pixel_by_pixel(precision, monkeypatch):
+    network = networks.create("convnet", 1, 10, (8, 8), width=8, precision=precision, device=DEVICE)
+    networks.initialise(network, torch.Generator(DEVICE).manual_seed(0))
+    (images,) = random((4, 1, 8, 8))
+    maps = network.features(images)[-1]
+    expected = F.linear(maps.flatten(1), network.classifier.weight, network.classifier.bias)
+    monkeypatch.setattr(Classifier, "forward", Classifier.by_pixels)
+    agree(network(images), expected, 1e-6)
+    assert torch.equal(network.classify(maps), network(images))
 
 
 class Batch:

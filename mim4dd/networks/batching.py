@@ -77,6 +77,8 @@ def fold(tensor: Tensor, dim: int | None, axis: int | None, size: int) -> Tensor
         tensor = tensor.unsqueeze(axis).expand(*tensor.shape[:axis], size, *tensor.shape[axis:])
     else:
         tensor = tensor.movedim(dim, axis)
+    if tensor.ndim == 5 and axis == 1:  # channels of maps: if it takes a copy to join them, they come last
+        return tensor.permute(0, 3, 4, 1, 2).flatten(3).movedim(3, 1)
     return tensor.flatten(axis, axis + 1)
 
 

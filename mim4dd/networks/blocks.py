@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import at_least_float32
 from .convolution import conv2d
 from .first_block import first_block, is_compiled
 from .normalisation import instance_norm
@@ -52,6 +53,28 @@ class OnePassBlock(nn.Sequential):
             )
         x = conv2d(x, weight, padding)
         return instance_norm(x, norm.weight, bias, norm.eps, relu=norm.relu, pool=norm.pool)
+
+
+class Classifier(nn.Linear):
+    """A linear layer on flattened maps.
+
+    On a GPU a product for each pixel, all at once: as one product, of few rows and thousands of features, it
+    keeps only a few processors busy, for longer than many a convolution.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, outputs] for x [B, inputs], or for maps [B, C, H, W] of so many numbers."""
+        if x.ndim != 4 or x.device.type == "cpu":
+            return super().forward(at_least_float32(x).flatten(1).to(self.weight.dtype))
+        return self.by_pixels(x)
+
+    def by_pixels(self, x: Tensor) -> Tensor:
+        """Return the same for maps."""
+        rows = x.flatten(2).permute(2, 0, 1)
+        weight = self.weight.unflatten(1, x.shape[1:]).flatten(2).permute(2, 0, 1)
+        # The one copy of either: from here on the products and their gradients take both as they are.
+        rows = rows.to(weight.dtype, memory_format=torch.contiguous_format)
+        return (rows @ weight.contiguous().mT).sum(0) + self.bias
 
 
 class Residual(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..dtypes import at_least_float32
 from ..errors import InputError
 from ..sizes import ImageSize, size_of
+from .blocks import Classifier
 from .precision import autocast
 
 
@@ -42,7 +43,7 @@ class Network(nn.Module):
         self.image_size = size_of(image_size)
         x = torch.empty(2, channels, *self.image_size, device="meta")
         self.feature_sizes = tuple((x := block(x))[0].numel() for block in shapes)
-        self.classifier = nn.Linear(self.feature_sizes[-1], num_classes)
+        self.classifier: nn.Module = Classifier(self.feature_sizes[-1], num_classes)
         self.batch_normalised = any(isinstance(m, nn.BatchNorm2d) for m in self.blocks.modules())
 
     def features(self, x: Tensor, layers: Collection[int] | None = None) -> list[Tensor]:
@@ -50,12 +51,15 @@ class Network(nn.Module):
 
         Where `layers` is given, the outputs of all other blocks are empty.
         """
+        return [at_least_float32(m) for m in self._maps(x, layers)]
+
+    def _maps(self, x: Tensor, layers: Collection[int] | None = None) -> list[Tensor]:
+        """The same, in what the blocks compute in."""
         maps = []
         with autocast(self.precision, x.device):
             for k, block in enumerate(self.blocks):
                 x = block(x)
-                wanted = x if layers is None or k in layers else nothing_of(x)
-                maps.append(at_least_float32(wanted))
+                maps.append(x if layers is None or k in layers else nothing_of(x))
         return maps
 
     def embed(self, x: Tensor) -> Tensor:
@@ -68,13 +72,21 @@ class Network(nn.Module):
         Raises:
             InputError: the images are of a size that the classifier was not made for.
         """
-        features = self.embed(x)
+        last = self._maps(x, (len(self.blocks) - 1,))[-1]
         # The classifier may be another module by now: a user's own, or none (`nn.Identity`).
-        if features.shape[1] != getattr(self.classifier, "in_features", features.shape[1]):
+        count = last.shape[1:].numel()
+        if count != getattr(self.classifier, "in_features", count):
             raise InputError(
                 f"images are {list(x.shape)}, expected [batch, channels, {self.image_size[0]}, "
                 f"{self.image_size[1]}], the image_size that the classifier was made for"
             )
+        return self.classify(last)
+
+    def classify(self, last: Tensor) -> Tensor:
+        """Return the class logits [B, num_classes] for the last block's output."""
+        if isinstance(self.classifier, Classifier):
+            return self.classifier(last)
+        features = at_least_float32(last).flatten(1)
         weight = next(self.classifier.parameters(), features)
         return self.classifier(features.to(weight.dtype))
 

@@ -175,7 +175,7 @@ class _WithMaps(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         last = len(self.network.blocks) - 1
         maps = self.network.features(x, {last, *self.layers})
-        logits = self.network.classifier(maps[-1].flatten(1))
+        logits = self.network.classify(maps[-1])
         return logits, [m if k in self.layers else nothing_of(m) for k, m in enumerate(maps)]
 
 
