@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,24 @@ class InstanceNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, C, H // pool, W // pool] for x [B, C, H, W]."""
         return instance_norm(x, self.weight, self.bias, self.eps, relu=self.relu, pool=self.pool)
+
+
+class _Unread(torch.autograd.Function):
+    """(bias, unread) -> bias: the gradient of what is never read is zero, not missing."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(bias: Tensor, unread: Tensor) -> Tensor:
+        return bias.view_as(bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.zeros_like(grad)
 
 
 class OnePassBlock(nn.Sequential):
@@ -46,7 +66,7 @@ class OnePassBlock(nn.Sequential):
         convolution, padding, norm = self.parts
         assert convolution.bias is not None
         weight = convolution.weight
-        bias = torch.add(norm.bias, convolution.bias, alpha=0)
+        bias = _Unread.apply(norm.bias, convolution.bias)
         if is_compiled(x, weight, padding):
             return first_block(
                 x, weight, norm.weight, bias, norm.eps, padding=padding[0], relu=norm.relu, pool=norm.pool
