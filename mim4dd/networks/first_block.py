@@ -65,7 +65,7 @@ def first_block(
         Tensor [B, O, (H + 2 padding - 2) // pool, (W + 2 padding - 2) // pool] of x's dtype, or autocast's.
     """
     x = x.to(on_gpu.computed_in(x))
-    taps = weight.flatten(1).t().contiguous()
+    taps = weight.flatten(1).t()
     return _FirstBlock.apply(x, taps, scale, bias, eps, padding, relu, pool)[0]
 
 

@@ -83,7 +83,7 @@ class _FirstConvolution:
     """
 
     def __init__(self, x: Tensor, taps: Tensor, padding: int) -> None:
-        self.padding, self.size = padding, x.shape[2:]
+        self.padding, self.size, self.dtype = padding, x.shape[2:], x.dtype
         self.map_size = tuple(side + 2 * padding - 2 for side in self.size)
         self.groups = 9 * x.shape[1] // len(taps)
 
@@ -92,12 +92,17 @@ class _FirstConvolution:
         windows = _windows(x, self.padding)
         return windows.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3).unflatten(1, (self.groups, -1))
 
-    def __call__(self, patches: Tensor, taps: Tensor) -> Tensor:
-        rows = patches.mT @ self._grouped(taps, patches)
+    def weight(self, taps: Tensor) -> Tensor:
+        """Return the taps as [G, 9 * I, O / G], what the products are with."""
+        taps = taps.to(self.dtype, memory_format=torch.contiguous_format)
+        return taps.unflatten(1, (self.groups, -1)).transpose(0, 1)
+
+    def __call__(self, patches: Tensor, weight: Tensor) -> Tensor:
+        rows = patches.mT @ weight
         return rows.transpose(1, 2).flatten(2).unflatten(1, self.map_size).movedim(3, 1)
 
-    def grad_patches(self, grad_y: Tensor, taps: Tensor) -> Tensor:
-        return self._grouped(taps, grad_y) @ self._rows(grad_y).mT
+    def grad_patches(self, grad_y: Tensor, weight: Tensor) -> Tensor:
+        return weight @ self._rows(grad_y).mT
 
     def grad_x(self, grad_patches: Tensor) -> Tensor:
         return F.fold(grad_patches.flatten(1, 2), self.size, 3, padding=self.padding)
@@ -110,11 +115,6 @@ class _FirstConvolution:
     def _rows(self, y: Tensor) -> Tensor:
         """Return a map as [B, G, h * w, O / G]."""
         return y.movedim(1, 3).flatten(1, 2).unflatten(2, (self.groups, -1)).transpose(1, 2)
-
-    def _grouped(self, taps: Tensor, like: Tensor) -> Tensor:
-        """Return taps as [G, 9 * I, O / G]."""
-        taps = taps.to(like.dtype, memory_format=torch.contiguous_format)
-        return taps.unflatten(1, (self.groups, -1)).transpose(0, 1)
 
 
 def _first_block_backward(
@@ -136,11 +136,12 @@ def _first_block_backward(
     grad_x = grad_taps = x.new_empty(0)
     if want_x:
         convolution = _FirstConvolution(x, taps, padding)
-        convolved = convolution(convolution.patches(x), taps)
+        weight = convolution.weight(taps)
+        convolved = convolution(convolution.patches(x), weight)
         grad_convolved, *grad_channels = normalisation.backward(
             grad_y, convolved, scale, bias, mean, rstd, relu, pool
         )
-        grad_x = convolution.grad_x(convolution.grad_patches(grad_convolved, taps))
+        grad_x = convolution.grad_x(convolution.grad_patches(grad_convolved, weight))
     if want_taps or not want_x:
         grad_taps, *grad_channels = first_block.backward(
             grad_y, x, taps, scale, bias, mean, rstd, padding, relu, pool
@@ -168,18 +169,19 @@ def _first_block_backward_twice(
 
     convolution, rest = _FirstConvolution(x, taps, padding), (scale, bias, mean, rstd, relu, pool)
     patches = convolution.patches(x)
-    convolved = convolution(patches, taps)
+    weight, grad_grad_weight = convolution.weight(taps), convolution.weight(grad_grad_taps)
+    convolved = convolution(patches, weight)
     grad_convolved, *_ = normalisation.backward(grad_y, convolved, *rest)
-    grad_grad_convolved = convolution(patches, grad_grad_taps)
+    grad_grad_convolved = convolution(patches, grad_grad_weight)
     if grad_grad_x.numel():
         grad_grad_patches = convolution.patches(grad_grad_x)
-        grad_grad_convolved += convolution(grad_grad_patches, taps)
+        grad_grad_convolved += convolution(grad_grad_patches, weight)
     grad_grad_channels = (each.expand_as(mean).contiguous() for each in (grad_grad_scale, grad_grad_bias))
     grad_grad_y, second_grad_convolved, grad_scale = normalisation.backward_twice(
         grad_grad_convolved, *grad_grad_channels, grad_y, convolved, *rest
     )
-    grad_patches = convolution.grad_patches(second_grad_convolved, taps)
-    grad_patches += convolution.grad_patches(grad_convolved, grad_grad_taps)
+    grad_patches = convolution.grad_patches(second_grad_convolved, weight)
+    grad_patches += convolution.grad_patches(grad_convolved, grad_grad_weight)
     grad_taps = convolution.grad_taps(second_grad_convolved, patches)
     if grad_grad_x.numel():
         grad_taps += convolution.grad_taps(grad_convolved, grad_grad_patches)
