@@ -117,7 +117,7 @@ def trajectory_step(of: Problem, images: Tensor) -> Callable[[], object]:
     network, (start, target) = of.network(), (flatten(weights.values()) for weights in trajectory(of))
     images = images.clone().requires_grad_()
     random = generator(0, "bench/augmentation", images.device)
-    step_size = torch.full((), STEP_SIZE, device=images.device)
+    step_size, kept = torch.full((), STEP_SIZE, device=images.device), of.graphs_kept(len(images))
 
     def batch() -> Batch:
         params = augment.sample(of.augmentation, len(images), of.real.image_size, generator=random)
@@ -125,7 +125,7 @@ def trajectory_step(of: Problem, images: Tensor) -> Callable[[], object]:
 
     def step() -> Tensor:
         batches = [batch() for _ in range(STEPS)]
-        end = follow(network, start, batches, images, of.labels, step_size)
+        end = follow(network, start, batches, images, of.labels, step_size, kept=kept)
         return torch.autograd.grad(squared_distance(end, target) / squared_distance(start, target), images)[0]
 
     return graph.replayed(step, [random], images.device)

@@ -7,7 +7,9 @@ from conftest import close
 
 from mim4dd import networks
 from mim4dd.networks import ConvNet
+from mim4dd.networks.flat import flatten
 from mim4dd.objectives import distribution_distance, gradient_distance, trajectory_distance
+from mim4dd.objectives.student import follow
 
 SHAPES = ["1x28x28", "3x32x32"]
 
@@ -139,6 +141,31 @@ def test_constant_memory_is_exact(generator, steps):
     for constant, unrolled in zip(*results, strict=True):
         torch.testing.assert_close(constant, unrolled, rtol=1e-10, atol=1e-12)
     assert not any(value.requires_grad for value in start.values()), "the caller's weights stay as they are"
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_kept_graphs_save_passes_and_change_nothing(generator, soft, monkeypatch):
+    """Also where the gradient is asked for twice, though a graph is kept for one time only."""
+    network = ConvNet(1, 3, width=4, depth=1, image_size=(8, 8))
+    networks.initialise(network, generator)
+    start = flatten(network.parameters())
+    passes, forward = [], ConvNet.forward
+    monkeypatch.setattr(ConvNet, "forward", lambda self, x: passes.append(1) or forward(self, x))
+    batches = [lambda images, targets, k=k: (images[k:], targets[k:]) for k in range(4)]
+    x = torch.randn(6, 1, 8, 8, generator=generator, requires_grad=True)
+    targets = torch.eye(3).repeat(2, 1).requires_grad_() if soft else torch.arange(6) % 3
+    step = torch.tensor(0.5, requires_grad=True)
+    inputs = [x, step, targets] if soft else [x, step]
+    results = []
+    for kept in (0, 1, 3, 9):
+        passes.clear()
+        end = follow(network, start, batches, x, targets, step, kept=kept)
+        first = torch.autograd.grad(end.square().sum(), inputs, retain_graph=True)
+        assert len(passes) == 4 + max(4 - kept, 0)
+        results += [(end, *first), (end, *torch.autograd.grad(end.square().sum(), inputs))]
+        assert len(passes) == 4 + max(4 - kept, 0) + 4
+    for other in results[1:]:
+        assert all(torch.equal(one, wanted) for one, wanted in zip(other, results[0], strict=True))
 
 
 @pytest.mark.parametrize("memory", ["constant", "unrolled"])

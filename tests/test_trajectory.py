@@ -14,6 +14,7 @@ from mim4dd import augment, experts, networks, run, stacked
 from mim4dd.errors import InputError
 from mim4dd.experts import Experts
 from mim4dd.networks.flat import flatten, load, unflatten
+from mim4dd.networks.memory import per_image
 from mim4dd.objectives import TrajectoryMatching, train_experts
 from mim4dd.objectives.trajectory import open_experts, recipe
 from mim4dd.seeding import generator
@@ -315,3 +316,21 @@ def test_experts_without_a_number_are_refused(problem, missing):
         ValueError, match=r"TrajectoryConfig\(num_experts=\.\.\., expert_snapshots=\.\.\.\) is needed"
     ):
         TrajectoryMatching(with_options(problem, **{missing: None}))
+
+
+def test_graphs_are_kept_as_far_as_half_of_the_memory_goes(problem):
+    """Six images a step; on a CPU, which has no budget, none are."""
+    for _ in train_experts(problem):
+        pass
+    network = problem.network()
+    maps = 6 * per_image(network, (1, 8, 8), gradients=True, transformed=True)
+    one = maps + 4 * 4 * sum(weight.numel() for weight in network.parameters())
+    outcomes = []
+    for memory, kept in ((None, 0), (2 * one - 1, 0), (4 * one, 2), (10**9, 10**9 // 2 // one)):
+        objective = TrajectoryMatching(dataclasses.replace(problem, memory=memory))
+        assert objective.kept == kept
+        images = torch.rand(20, 1, 8, 8, generator=generator(0, "x"), requires_grad=True)
+        loss = prepared_match(objective, images, problem.labels).loss
+        outcomes.append((loss.detach(), *torch.autograd.grad(loss, [images, objective.log_lr])))
+    for other in outcomes[1:]:
+        assert all(torch.equal(one, wanted) for one, wanted in zip(other, outcomes[0], strict=True))

@@ -20,6 +20,7 @@ from ..networks.memory import per_image
 from ..state import State
 
 STATISTICS_BATCH = 16  # real images per class that set the statistics of batch normalisation
+WEIGHTS_IN_A_GRAPH = 4  # times all weights, with their gradient and what both are cast to
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Problem:
             its class.
         trajectory: settings of trajectory matching, for that alone.
         precision: what the networks compute in, see `mim4dd.networks.create`.
-        memory: bytes that a pass of real images may take; None: chunks of `mim4dd.networks.CHUNK` images.
+        memory: bytes that a pass of real images may take; None: chunks of `mim4dd.networks.CHUNK` images. The
+            graphs of a trajectory's steps may take half as much.
     """
 
     real: ImageSet
@@ -70,6 +72,19 @@ class Problem:
     def classes_at_once(self) -> int:
         """How many classes of real images go through a network at once with gradients; at least one does."""
         return max(1, self._at_once(gradients=True) // self.real_batch)
+
+    def graphs_kept(self, count: int) -> int:
+        """How many gradients, each on `count` images, may keep their graphs until they are differentiated.
+
+        They get half of the memory, beside the real images; None get none.
+        """
+        if self.memory is None:
+            return 0
+        network = self.network()
+        weights = sum(weight.nbytes for weight in network.parameters())
+        image = (self.real.channels, *self.real.image_size)
+        maps = count * per_image(network, image, gradients=True, transformed=True)
+        return self.memory // 2 // (maps + WEIGHTS_IN_A_GRAPH * weights)
 
     def _at_once(self, *, gradients: bool) -> int:
         if self.memory is None:

@@ -1,4 +1,4 @@
-"""Training on the synthetic images, differentiable in them with the memory of one step's graph."""
+"""Training on the synthetic images, differentiable in them with the graphs of as few steps as wanted."""
 
 from __future__ import annotations
 
@@ -87,6 +87,8 @@ def follow(
     images: Tensor,
     targets: Tensor,
     step: Tensor,
+    *,
+    kept: int = 0,
 ) -> Tensor:
     """Return the weights after a step on every batch, differentiable once in images, targets and step.
 
@@ -99,8 +101,9 @@ def follow(
         images: float [n, C, H, W].
         targets: int64 [n], or probabilities [n, num_classes].
         step: size of the steps, a 0-d tensor.
+        kept: steps whose graphs are kept for the gradient, at most; those of the others are made once more.
     """
-    return _Trajectory.apply(network, start, batches, images, targets, step)
+    return _Trajectory.apply(network, start, batches, images, targets, step, kept)
 
 
 class _Trajectory(torch.autograd.Function):
@@ -115,36 +118,57 @@ class _Trajectory(torch.autograd.Function):
         images: Tensor,
         targets: Tensor,
         step: Tensor,
+        kept: int,
     ) -> Tensor:
-        path = [start]
-        for batch in batches:
-            gradient = _gradient(network, path[-1], *batch(images.detach(), targets.detach()))
+        path, graphs = [start], []
+        data = _as_leaves(images, targets)
+        for k, batch in enumerate(batches):
+            if k < len(batches) - kept:
+                gradient = _gradient(network, path[-1], *batch(images.detach(), targets.detach()))
+            else:
+                graphs.append(_graph(network, path[-1], batch, data))
+                gradient = graphs[-1][1].detach()
             path.append(path[-1] - step * gradient)
         ctx.network, ctx.batches, ctx.path = network, batches, path[:-1]
+        ctx.data, ctx.graphs = data, graphs
         ctx.save_for_backward(images, targets, step)
         return path[-1].clone()  # a new tensor even after no step at all: an output must not be an input
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, adjoint: Tensor) -> tuple[Any, ...]:
-        images, targets, step = ctx.saved_tensors
-        soft = targets.is_floating_point()
-        data = [images.detach().requires_grad_(), targets.detach().requires_grad_(soft)]
-        learned = data if soft else data[:1]
+        _, _, step = ctx.saved_tensors
+        data = ctx.data
+        learned = [tensor for tensor in data if tensor.requires_grad]
         grads = [torch.zeros_like(tensor) for tensor in learned]
         grad_step = torch.zeros_like(step)
-        for weights, batch in zip(reversed(ctx.path), reversed(ctx.batches), strict=True):
+        for start, batch in zip(reversed(ctx.path), reversed(ctx.batches), strict=True):
             # One step is w' = w - step * g(w, data). With a the gradient with respect to w', the product
             # <a, g> holds all of its derivatives: by w the Hessian's part, by the data, and by the step.
-            weights = weights.detach().requires_grad_()
-            with torch.enable_grad():
-                gradient = _gradient(ctx.network, weights, *batch(*data))
+            weights, gradient = ctx.graphs.pop() if ctx.graphs else _graph(ctx.network, start, batch, data)
             grad_weights, *grad_data = torch.autograd.grad(gradient, [weights, *learned], adjoint)
             grad_step -= (adjoint * gradient.detach()).sum()
             for total, part in zip(grads, grad_data, strict=True):
                 total -= step * part
             adjoint = adjoint - step * grad_weights
-        return None, None, None, grads[0], grads[1] if soft else None, grad_step
+        return None, None, None, grads[0], grads[1] if len(grads) > 1 else None, grad_step, None
+
+
+def _as_leaves(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the data cut off from what they were made of, for gradients by all but labels."""
+    return (
+        images.detach().requires_grad_(),
+        targets.detach().requires_grad_(targets.is_floating_point()),
+    )
+
+
+def _graph(
+    network: nn.Module, weights: Tensor, batch: Batch, data: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the weights as a leaf, and the gradient of a step as a function of them and of the data."""
+    weights = weights.detach().requires_grad_()
+    with torch.enable_grad():
+        return weights, _gradient(network, weights, *batch(*data))
 
 
 def _gradient(network: nn.Module, weights: Tensor, images: Tensor, targets: Tensor) -> Tensor:

@@ -91,6 +91,8 @@ class TrajectoryMatching(Objective):
         self.problem, self.config = problem, made.config
         self.network, self.experts = made.network, open_experts(made)
         self.starts = self.config.max_start or 1
+        count = len(problem.labels)
+        self.kept = problem.graphs_kept(min(self.config.student_batch or count, count))
         seed, device = problem.seed, problem.real.images.device
         self.matches = generator(seed, "mtt/match")  # on the CPU: they say what to read from a file
         self.draws, self.augmentations, self.training = (
@@ -132,7 +134,7 @@ class TrajectoryMatching(Objective):
         """
         start, target = self.start, self.target
         batches = [self._batch(index) for index in self._indices(len(images))]
-        end = follow(self.network, start, batches, images, targets, self.log_lr.exp())
+        end = follow(self.network, start, batches, images, targets, self.log_lr.exp(), kept=self.kept)
         distance = squared_distance(end, target) / squared_distance(start, target)
         if not self.problem.layers:
             return Matched(distance, [], [], self.problem.labels, self.problem.labels)
