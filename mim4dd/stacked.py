@@ -47,6 +47,11 @@ def at_once(network: Network, image: tuple[int, ...], batch: int, device: torch.
     return max(1, min(most, free // (batch * per_image(network, image, gradients=True))))
 
 
+def in_order(count: int, batch: int, device: torch.device) -> bool:
+    """Return whether batches of `count` images are drawn in no order: where there is one batch."""
+    return count <= batch and device.type not in ORDERED
+
+
 @dataclass(frozen=True)
 class Stack:
     """K networks.
@@ -81,7 +86,7 @@ class Stack:
     def epoch(self, count: int, batch: int) -> Iterator[Tensor]:
         """Yield batches int64 [K, b] that go through `count` images once, for each network in its order."""
         device = self.weights.device
-        if count <= batch and device.type not in ORDERED:
+        if in_order(count, batch, device):
             yield torch.arange(count, device=device).expand(len(self.random), count)
             return
         orders = [torch.randperm(count, generator=r, device=r.device) for r in self.random]

@@ -273,6 +273,22 @@ def test_every_round_of_the_images_is_in_a_new_order(problem):
     assert not torch.equal(second, third)
 
 
+def test_steps_on_all_images_are_in_no_order_on_a_gpu(problem, monkeypatch):
+    """Which changes nothing but what is drawn: without an augmentation, nothing at all."""
+    problem = dataclasses.replace(with_options(problem, student_batch=None), augmentation="none")
+    images = torch.rand(20, 1, 8, 8, generator=generator(0, "x"), dtype=torch.float64)
+    losses = []
+    for ordered in ({"cpu"}, set()):
+        monkeypatch.setattr(stacked, "ORDERED", ordered)
+        objective = TrajectoryMatching(problem)
+        objective.network.double()
+        objective.start, objective.target = objective.start.double(), objective.target.double()
+        before = objective.training.get_state()
+        losses.append(prepared_match(objective, images, problem.labels).loss)
+        assert torch.equal(objective.training.get_state(), before) is not bool(ordered)
+    torch.testing.assert_close(*losses, rtol=1e-9, atol=0)
+
+
 def test_features_for_the_term_are_those_of_the_starting_network(problem):
     problem = dataclasses.replace(problem, layers=(1,), augmentation="none")
     _, start = digits_problem(ipc=2)

@@ -176,7 +176,7 @@ def _first_block_backward_twice(
     if grad_grad_x.numel():
         grad_grad_patches = convolution.patches(grad_grad_x)
         grad_grad_convolved += convolution(grad_grad_patches, weight)
-    grad_grad_channels = (each.expand_as(mean).contiguous() for each in (grad_grad_scale, grad_grad_bias))
+    grad_grad_channels = torch.stack([each.expand_as(mean) for each in (grad_grad_scale, grad_grad_bias)])
     grad_grad_y, second_grad_convolved, grad_scale = normalisation.backward_twice(
         grad_grad_convolved, *grad_grad_channels, grad_y, convolved, *rest
     )

@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..experts import Experts, Recipe, TrajectoryConfig
 from ..networks.flat import flatten, load
 from ..seeding import generator
+from ..stacked import in_order
 from ..state import State
 from .base import Matched, Objective, Problem
 from .student import Batch, follow, squared_distance
@@ -92,7 +93,8 @@ class TrajectoryMatching(Objective):
         self.network, self.experts = made.network, open_experts(made)
         self.starts = self.config.max_start or 1
         count = len(problem.labels)
-        self.kept = problem.graphs_kept(min(self.config.student_batch or count, count))
+        self.batch = min(self.config.student_batch or count, count)  # images of a step
+        self.kept = problem.graphs_kept(self.batch)
         seed, device = problem.seed, problem.real.images.device
         self.matches = generator(seed, "mtt/match")  # on the CPU: they say what to read from a file
         self.draws, self.augmentations, self.training = (
@@ -143,17 +145,20 @@ class TrajectoryMatching(Objective):
         seen = self.problem.siamese(self.network, images, per_class, self.draws, self.augmentations)
         return Matched(distance, *seen)
 
-    def _indices(self, count: int) -> Iterator[Tensor]:
+    def _indices(self, count: int) -> Iterator[Tensor | slice]:
         """Yield the images of every step: each in turn, in a new order every time around."""
-        size = min(self.config.student_batch or count, count)
-        rounds = -(-(self.config.student_steps or 0) * size // count)
+        steps = self.config.student_steps or 0
+        if in_order(count, self.batch, self.training.device):
+            yield from [slice(count)] * steps
+            return
+        rounds = -(-steps * self.batch // count)
         orders = [
             torch.randperm(count, generator=self.training, device=self.training.device) for _ in range(rounds)
         ]
-        yield from torch.cat(orders).split(size)[: self.config.student_steps]
+        yield from torch.cat(orders).split(self.batch)[:steps]
 
-    def _batch(self, index: Tensor) -> Batch:
+    def _batch(self, index: Tensor | slice) -> Batch:
         params = augment.sample(
-            self.problem.augmentation, len(index), self.problem.real.image_size, generator=self.training
+            self.problem.augmentation, self.batch, self.problem.real.image_size, generator=self.training
         )
         return lambda images, targets: (augment.apply(images[index], params), targets[index])
