@@ -3,11 +3,11 @@
     python -m pytest bench/test_loop.py --benchmark-enable --benchmark-json=loop.json
     python -m bench.report loop.json
 
-A group is one step: `textbook`, then ours in float32 and, where the hardware has it, in bfloat16; and in
-float32 the other way to do it: networks of the evaluation `stacked` or `alone`, and on a GPU `launched`, that
-is without CUDA graphs, or with a network that inductor has `compiled`. First, in float32 and without
-augmentation, both must give the same loss and the same gradient from the same weights. On a GPU a step is
-timed with a synchronisation.
+A group is one step: `textbook`, then ours in float32 and, where the hardware has it, in bfloat16; and the other
+way to do it: networks of the evaluation `stacked` or `alone`, and on a GPU `launched`, that is without CUDA
+graphs, a trajectory that keeps the graph of one step only (`constant`), or a network that inductor has
+`compiled`. First, in float32 and without augmentation, both must give the same loss and the same gradient from
+the same weights. On a GPU a step is timed with a synchronisation.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def other_ways(device: str) -> list[tuple[str, str]]:
         return [("evaluation", "fp32 stacked")]
     return [
         ("evaluation", "fp32 alone"),
+        ("mtt", f"{precision.resolve('auto', torch.device(device))} constant"),
         *((step, "fp32 launched") for step in OURS),
         ("dm", "fp32 compiled"),
     ]
@@ -177,6 +178,8 @@ def test_loop(benchmark, device, step, name, monkeypatch):
     of = problem(real_images(6000, device), "none" if step == "dc" else STRATEGY, name)
     if name.endswith("launched"):
         monkeypatch.setattr(graph, "WARM_UP", math.inf)
+    elif name.endswith("constant"):
+        monkeypatch.setattr(Problem, "graphs_kept", lambda *_: 0)
     elif name.endswith("compiled"):
         assert of.chunk  # worked out with a copy of the network, which would have the features of this one
         monkeypatch.setattr(base, "create", compiled)
