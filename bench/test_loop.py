@@ -3,11 +3,11 @@
     python -m pytest bench/test_loop.py --benchmark-enable --benchmark-json=loop.json
     python -m bench.report loop.json
 
-A group is one step: `textbook`, then ours in float32 and, where the hardware has it, in bfloat16; and the other
-way to do it: networks of the evaluation `stacked` or `alone`, and on a GPU `launched`, that is without CUDA
-graphs, a trajectory that keeps the graph of one step only (`constant`), or a network that inductor has
-`compiled`. First, in float32 and without augmentation, both must give the same loss and the same gradient from
-the same weights. On a GPU a step is timed with a synchronisation.
+A group is one step: `textbook`, then ours in float32 and, where the hardware has it, in bfloat16; and the
+other way to do it: networks of the evaluation `stacked` or `alone`, and on a GPU `launched`, that is without
+CUDA graphs, a trajectory that keeps the graph of one step only (`constant`), or a network that inductor has
+`compiled`. First, in float32 and without augmentation, both must give the same loss and the same gradient
+from the same weights. On a GPU a step is timed with a synchronisation.
 """
 
 from __future__ import annotations

@@ -321,6 +321,28 @@ def test_every_replay_draws_anew_and_as_without_a_graph(device):
 
 
 @pytest.mark.parametrize("device", [CUDA])
+def test_the_first_replay_draws_as_without_a_graph_on_a_busy_gpu(device, monkeypatch):
+    """What the recording does on its own stream comes late, as where other processes use the GPU."""
+
+    def draws():
+        random = generator(0, "draws", device)
+        step = graph.replayed(
+            lambda: torch.rand(4, generator=random, device=device), [random], torch.device(device)
+        )
+        return torch.stack([step().clone() for _ in range(4)])
+
+    def late(empty_cache=torch.cuda.empty_cache):  # torch calls it as the recording begins
+        empty_cache()
+        with torch.cuda.stream(graph._stream(torch.device(device))):
+            torch.cuda._sleep(10**8)
+
+    expected = draws()
+    torch.cuda.synchronize()
+    monkeypatch.setattr(torch.cuda, "empty_cache", late)
+    assert torch.equal(draws(), expected)
+
+
+@pytest.mark.parametrize("device", [CUDA])
 def test_a_failed_recording_leaves_the_draws_as_they_would_be(device):
     random, same = generator(0, "draws", device), generator(0, "draws", device)
 
