@@ -22,7 +22,7 @@ ABOUT = {
     "anchors or to both. Times are medians. Of floor: the time for the operations at the matrix rate, or for "
     "the bytes at the copy rate if that is longer, over the time taken. Memory: the peak above the inputs.",
     "augment": "Milliseconds (median), and how many times as fast as the textbook. Copy: the time to copy as "
-    "many bytes, and its share of the time of the fused, on a GPU recorded as a CUDA graph where it is.",
+    "many bytes, and its share of the time of the fused, on a GPU of the op alone, both as a CUDA graph.",
     "loop": "IPC 10, 256 real images a class, ten classes of 1x28x28, width 128. Seconds of a step (median), "
     "and how many times as fast as the textbook.",
 }
@@ -151,7 +151,7 @@ def _versions(cases: dict[str, dict[str, float]], unit: float) -> Iterator[str]:
             return ""
         ratio = f" ({times['textbook'] / times[name]:.1f}x)" if "textbook" in times else ""
         if name == "copy":
-            ratio = f" ({times['copy'] / times.get('recorded', times['fused']):.0%})"
+            ratio = f" ({times['copy'] / times.get('op', times['fused']):.0%})"
         return _number(unit * times[name]) + (ratio if name != "textbook" else "")
 
     rows = [[case, *(cell(times, name) for name in names)] for case, times in cases.items()]

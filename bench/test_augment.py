@@ -6,8 +6,8 @@
 A case is one op at one size, forward or forward and backward, its versions measured in turn on the same
 images, ten calls at a time, drawing of the parameters included. `copy` is the time to copy as many bytes:
 forward reads and writes the images once, backward reads and writes the gradient once. On a GPU, where these
-calls are shorter than Python takes to launch them, `recorded` is the op replayed as a CUDA graph, as the loop
-has it.
+calls are shorter than Python takes to launch them, `recorded` is the same replayed as a CUDA graph, as the
+loop has it, and `op` that without drawing.
 """
 
 import functools
@@ -29,6 +29,10 @@ GPU_SHAPES = [(2560, 3, 32, 32), (64, 3, 224, 224)] if torch.cuda.is_available()
 OPS = [*augment.DSA.split("_"), "all"]
 CALLS = 10
 SECONDS = {"cpu": 5.0, "cuda": 0.5}  # for the rounds of a case, at least five of them
+
+
+def strategy_of(op: str) -> str:
+    return augment.DSA if op == "all" else op
 
 
 def textbook(op: str, x: Tensor) -> Tensor:
@@ -56,10 +60,9 @@ def versions(
     op: str, shape: tuple[int, ...], generator: torch.Generator
 ) -> dict[str, Callable[[Tensor], Tensor]]:
     """What is timed, by name: images to augmented images."""
-    parts = augment.DSA if op == "all" else op
 
     def ours(backend: str, x: Tensor) -> Tensor:
-        params = augment.sample(parts, len(x), x.shape[2:], generator=generator, mode="all")
+        params = augment.sample(strategy_of(op), len(x), x.shape[2:], generator=generator, mode="all")
         return augment.apply(x, params, backend=backend)
 
     calls: dict[str, Callable[[Tensor], Tensor]] = {
@@ -102,7 +105,10 @@ def test_augment(benchmark, device, passes, shape, op):
         name: functools.partial(step, function) for name, function in versions(op, shape, generator).items()
     }
     if device == "cuda":
+        params = augment.sample(strategy_of(op), len(x), shape[2:], generator=generator, mode="all")
+        alone = functools.partial(step, lambda x: augment.apply(x, params))
         calls["recorded"] = graph.replayed(calls["fused"], [generator], torch.device(device))
+        calls["op"] = graph.replayed(alone, [], torch.device(device))
     calls["copy"] = copy
     ours, *others = calls
     times: dict[str, list[float]] = {name: [] for name in calls}

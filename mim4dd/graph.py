@@ -119,8 +119,8 @@ def _record(
             generator.graphsafe_set_state(state)
         raise
 
-    # The recording has reset the generators' offsets on its stream. On a GPU that other processes use, that may
-    # be yet to come; it must not undo what the first replay sets.
+    # The recording has reset the generators' offsets, on its stream. On a GPU that other processes use, that
+    # may be yet to come; it must not undo what the first replay sets.
     torch.cuda.current_stream(device).wait_stream(_stream(device))
 
     def replay(*inputs: Tensor) -> Result:

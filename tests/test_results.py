@@ -82,3 +82,14 @@ def test_accuracies_are_those_of_the_stored_runs(page):
     assert f"The term is ahead in every one of the {pairs} pairs" in " ".join(
         (ROOT / page).read_text().split()
     )
+
+
+@pytest.mark.parametrize("page", ["docs/results.md", "docs/experiments.md"])
+def test_the_published_protocol_is_that_of_the_stored_accuracies(page):
+    (section,) = re.findall(r"^## The published protocol\n.*?(?=^## )", (ROOT / page).read_text(), re.M | re.S)
+    runs = json.loads((ROOT / "bench/results/published-protocol/accuracies.json").read_text())
+    for run in runs:
+        assert run["num_networks"] == len(run["accuracies"])
+        # Beside the number of updates where they are fewer than published.
+        updates = "" if run["iterations"] == 20_000 else rf"(,| \|) {run['iterations']:,}\b"
+        assert re.search(rf"\| {percent(run)}{updates}", section), run
