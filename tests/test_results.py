@@ -86,7 +86,8 @@ def test_accuracies_are_those_of_the_stored_runs(page):
 
 @pytest.mark.parametrize("page", ["docs/results.md", "docs/experiments.md"])
 def test_the_published_protocol_is_that_of_the_stored_accuracies(page):
-    (section,) = re.findall(r"^## The published protocol\n.*?(?=^## )", (ROOT / page).read_text(), re.M | re.S)
+    pattern = re.compile(r"^## The published protocol\n.*?(?=^## )", re.M | re.S)
+    (section,) = pattern.findall((ROOT / page).read_text())
     runs = json.loads((ROOT / "bench/results/published-protocol/accuracies.json").read_text())
     for run in runs:
         assert run["num_networks"] == len(run["accuracies"])
