@@ -144,7 +144,8 @@ class Config:
         device: auto, cpu, cuda, cuda:1, ...
         precision: What the networks compute in; auto: the fastest for a ConvNet. Weights, losses and
             distances are always float32.
-        memory_budget: GiB of GPU memory that passes over real images may take; default: half of what is free.
+        memory_budget: GiB of GPU memory that passes over real images may take, and the steps of mtt half as
+            much; default: half of what is free.
         out: Folder of the results; default: runs/<dataset>-<method>-ipc<n>-<seed>, or the next free name.
         overwrite: Replace what --out holds already.
         preset: short: minutes on a laptop. paper: the sizes of the published protocols (20,000 iterations of

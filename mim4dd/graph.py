@@ -1,4 +1,4 @@
-"""A step as a CUDA graph: recorded once it is warm, then replayed without Python or single launches."""
+"""A step as a CUDA graph: recorded at its second call, then replayed without Python or single launches."""
 
 from __future__ import annotations
 
