@@ -109,7 +109,7 @@ def test_augment(benchmark, device, passes, shape, op):
         alone = functools.partial(step, lambda x: augment.apply(x, params))
         calls["recorded"] = graph.replayed(calls["fused"], [generator], torch.device(device))
         calls["op"] = graph.replayed(alone, [], torch.device(device))
-    calls["copy"] = copy
+    calls["copy"] = graph.replayed(copy, [], torch.device(device))
     ours, *others = calls
     times: dict[str, list[float]] = {name: [] for name in calls}
 

@@ -24,8 +24,9 @@ def replayed(
 ) -> Callable[..., Result]:
     """Return `step`, which on a GPU is recorded at its second call and replayed from then on.
 
-    A replay launches the same kernels on the same memory. So the step must do the same work at every call,
-    read nothing on the host, and keep in place what lasts; what changes from outside are its arguments. What
+    A replay launches the same kernels on the same memory. So the step must make at its first call all that it
+    keeps, do the same work at every later one, read nothing on the host, and keep in place what lasts; what
+    changes from outside are its arguments. What
     it returns is overwritten by the next call. Every call counts: the first one runs as it is, and the
     random draws go on where they were, so that nothing but the time differs.
 
@@ -119,8 +120,8 @@ def _record(
             generator.graphsafe_set_state(state)
         raise
 
-    # The recording has reset the generators' offsets, on its stream. On a GPU that other processes use, that
-    # may be yet to come; it must not undo what the first replay sets.
+    # Up to torch 2.12 a recording resets the generators' offsets, on its stream. On a GPU that others use, that
+    # may be yet to come, and must not undo what the first replay sets.
     torch.cuda.current_stream(device).wait_stream(_stream(device))
 
     def replay(*inputs: Tensor) -> Result:

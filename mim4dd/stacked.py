@@ -47,8 +47,8 @@ def at_once(network: Network, image: tuple[int, ...], batch: int, device: torch.
     return max(1, min(most, free // (batch * per_image(network, image, gradients=True))))
 
 
-def in_order(count: int, batch: int, device: torch.device) -> bool:
-    """Return whether batches of `count` images are drawn in no order: where there is one batch."""
+def one_unordered_batch(count: int, batch: int, device: torch.device) -> bool:
+    """Return whether there is a single batch of `count` images, whose order is not drawn on this device."""
     return count <= batch and device.type not in ORDERED
 
 
@@ -84,9 +84,9 @@ class Stack:
         return cls(network, weights, [generator])
 
     def epoch(self, count: int, batch: int) -> Iterator[Tensor]:
-        """Yield batches int64 [K, b] that go through `count` images once, for each network in its order."""
+        """Yield batches int64 [K, b] that go through `count` images once; several in each network's order."""
         device = self.weights.device
-        if in_order(count, batch, device):
+        if one_unordered_batch(count, batch, device):
             yield torch.arange(count, device=device).expand(len(self.random), count)
             return
         orders = [torch.randperm(count, generator=r, device=r.device) for r in self.random]

@@ -238,7 +238,7 @@ def test_a_product_for_each_pixel_is_that_of_the_flattened_maps(stacked):
         maps, weight, bias = maps[0], weight[0], bias[0]
 
     def by_pixels(maps, weight, bias):
-        return functional_call(Pixels(classifier), {"of.weight": weight, "of.bias": bias}, (maps,))
+        return functional_call(classifier, {"weight": weight, "bias": bias}, (maps,))
 
     def plain(maps, weight, bias):
         return F.linear(maps.flatten(1), weight, bias)
@@ -259,17 +259,6 @@ def test_a_product_for_each_pixel_is_that_of_the_flattened_maps(stacked):
         assert all(first.shape[2] <= 8 for first, _ in products)
 
 
-class Pixels(torch.nn.Module):
-    """What a classifier does on a GPU."""
-
-    def __init__(self, of):
-        super().__init__()
-        self.of = of
-
-    def forward(self, maps):
-        return self.of.by_pixels(maps)
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_classifier_sums_in_float32_pixel_by_pixel(precision, monkeypatch):
     network = networks.create("convnet", 1, 10, (8, 8), width=8, precision=precision, device=DEVICE)
@@ -277,9 +266,15 @@ def test_the_classifier_sums_in_float32_pixel_by_pixel(precision, monkeypatch):
     (images,) = random((4, 1, 8, 8))
     maps = network.features(images)[-1]
     expected = F.linear(maps.flatten(1), network.classifier.weight, network.classifier.bias)
-    monkeypatch.setattr(Classifier, "forward", Classifier.by_pixels)
-    agree(network(images), expected, 1e-6)
-    assert torch.equal(network.classify(maps), network(images))
+    agree(network.classifier(maps), expected, 1e-6)
+    monkeypatch.setattr(networks.Network, "classify", lambda self, last: self.classifier(last))
+    assert torch.equal(network(images), network.classifier(maps)), "what it is given on a GPU"
+
+
+def test_a_classifier_may_lack_a_bias():
+    classifier = Classifier(8 * 3 * 2, 5, bias=False).to(DEVICE)
+    (maps,) = random((4, 8, 3, 2))
+    agree(classifier(maps), F.linear(maps.flatten(1), classifier.weight), 1e-6)
 
 
 class Batch:

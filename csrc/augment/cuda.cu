@@ -39,7 +39,7 @@ __device__ bool load_transform(const Call& call, int64_t image, Transform<Acc>& 
   __shared__ Acc fields[kFields];
   const int64_t row = call.row(image);
   if (row < 0 || row >= call.num_rows) return false;
-  // Two fields a warp: those of different dtypes are loaded in turn, each waiting for its number, within a warp.
+  // Threads of a warp load different dtypes one after the other, so at most two fields a warp.
   const int field = threadIdx.x / 16;
   if (threadIdx.x % 16 == 0 && field < kFields) fields[field] = call.fields[field].at<Acc>(row);
   __syncthreads();
@@ -111,7 +111,7 @@ __device__ void write(const Reader<lanes, more, In, Acc>& read, Out* out, int be
         Out* to = out + (first * s.channel + y[k] * s.y + x[k] * s.x);
 #pragma unroll
         for (int c = 0; c < lanes; ++c) {
-          if (read.has(first + c)) *to = static_cast<Out>(t.gain * values[k][c] + offset);
+          if (read.has(first + c)) *to = static_cast<Out>(cut[k] ? 0 : t.gain * values[k][c] + offset);
           to += s.channel;
         }
       }

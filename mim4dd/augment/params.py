@@ -56,7 +56,7 @@ class AugmentParams:
     degrees: Tensor
 
     # All fields in one, float32 [B, 13], where they were drawn together: the compiled op takes it as it is,
-    # and a field is made when it is asked for. On a GPU the host takes the time, for each tensor anew.
+    # and a field is made when it is asked for. On a GPU a call costs the host time for each tensor in it.
     _packed: ClassVar[Tensor | None] = None
 
     @classmethod
@@ -70,7 +70,7 @@ class AugmentParams:
         if self._packed is None or name not in _FIELDS:
             raise AttributeError(f"{type(self).__name__} has no {name!r}")
         dtype, where = _FIELDS[name]
-        return self._packed[..., where].to(dtype).contiguous()
+        return self._packed[..., where].to(dtype, copy=True, memory_format=torch.contiguous_format)
 
     @classmethod
     def identity(cls, batch: int, *, device: torch.device | str = "cpu") -> AugmentParams:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dtypes import at_least_float32
 from .convolution import conv2d
 from .first_block import first_block, is_compiled
 from .normalisation import instance_norm
@@ -76,25 +75,21 @@ class OnePassBlock(nn.Sequential):
 
 
 class Classifier(nn.Linear):
-    """A linear layer on flattened maps.
+    """A linear layer on flattened maps, or on maps as they are.
 
-    On a GPU a product for each pixel, all at once: as one product, of few rows and thousands of features, it
-    keeps only a few processors busy, for longer than many a convolution.
+    Those, which it gets on a GPU, take a product for each pixel, all at once: one product, of few rows and
+    thousands of features, keeps only a few processors busy, for longer than many a convolution.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, outputs] for x [B, inputs], or for maps [B, C, H, W] of so many numbers."""
-        if x.ndim != 4 or x.device.type == "cpu":
-            return super().forward(at_least_float32(x).flatten(1).to(self.weight.dtype))
-        return self.by_pixels(x)
-
-    def by_pixels(self, x: Tensor) -> Tensor:
-        """Return the same for maps."""
+        if x.ndim == 2:
+            return super().forward(x)
         rows = x.flatten(2).permute(2, 0, 1)
         weight = self.weight.unflatten(1, x.shape[1:]).flatten(2).permute(2, 0, 1)
-        # The one copy of either: from here on the products and their gradients take both as they are.
-        rows = rows.to(weight.dtype, memory_format=torch.contiguous_format)
-        return (rows @ weight.contiguous().mT).sum(0) + self.bias
+        # The weight is copied once, for the product and its gradients; of maps channels come last already.
+        logits = (rows.to(weight.dtype) @ weight.contiguous().mT).sum(0)
+        return logits if self.bias is None else logits + self.bias
 
 
 class Residual(nn.Module):

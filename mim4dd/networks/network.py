@@ -51,15 +51,12 @@ class Network(nn.Module):
 
         Where `layers` is given, the outputs of all other blocks are empty.
         """
-        return [at_least_float32(m) for m in self._maps(x, layers)]
-
-    def _maps(self, x: Tensor, layers: Collection[int] | None = None) -> list[Tensor]:
-        """The same, in what the blocks compute in."""
         maps = []
         with autocast(self.precision, x.device):
             for k, block in enumerate(self.blocks):
                 x = block(x)
-                maps.append(x if layers is None or k in layers else nothing_of(x))
+                wanted = x if layers is None or k in layers else nothing_of(x)
+                maps.append(at_least_float32(wanted))
         return maps
 
     def embed(self, x: Tensor) -> Tensor:
@@ -72,7 +69,7 @@ class Network(nn.Module):
         Raises:
             InputError: the images are of a size that the classifier was not made for.
         """
-        last = self._maps(x, (len(self.blocks) - 1,))[-1]
+        last = self.features(x, (len(self.blocks) - 1,))[-1]
         # The classifier may be another module by now: a user's own, or none (`nn.Identity`).
         count = last.shape[1:].numel()
         if count != getattr(self.classifier, "in_features", count):
@@ -83,10 +80,10 @@ class Network(nn.Module):
         return self.classify(last)
 
     def classify(self, last: Tensor) -> Tensor:
-        """Return the class logits [B, num_classes] for the last block's output."""
-        if isinstance(self.classifier, Classifier):
+        """Return the class logits [B, num_classes] for the last of `features`."""
+        if isinstance(self.classifier, Classifier) and last.device.type == "cuda":
             return self.classifier(last)
-        features = at_least_float32(last).flatten(1)
+        features = last.flatten(1)
         weight = next(self.classifier.parameters(), features)
         return self.classifier(features.to(weight.dtype))
 

@@ -120,6 +120,8 @@ class _Trajectory(torch.autograd.Function):
         step: Tensor,
         kept: int,
     ) -> Tensor:
+        if not any(ctx.needs_input_grad):
+            kept = 0
         path, graphs = [start], []
         data = _as_leaves(images, targets)
         for k, batch in enumerate(batches):

@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..experts import Experts, Recipe, TrajectoryConfig
 from ..networks.flat import flatten, load
 from ..seeding import generator
-from ..stacked import in_order
+from ..stacked import one_unordered_batch
 from ..state import State
 from .base import Matched, Objective, Problem
 from .student import Batch, follow, squared_distance
@@ -148,7 +148,7 @@ class TrajectoryMatching(Objective):
     def _indices(self, count: int) -> Iterator[Tensor | slice]:
         """Yield the images of every step: each in turn, in a new order every time around."""
         steps = self.config.student_steps or 0
-        if in_order(count, self.batch, self.training.device):
+        if one_unordered_batch(count, self.batch, self.training.device):
             yield from [slice(count)] * steps
             return
         rounds = -(-steps * self.batch // count)

@@ -1,11 +1,12 @@
 // Stands in for CUDA's header on a machine without a GPU: blocks run in turn, and so do the threads of a block, each
-// up to where it waits for the others.
+// up to where it waits for the others, first to last and then last to first.
 #pragma once
 
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <functional>
 #include <vector>
 
@@ -48,8 +49,13 @@ inline void run_block(unsigned size) {
     makecontext(&thread.here, run_thread, 0);
     thread.ended = false;
   }
-  while (!threads[0].ended)
-    for (threadIdx.x = 0; threadIdx.x < size; ++threadIdx.x) swapcontext(&waiting_for_all, &threads[threadIdx.x].here);
+  const auto count_ended = [] { return std::count_if(threads.begin(), threads.end(), std::mem_fn(&Thread::ended)); };
+  for (bool backwards = false; count_ended() < size; backwards = !backwards)
+    for (unsigned k = 0; k < size; ++k) {
+      threadIdx.x = backwards ? size - 1 - k : k;
+      if (threads[threadIdx.x].ended) std::abort();  // others wait for it for ever
+      swapcontext(&waiting_for_all, &threads[threadIdx.x].here);
+    }
 }
 
 inline void __syncthreads() { swapcontext(&threads[threadIdx.x].here, &waiting_for_all); }
