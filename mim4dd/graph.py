@@ -120,8 +120,8 @@ def _record(
             generator.graphsafe_set_state(state)
         raise
 
-    # Up to torch 2.12 a recording resets the generators' offsets, on its stream. On a shared GPU that may be yet
-    # to come, and must not undo what the first replay sets.
+    # Up to torch 2.12 a recording resets the generators' offsets, on its stream. On a GPU that is shared that
+    # may come late, and must not undo what the first replay sets.
     torch.cuda.current_stream(device).wait_stream(_stream(device))
 
     def replay(*inputs: Tensor) -> Result:
