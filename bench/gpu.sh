@@ -37,11 +37,12 @@ END
 # Only for the device that is here.
 export CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES=$capability-real ${CMAKE_ARGS:-}"
 
-# Runs a command for at most so many seconds, and not beyond 520 from the start; then it gets the SIGNAL.
+# Runs a command for at most so many seconds, and not beyond 500 from the start; then it gets the SIGNAL, and half a
+# minute to write what it has: a compiler does not stop at once.
 within() {
-    local limit=$1 left=$((520 - SECONDS))
+    local limit=$1 left=$((500 - SECONDS))
     shift
-    timeout -s "${SIGNAL:-TERM}" -k 10 $((left < 1 ? 1 : left < limit ? left : limit)) "$@"
+    timeout -s "${SIGNAL:-TERM}" -k 30 $((left < 1 ? 1 : left < limit ? left : limit)) "$@"
 }
 
 # Without an nvcc of torch's version there is no CUDA half, without cmake, ninja or pybind11 no extension at all.
@@ -62,7 +63,7 @@ bench() {
     local json=build/bench-$1.json
     wanted "$1" || return
     rm -f "$json"
-    measure "$2" "$PYTHON" -m pytest "bench/test_$1.py" --benchmark-enable --benchmark-json="$json" -k cuda
+    measure "$2" "$PYTHON" -m pytest -vv "bench/test_$1.py" --benchmark-enable --benchmark-json="$json" -k cuda
     "$PYTHON" -m bench.report "$json" || failed=1
 }
 
