@@ -26,9 +26,9 @@ def replayed(
 
     A replay launches the same kernels on the same memory. So the step must make at its first call all that it
     keeps, do the same work at every later one, read nothing on the host, and keep in place what lasts; what
-    changes from outside are its arguments. What
-    it returns is overwritten by the next call. Every call counts: the first one runs as it is, and the
-    random draws go on where they were, so that nothing but the time differs.
+    changes from outside are its arguments. What it returns is overwritten by the next call. Every call
+    counts: the first one runs as it is, and the random draws go on where they were, so that nothing but the
+    time differs.
 
     Args:
         step: takes tensors on the device, of a few different shapes, each of which is recorded.

@@ -104,22 +104,29 @@ __device__ Acc copy(const Reader<lanes, more, In, Acc>& read, int first, int y, 
   return 1;
 }
 
+// The weights of the two taps of a coordinate, where they lie inside.
+template <typename Acc>
+struct Inside {
+  Acc low, high;
+
+  __device__ Inside(const Taps<Acc>& tap, int size)
+      : low(tap.low >= 1 && tap.low <= size ? 1 - tap.fraction : 0), high(tap.low < size ? tap.fraction : 0) {}
+  __device__ Acc sum() const { return low + high; }
+};
+
 // The channels from `first` on at output pixel (y, x), sampled with zeros outside; returns the weight that was inside.
 template <int lanes, bool more, typename In, typename Acc>
 __device__ Acc sample(const Reader<lanes, more, In, Acc>& read, int first, int y, int x, Acc (&values)[lanes]) {
   const Point<Acc> source = read.t.source(y, x);
   const Taps<Acc> v = taps(source.y, read.call.height), h = taps(source.x, read.call.width);
-  const Acc top = v.low >= 1 && v.low <= read.call.height ? 1 - v.fraction : 0;
-  const Acc bottom = v.low < read.call.height ? v.fraction : 0;
-  const Acc left = h.low >= 1 && h.low <= read.call.width ? 1 - h.fraction : 0;
-  const Acc right = h.low < read.call.width ? h.fraction : 0;
+  const Inside<Acc> rows(v, read.call.height), columns(h, read.call.width);
   const In* corner = read.at(first, v.low - 1, h.low - 1);
   const int64_t down = read.call.in_strides.y, across = read.call.in_strides.x;
-  read.add(top * left, corner, first, values);
-  read.add(top * right, corner + across, first, values);
-  read.add(bottom * left, corner + down, first, values);
-  read.add(bottom * right, corner + down + across, first, values);
-  return (top + bottom) * (left + right);
+  read.add(rows.low * columns.low, corner, first, values);
+  read.add(rows.low * columns.high, corner + across, first, values);
+  read.add(rows.high * columns.low, corner + down, first, values);
+  read.add(rows.high * columns.high, corner + down + across, first, values);
+  return rows.sum() * columns.sum();
 }
 
 struct Range {
@@ -172,11 +179,9 @@ __device__ Acc contribution(const Reader<lanes, more, In, Acc>& read, int y, int
   Acc weight = 1;
   if constexpr (adjoint) {
     const Point<Acc> source = read.t.source(y, x);
-    const Taps<Acc> v = taps(source.y, read.call.height), h = taps(source.x, read.call.width);
-    const auto inside = [](const Taps<Acc>& tap, int size) {
-      return (tap.low >= 1 && tap.low <= size ? 1 - tap.fraction : 0) + (tap.low < size ? tap.fraction : 0);
-    };
-    weight = read.t.cut(y, x) ? 0 : inside(v, read.call.height) * inside(h, read.call.width);
+    const int height = read.call.height, width = read.call.width;
+    const Inside<Acc> rows(taps(source.y, height), height), columns(taps(source.x, width), width);
+    weight = read.t.cut(y, x) ? 0 : rows.sum() * columns.sum();
   }
   Acc sum = 0;
 #pragma unroll 1
