@@ -29,6 +29,7 @@ from .objectives import (
     TrainedOnReal,
     TrainedOnSynthetic,
 )
+from .objectives.footprint import of_term
 from .objectives.mutual_information import layer_indices
 from .seeding import generator
 from .synthetic import SyntheticSet, initialise
@@ -126,19 +127,13 @@ class Experiment:
         return self.train.images.device
 
     @property
-    def footprint(self) -> tuple[int, int]:
-        """How many real images go through a network at once, and about how many bytes all maps take.
-
-        That is a pass over so many, what is kept of all real images, and the synthetic ones with gradients.
-        """
-        problem = self.problem
-        network, image = problem.network(), (self.train.channels, *self.train.image_size)
-        real = self.train.num_classes * problem.real_batch
-        at_once = min(problem.chunk, real)
-        kept = sum(network.feature_sizes[k] for k in {len(network.feature_sizes) - 1, *problem.layers})
-        passing = at_once * memory.per_image(network, image, gradients=False)
-        synthetic_maps = len(problem.labels) * memory.per_image(network, image, gradients=True)
-        return at_once, passing + 4 * kept * real + synthetic_maps
+    def footprint(self) -> int:
+        """About how many bytes an update takes beside the weights and the data, the term's included."""
+        method, problem = METHODS[self.config.distill.method], self.problem
+        if not self.config.mim.mim_weight or self.config.mim.mim_networks == "base":
+            return method.footprint(problem)
+        alone = dataclasses.replace(problem, layers=())
+        return method.footprint(alone) + of_term(problem)
 
     def mutual_information(self) -> MutualInformation:
         """Return a new add-on, by the settings."""

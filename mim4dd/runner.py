@@ -74,12 +74,11 @@ def introduce(experiment: Experiment, checkpoint: Checkpoint | None) -> None:
         f"{device_name(experiment.device)}",
         soft_wrap=True,
     )
-    at_once, needed = experiment.footprint
     weight = settled(config.mim.mim_weight)
+    workspace = " and cuDNN's workspace" if experiment.device.type == "cuda" else ""
     term = f"the term has weight {weight:g}" if weight else "without the term (weight 0)"
     console.print(
-        f"{config.precision}; {at_once} real images at a time; the networks' maps take about "
-        f"{decimal(needed)}; {term}",
+        f"{config.precision}; an update takes about {decimal(experiment.footprint)}{workspace}; {term}",
         soft_wrap=True,
     )
     if checkpoint:

@@ -17,6 +17,7 @@ from mim4dd.evaluation import Score
 from mim4dd.experiment import Experiment
 from mim4dd.networks import memory
 from mim4dd.objectives import METHODS, TrainedOnReal, TrainedOnSynthetic, mutual_information_estimate
+from mim4dd.objectives.footprint import of_term
 from mim4dd.seeding import generator
 from mim4dd.synthetic import encode, initialise, select_kmeans
 
@@ -164,14 +165,29 @@ def scale(images):
     return 255 if images.images.dtype == torch.uint8 else 1
 
 
-@pytest.mark.parametrize(("real_batch", "at_once"), [(4, 32), (2, 20)])
-def test_footprint(real_batch, at_once):
-    """A pass over a chunk, both maps of all real images, and 40 synthetic ones with gradients."""
-    prepared = prepare(f"--factor 2 --mim-layers 0 --real-batch {real_batch}")
-    network = prepared.problem.network()
-    passing, kept = (memory.per_image(network, (1, 8, 8), gradients=g) for g in (False, True))
-    maps = 4 * (8 * 4 * 4 + 8 * 2 * 2) * 10 * real_batch
-    assert prepared.footprint == (at_once, at_once * passing + maps + 40 * kept)
+def test_footprint():
+    """That of the method; with networks of its own the term comes on top, and its layers are seen there."""
+    dm, ncfm = METHODS["dm"].footprint, METHODS["ncfm"].footprint
+    assert prepare("--mim-weight 0").footprint == dm(prepare("--mim-weight 0").problem)
+    base = prepare("--mim-networks base --mim-layers 0")
+    assert base.problem.layers
+    assert base.footprint == dm(base.problem)
+    own = prepare("--method ncfm --mim-weight 1 --mim-layers 0")
+    alone = dataclasses.replace(own.problem, layers=())
+    assert own.footprint == ncfm(alone) + of_term(own.problem)
+    assert of_term(own.problem) > of_term(alone)
+
+
+def test_a_run_begins_with_what_it_takes(capsys, monkeypatch):
+    prepared = prepare("--mim-weight 0 --precision fp32")
+    takes = f"fp32; an update takes about {runner.decimal(prepared.footprint)}"
+    runner.introduce(prepared, None)
+    monkeypatch.setattr(Experiment, "device", torch.device("cuda"))
+    monkeypatch.setattr(runner, "device_name", lambda device: "a GPU")
+    runner.introduce(prepared, None)
+    on_cpu, on_gpu = (line for line in capsys.readouterr().out.splitlines() if "takes about" in line)
+    assert on_cpu == f"{takes}; without the term (weight 0)"
+    assert on_gpu == f"{takes} and cuDNN's workspace; without the term (weight 0)"
 
 
 def test_scores_follow_the_settings(evaluated):

@@ -259,7 +259,7 @@ def test_interruption_keeps_the_last_good_set(tmp_path, sent):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     # The last line before the first iteration.
-    assert any("real images at a time" in line for line in iter(process.stdout.readline, ""))
+    assert any("an update takes about" in line for line in iter(process.stdout.readline, ""))
     time.sleep(2)
     process.send_signal(sent)
     _, error = process.communicate(timeout=60)

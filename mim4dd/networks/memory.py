@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .. import extension
 from .blocks import OnePassBlock
 from .first_block import fits
 from .network import Network
@@ -34,16 +35,20 @@ def per_image(network: Network, image: tuple[int, ...], *, gradients: bool, tran
         transformed: whether `torch.func` computes these, which saves the maps of the backward pass as well.
     """
     device = next(network.parameters()).device
+    on_cpu = device.type == "cpu"
     dtype = torch.bfloat16 if network.precision == "bf16" else torch.float32
-    fused = all(isinstance(b, OnePassBlock) for b in network.blocks) and kernels_run(dtype, device)
+    compiled = extension.available() if on_cpu else kernels_run(dtype, device)
+    fused = compiled and all(isinstance(b, OnePassBlock) for b in network.blocks)
     shapes = copy.deepcopy(network).to("meta")
     shapes.precision = "fp32"
-    steps = (_blocks if fused else _operators)(shapes, torch.empty(1, *image, device="meta"))
+    x = torch.empty(1, *image, device="meta")
+    # On a CPU the first block is one operator in float32 only.
+    steps = _blocks(shapes, x, not on_cpu or dtype == torch.float32) if fused else _operators(shapes, x)
     numbers = sum(out for _, out in steps) if gradients else max(given + out for given, out in steps)
-    if not gradients and not fused and device.type != "cpu":
+    if not gradients and not fused and not on_cpu:
         numbers = numbers * 3 // 2  # the operators around a normalisation are not fused there
     # On a GPU autocast normalises in float32, whatever the precision, except in blocks that run as kernels.
-    half = dtype == torch.bfloat16 and (fused or device.type == "cpu")
+    half = dtype == torch.bfloat16 and (fused or on_cpu)
     return numbers * (2 if half else 4) * (2 if transformed else 1)
 
 
@@ -59,14 +64,14 @@ def _operators(network: Network, x: Tensor) -> Steps:
 
 
 @torch.no_grad()
-def _blocks(network: Network, x: Tensor) -> Steps:
+def _blocks(network: Network, x: Tensor, first_at_once: bool) -> Steps:
     """Convolution and normalisation of every block, or the whole first block where it is one operator."""
     steps: Steps = []
     for block in network.blocks:
         assert isinstance(block, OnePassBlock)
         out, (convolution, padding, _) = block(x), block.parts
         convolved = out.shape[1] * (x.shape[2] + 2 * padding[0] - 2) * (x.shape[3] + 2 * padding[1] - 2)
-        if fits(x, convolution.weight, padding):
+        if first_at_once and fits(x, convolution.weight, padding):
             steps.append((x.numel(), out.numel()))
         else:
             steps += [(x.numel(), convolved), (convolved, out.numel())]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..experts import TrajectoryConfig
+from . import footprint
 from .base import Matched, Objective, Problem
 from .characteristic import CharacteristicMatching, characteristic_distance
 from .distribution import DistributionMatching, distribution_distance
@@ -52,6 +53,7 @@ class Method:
         learns_targets: whether its loss depends on the images' targets, so that soft labels can be learned.
         iterations: updates of the images at an IPC, in the published protocol.
         mim_weights: default weight of the mutual-information term, by its loss, from each IPC on.
+        footprint: about how many bytes an update takes beside the weights and the data.
         prepare: does what takes long before the first match, if anything does and it is not done already;
             yields (steps done, steps in all).
     """
@@ -62,6 +64,7 @@ class Method:
     learns_targets: bool
     iterations: Callable[[int], int]
     mim_weights: Mapping[str, Mapping[int, float]]
+    footprint: Callable[[Problem], int]
     prepare: Callable[[Problem], Iterator[tuple[int, int]]] = lambda _: iter(())
 
 
@@ -75,6 +78,7 @@ METHODS = {
         learns_targets=False,
         iterations=lambda _: 20_000,
         mim_weights={"info-nce": {1: 300.0, 10: 100.0, 50: 30.0}, "nce": {1: 100.0, 10: 1.0}},
+        footprint=footprint.of_features,
     ),
     "dc": Method(
         GradientMatching,
@@ -83,6 +87,7 @@ METHODS = {
         learns_targets=True,
         iterations=lambda ipc: 1000 * loops(ipc)[0],  # 1,000 networks
         mim_weights={"info-nce": {1: 1000.0}, "nce": {1: 0.0}},
+        footprint=footprint.of_gradients,
     ),
     "dsa": Method(
         GradientMatching,
@@ -91,6 +96,7 @@ METHODS = {
         learns_targets=True,
         iterations=lambda ipc: 1000 * loops(ipc)[0],
         mim_weights={"info-nce": {1: 1000.0}, "nce": {1: 100.0, 2: 0.0}},
+        footprint=footprint.of_gradients,
     ),
     "mtt": Method(
         TrajectoryMatching,
@@ -99,6 +105,7 @@ METHODS = {
         learns_targets=True,
         iterations=lambda _: 5000,
         mim_weights={"info-nce": {1: 1.0, 2: 0.0}, "nce": {1: 0.0}},
+        footprint=footprint.of_trajectory,
         prepare=train_experts,
     ),
     "ncfm": Method(
@@ -108,5 +115,6 @@ METHODS = {
         learns_targets=False,
         iterations=lambda _: 20_000,
         mim_weights={"info-nce": {1: 1000.0, 50: 300.0}, "nce": {1: 0.0}},
+        footprint=footprint.of_characteristic_functions,
     ),
 }

@@ -78,20 +78,27 @@ class Problem:
 
         They get half of the memory, beside the real images; None get none.
         """
-        if self.memory is None:
-            return 0
-        network = self.network()
-        weights = sum(weight.nbytes for weight in network.parameters())
+        return 0 if self.memory is None else self.memory // 2 // self.graph_bytes(count)
+
+    def graph_bytes(self, count: int) -> int:
+        """About how many bytes the graph of a gradient on `count` images takes."""
+        maps = count * self.bytes_per_image(gradients=True, transformed=True)
+        return maps + WEIGHTS_IN_A_GRAPH * self.weight_bytes
+
+    def bytes_per_image(self, *, gradients: bool, transformed: bool = False) -> int:
+        """About how many bytes an image takes on its way through a network; see `memory.per_image`."""
         image = (self.real.channels, *self.real.image_size)
-        maps = count * per_image(network, image, gradients=True, transformed=True)
-        return self.memory // 2 // (maps + WEIGHTS_IN_A_GRAPH * weights)
+        return per_image(self.network(), image, gradients=gradients, transformed=transformed)
+
+    @property
+    def weight_bytes(self) -> int:
+        """How many bytes the weights of a network take."""
+        return sum(weight.nbytes for weight in self.network().parameters())
 
     def _at_once(self, *, gradients: bool) -> int:
         if self.memory is None:
             return CHUNK[self.real.images.device.type]
-        image = (self.real.channels, *self.real.image_size)
-        each = per_image(self.network(), image, gradients=gradients, transformed=gradients)
-        return max(1, self.memory // each)
+        return max(1, self.memory // self.bytes_per_image(gradients=gradients, transformed=gradients))
 
     def class_augmentation(self, generator: torch.Generator) -> AugmentParams:
         """Draw a row of parameters for every class, a part of the strategy for each, as DSA does."""

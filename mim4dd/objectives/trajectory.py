@@ -79,6 +79,12 @@ def open_experts(made: Recipe) -> Experts:
     return found
 
 
+def student_batch(problem: Problem) -> int:
+    """Return how many synthetic images a step is on."""
+    count = len(problem.labels)
+    return min((problem.trajectory and problem.trajectory.student_batch) or count, count)
+
+
 class TrajectoryMatching(Objective):
     """From a snapshot of an expert, steps on the synthetic images lead to a later snapshot.
 
@@ -92,8 +98,7 @@ class TrajectoryMatching(Objective):
         self.problem, self.config = problem, made.config
         self.network, self.experts = made.network, open_experts(made)
         self.starts = self.config.max_start or 1
-        count = len(problem.labels)
-        self.batch = min(self.config.student_batch or count, count)  # images of a step
+        self.batch = student_batch(problem)
         self.kept = problem.graphs_kept(self.batch)
         seed, device = problem.seed, problem.real.images.device
         self.matches = generator(seed, "mtt/match")  # on the CPU: they say what to read from a file
