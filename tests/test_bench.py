@@ -280,7 +280,7 @@ def test_the_reporter_says_what_it_expects(monkeypatch, tmp_path, capsys):
     assert f"{path}: expected what --benchmark-json of a bench here writes" in capsys.readouterr().err
 
 
-GPU_TESTS = ("draw", "stacked", "graph", "on_gpu", "augment_cuda")
+GPU_TESTS = ("draw", "stacked", "graph", "footprint", "on_gpu", "augment_cuda")
 GPU_TESTS += ("normalisation_kernels", "first_block_kernels", "grad_weight_kernels", "kernels", "launch")
 STUB = """#!/usr/bin/env bash
 echo "$*" >> "$LOG"
