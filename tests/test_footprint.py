@@ -37,13 +37,13 @@ def updates(objective, term=None):
     return lambda: distill(objective, start, iterations=1, lr=0.1, momentum=0.5, mutual_information=term)
 
 
-def problem_of(method, device, folder, **settings):
+def problem_of(method, device, folder, *, steps=5, **settings):
     sizes = {"width": 32, "real_batch": 40, "precision": precision.resolve("auto", torch.device(device))}
     return problems.problem(
         problems.real_images(40, device, shape=(3, 32, 32)),
         20,
         augmentation=problems.STRATEGY if METHODS[method].augmented else "none",
-        trajectory=problems.trajectory(folder, student_steps=5, student_batch=100),
+        trajectory=problems.trajectory(folder, student_steps=steps, student_batch=100),
         **sizes | settings,
     )
 
@@ -85,6 +85,18 @@ def test_a_trajectory_s_graphs_count_as_far_as_they_are_kept(device, tmp_path):
         predicted = METHODS["mtt"].footprint(kept)
         assert predicted - one == (min(graphs, 5) - 1) * graph
         check(METHODS["mtt"].objective(kept), predicted, device)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_more_steps_of_a_trajectory_take_their_weights_and_no_more(device, tmp_path):
+    """And the parameters of their augmentation, a few bytes each; one graph takes 17 MB."""
+    taken = []
+    for steps in (2, 12):
+        problem = problem_of("mtt", device, tmp_path, steps=steps, memory=1, precision="fp32")
+        step = updates(METHODS["mtt"].objective(problem))
+        step()
+        taken.append(allocated_at_most(step, device))
+    assert taken[1] - taken[0] < 10 * problem.weight_bytes + 2**20
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
