@@ -73,6 +73,34 @@ def test_images_and_gradients_equal_the_reference(kernels, strategy, shape, dtyp
         assert torch.equal(result, again)
 
 
+@pytest.mark.parametrize("channels", [1, 3, 6])
+def test_gradients_of_pixels_that_many_outputs_sampled(kernels, channels):
+    """Magnified, turned far, of a single column; a hole of one pixel in the gradient."""
+    fields = augment.AugmentParams.identity(4).fields()
+    fields |= {
+        "scale_x": torch.tensor([0.2, 0.9, 0.0, 1.1]),
+        "scale_y": torch.tensor([0.3, 0.8, 1.1, 1.0]),
+        "degrees": torch.tensor([10.0, 70.0, 0.0, 5.0]),
+        "cutout": torch.tensor([[5, 5, 6, 6]]).expand(4, 4),
+    }
+    x, upstream = torch.randn(
+        2, 4, channels, 11, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    wanted = expected(x, upstream, augment.AugmentParams(**fields))[1]
+    close(kernels(upstream, [*fields.values()], None, None, None, True, True), wanted, torch.float64)
+
+
+def test_pixels_that_lie_too_far_apart_for_an_int(kernels):
+    apart = 2**31  # in bytes, of memory that is reserved and hardly used
+    random = torch.Generator().manual_seed(0)
+    x = torch.empty(apart + 6, dtype=torch.uint8).as_strided((1, 3, 2, 2), (1, 2, apart, 1))
+    x.copy_(torch.randint(0, 256, x.shape, dtype=torch.uint8, generator=random))
+    params = augment.sample(augment.DSA, 1, 2, generator=random, mode="all")
+    fields = [*params.fields().values()]
+    result = kernels(x, fields, None, None, None, True, False)
+    close(result, kernels(x.contiguous(), fields, None, None, None, True, False), torch.float32)
+
+
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("channels", [1, 3, 6])
 def test_bytes_that_are_normalised_and_rows(kernels, channels, align_corners):

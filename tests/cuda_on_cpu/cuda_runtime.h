@@ -15,6 +15,7 @@
 #define __shared__ static
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __builtin_assume(...)
 
 using std::abs, std::ceil, std::floor, std::isfinite, std::min;
 
