@@ -112,11 +112,11 @@ def _one_by_one(
             parts[int(torch.randint(len(parts), (), generator=generator))], rows, size, generator
         )
     else:
-        chosen = torch.randint(len(parts), (rows, 1), generator=generator)
+        chosen = torch.randint(len(parts), (rows,), generator=generator)
         for k, part in enumerate(parts):
+            mask = chosen == k
             for name, value in _fields(part, rows, size, generator).items():
-                mask = chosen == k
-                fields[name] = torch.where(mask if value.ndim > 1 else mask[:, 0], value, fields[name])
+                fields[name] = torch.where(mask if value.ndim == 1 else mask[:, None], value, fields[name])
     return AugmentParams(**fields)
 
 

@@ -53,37 +53,38 @@ def _parts(strategy: str) -> tuple[str, ...]:
     return parts
 
 
-def ranges(part: str, size: Size) -> list[Range]:
+@functools.cache  # asked for at every draw
+def ranges(part: str, size: Size) -> tuple[Range, ...]:
     """Return what a part of a strategy draws, in this order, for images (height, width)."""
     match part:
         case "color":
-            return [
+            return (
                 Range("brightness", -BRIGHTNESS / 2, BRIGHTNESS / 2),
                 Range("saturation", 0, SATURATION),
                 Range("contrast", CONTRAST, CONTRAST + 1),
-            ]
+            )
         case "crop":
             return shifts(_of(size, CROP))
         case "cutout":  # where the box starts; it may stick out
-            return [
+            return tuple(
                 Range(name, -(box // 2), side + 1 - box % 2 - box // 2, whole=True)
                 for name, side, box in zip(("cut_y", "cut_x"), size, box_of(size), strict=True)
-            ]
+            )
         case "flip":
-            return [Range("flip", 0, 2, whole=True)]
+            return (Range("flip", 0, 2, whole=True),)
         case "scale":
-            return [Range(name, 1 / SCALE, SCALE) for name in ("scale_x", "scale_y")]
+            return tuple(Range(name, 1 / SCALE, SCALE) for name in ("scale_x", "scale_y"))
         case "rotate":
-            return [Range("degrees", -ROTATE, ROTATE)]
+            return (Range("degrees", -ROTATE, ROTATE),)
     raise AssertionError(part)
 
 
-def shifts(reach: Size) -> list[Range]:
+def shifts(reach: Size) -> tuple[Range, ...]:
     """Return what a crop draws that moves images by as many pixels at most."""
-    return [
+    return tuple(
         Range(name, -far, far + 1, whole=True)
         for name, far in zip(("shift_y", "shift_x"), reach, strict=True)
-    ]
+    )
 
 
 def box_of(size: Size) -> Size:
