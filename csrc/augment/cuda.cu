@@ -51,10 +51,11 @@ __device__ bool load_transform(const Call& call, int64_t image, Transform<Acc>& 
   return finite;
 }
 
-constexpr int blocks_of(size_t size) { return size > 4 ? 2 : 3; }  // on a multiprocessor at once, at least
+// On a multiprocessor at once, at least. More would need registers that the adjoint has better uses for.
+constexpr int blocks_of(bool adjoint, size_t size) { return size > 4 ? 2 : adjoint ? 3 : 4; }
 
 template <bool adjoint, int lanes, bool more, typename In, typename Acc>
-__global__ void __launch_bounds__(kThreads, blocks_of(sizeof(Acc)))
+__global__ void __launch_bounds__(kThreads, blocks_of(adjoint, sizeof(Acc)))
     sums_kernel(const __grid_constant__ Call call, Acc* sums) {
   __shared__ Transform<Acc> t;
   const int64_t image = blockIdx.x / kSums;
@@ -119,7 +120,7 @@ __device__ void write(const Reader<lanes, more, In, Acc>& read, Out* out, int pa
 
 // `sums` is null for small images. Every block makes one of `parts` parts of an image.
 template <bool adjoint, int lanes, bool more, typename In, typename Out, typename Acc>
-__global__ void __launch_bounds__(kThreads, blocks_of(sizeof(Acc)))
+__global__ void __launch_bounds__(kThreads, blocks_of(adjoint, sizeof(Acc)))
     augment_kernel(const __grid_constant__ Call call, const Acc* sums, int parts) {
   __shared__ Transform<Acc> t;
   const int64_t image = call.batch - 1 - blockIdx.x / parts;  // those summed last are in the cache

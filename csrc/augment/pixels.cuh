@@ -188,7 +188,7 @@ __device__ void gather(const Reader<lanes, more, In, Acc>& read, int first, int 
     const int cut = to_y >= t.top && to_y <= t.bottom ? t.left : read.call.width;  // from there to `right`
     auto pixel = read.at(to_y, columns.begin);
     for (int begin = columns.begin; begin < columns.end; begin += at_once) {
-      Acc weights[at_once][tall], loaded[at_once][lanes];
+      Acc weights[at_once][tall], loaded[at_once][lanes];  // what has no weight is not loaded
 #pragma unroll
       for (int k = 0; k < at_once; ++k, pixel += read.at(0, 1)) {
         const int to_x = begin + k;
