@@ -33,7 +33,7 @@ def unit_rows(features: Tensor) -> Tensor:
     return features * inverse_norms(features)
 
 
-# Of rows of logits: their losses, which of them count in the mean (1, else 0), and what makes the slopes, the
+# Of rows of logits: their losses, how many of them count in the mean, and what makes the slopes, the
 # derivative of the summed losses with respect to the logits.
 Terms = tuple[Tensor, Tensor, Callable[[], Tensor]]
 
@@ -52,15 +52,14 @@ def terms(form: LossForm, x: Tensor, positive: Tensor) -> Terms:
 def _nce(form: LossForm, x: Tensor, positive: Tensor) -> Terms:
     negative = 1 - positive
     num_positives = positive.sum(1, keepdim=True)
-    on_negatives: Tensor | float = 1.0
+    wrong = x * (negative - positive)
     if form.negatives is not None:
         num_negatives = x.shape[1] - form.exclude_self - num_positives
-        on_negatives = form.negatives / num_negatives.clamp_min(1)
-    weight = negative * on_negatives - positive / num_positives.clamp_min(1)  # below 0 on positives
-    wrong = x * (negative - positive)
+        negative = negative * (form.negatives / num_negatives.clamp_min(1))
+    weight = negative - positive / num_positives.clamp_min(1)  # below 0 on positives
     losses = (F.softplus(wrong) * weight.abs()).sum(1)
     # Not sigmoid(x) - 1 on positives: that cancels where the critic is sure.
-    return losses, torch.ones_like(losses), lambda: wrong.sigmoid_().mul_(weight)
+    return losses, losses.new_full((), len(losses)), lambda: wrong.sigmoid_().mul_(weight)
 
 
 def _info_nce(x: Tensor, positive: Tensor) -> Terms:
@@ -68,7 +67,7 @@ def _info_nce(x: Tensor, positive: Tensor) -> Terms:
     counts = num_positives.clamp_max(1)
     share = positive / num_positives.clamp_min(1)
     losses = -(x.log_softmax(1) * share).sum(1)
-    return losses, counts, lambda: x.softmax(1).sub_(share).mul_(counts)
+    return losses, counts.sum(), lambda: x.softmax(1).sub_(share).mul_(counts)
 
 
 def _info_nce_any(x: Tensor, positive: Tensor) -> Terms:
@@ -76,14 +75,14 @@ def _info_nce_any(x: Tensor, positive: Tensor) -> Terms:
     log_p = x.log_softmax(1)
     log_mine = log_p + (counts - positive) * _lowest(x)  # of the positives; a row without one stays
     losses = -log_mine.logsumexp(1) * counts[:, 0] if x.shape[1] else x.sum(1)
-    return losses, counts, lambda: x.softmax(1).sub_(log_mine.softmax(1)).mul_(counts)
+    return losses, counts.sum(), lambda: x.softmax(1).sub_(log_mine.softmax(1)).mul_(counts)
 
 
 def _positives(
     form: LossForm, x: Tensor, row_labels: Tensor, column_labels: Tensor, start: int = 0
 ) -> Tensor:
     """Which pairs are positive, as `terms` takes them; marks in x, rows from `start` on, those left out."""
-    same = row_labels[:, None] == column_labels[None, :]
+    same = row_labels[:, None] == column_labels
     positive = same.to(torch.uint8).to(x.dtype)  # straight from a bool it takes much longer
     if form.exclude_self:
         positive.diagonal(start).fill_(0)
@@ -118,8 +117,8 @@ def plain(
     loss = scales.new_zeros(())
     for row, column in ((0, 1), (1, 0)) if form.symmetric else ((0, 1),):
         x = units[row] @ units[column].T / scales[0] - scales[1].log()
-        losses, counts, _ = terms(form, x, _positives(form, x, labels[row], labels[column]))
-        loss = loss + losses.sum() / counts.sum().clamp_min(1)
+        losses, count, _ = terms(form, x, _positives(form, x, labels[row], labels[column]))
+        loss = loss + losses.sum() / count.clamp_min(1)
     return loss
 
 
@@ -131,13 +130,13 @@ def chunked(
     anchors: Tensor,
     keys: Tensor,
     wanted: Sequence[bool],
-) -> tuple[Tensor, list[Tensor]]:
-    """The loss of `plain` and its gradients for scales, anchors and keys, empty where not `wanted`.
+) -> list[Tensor]:
+    """The loss of `plain`, then its gradients for scales, anchors and keys, empty where not `wanted`.
 
     Memory beside the inputs: their unit rows and gradients, and a few temporaries of CHUNK_PAIRS.
     """
     want_scales, want_anchors, want_keys = wanted
-    temperature, noise_ratio = scales
+    temperature, noise_ratio = scales.unbind()
     sides, labels = [at_least_float32(anchors), at_least_float32(keys)], (anchor_labels, key_labels)
     # Anchors of length 1 / temperature and keys of length 1: their products are the logits, and those of the
     # slopes with one side the gradients for the other.
@@ -157,20 +156,20 @@ def chunked(
         grad_temperature = -torch.vdot(rows[0].flatten(), grad_rows[0].flatten()) / temperature
         grad_scales = torch.stack([grad_temperature, grad_shift / noise_ratio])
     grad_sides = [
-        _across(row, grad_row, inverse, length).to(saved_dtype(side.dtype))
+        _across(row, grad_row, inverse, own_temperature).to(saved_dtype(side.dtype))
         if want
         else side.new_empty(0, dtype=saved_dtype(side.dtype))
-        for side, row, grad_row, inverse, length, want in zip(
+        for side, row, grad_row, inverse, own_temperature, want in zip(
             (anchors, keys),
             rows,
             grad_rows,
             inverses,
-            (temperature, 1.0),
+            (temperature, None),
             (want_anchors, want_keys),
             strict=True,
         )
     ]
-    return loss, [grad_scales, *grad_sides]
+    return [loss, grad_scales, *grad_sides]
 
 
 def _one_way(
@@ -182,18 +181,19 @@ def _one_way(
     """
     rows, columns = units
     want_shift, want_rows, want_columns = wanted
-    loss, count, grad_shift = torch.zeros_like(shift), torch.zeros_like(shift), torch.zeros_like(shift)
+    loss, count, grad_shift = (torch.zeros_like(shift) for _ in range(3))
     grad_rows, grad_columns = (
         unit.new_zeros(unit.shape if want else 0) for unit, want in zip(units, wanted[1:], strict=True)
     )
     step = max(1, CHUNK_PAIRS // max(1, len(columns)))
     for start in range(0, len(rows), step):
         chunk = slice(start, start + step)
-        x = (rows[chunk] @ columns.T).sub_(shift)
+        own = rows[chunk]
+        x = (own @ columns.T).sub_(shift)
         positive = _positives(form, x, labels[0][chunk], labels[1], start)
-        losses, counts, slopes = terms(form, x, positive)
+        losses, counted, slopes = terms(form, x, positive)
         loss += losses.sum()
-        count += counts.sum()
+        count += counted
         if any(wanted):
             grad_x = slopes()
             if want_shift:
@@ -201,12 +201,15 @@ def _one_way(
             if want_rows:
                 torch.mm(grad_x, columns, out=grad_rows[chunk])
             if want_columns:
-                grad_columns.addmm_(grad_x.T, rows[chunk])
+                grad_columns.addmm_(grad_x.T, own)
     count.clamp_min_(1)
-    return [value.div_(count) for value in (loss, grad_shift, grad_rows, grad_columns)]
+    totals = zip((loss, grad_shift, grad_rows, grad_columns), (True, *wanted), strict=True)
+    return [total.div_(count) if want else total for total, want in totals]
 
 
-def _across(rows: Tensor, grad_rows: Tensor, inverses: Tensor, temperature: Tensor | float) -> Tensor:
-    """Turn the gradient for rows of length 1 / temperature into that for the features: rows / inverses."""
-    along = (rows * grad_rows).sum(1, keepdim=True) * temperature * temperature
+def _across(rows: Tensor, grad_rows: Tensor, inverses: Tensor, temperature: Tensor | None) -> Tensor:
+    """Turn the gradient for rows of length 1 / temperature (None: 1) into that for their features."""
+    along = (rows * grad_rows).sum(1, keepdim=True)
+    if temperature is not None:
+        along = along * temperature * temperature
     return grad_rows.addcmul_(rows, along, value=-1).mul_(inverses)
