@@ -6,14 +6,13 @@ compiled where the extension is.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import backends, extension
+from ..constants import kept
 from ..sizes import Size
 from .params import AugmentParams
 from .strategy import Range, box_of, ranges
@@ -58,28 +57,13 @@ def from_uniform(
         RuntimeError: `backend="fused"` where the extension is not built.
     """
     if backends.resolve("augment.sample", backend, extension.obstacle(uniform.device)) == "fused":
-        return _draw(uniform, _table(uniform, parts, size, CPU), len(parts), together)
-    return _reference(uniform, _table(uniform, parts, size, uniform.device), len(parts), together)
+        return _draw(uniform, _table(parts, size, CPU), len(parts), together)
+    return _reference(uniform, _table(parts, size, uniform.device), len(parts), together)
 
 
-def _table(uniform: Tensor, parts: tuple[str, ...], size: Size, device: torch.device) -> Tensor:
-    """Of each column [11, 5]: low, span, from a box's first pixel to its last, part, and value without it.
-
-    Kept, but for where it is traced or goes with a fake tensor.
-    """
-    if torch.compiler.is_compiling() or type(uniform) is not Tensor:
-        return _new_table(parts, size, device)
-    return _kept_table(parts, size, device)
-
-
-@functools.cache  # never given up, and made once: recorded steps of the reference read it, and may not copy
-def _kept_table(parts: tuple[str, ...], size: Size, device: torch.device) -> Tensor:
-    # Neither of inference mode nor fake nor a wrapper of a torch.func transform, which would outlive it.
-    with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():
-        return _new_table(parts, size, device)
-
-
-def _new_table(parts: tuple[str, ...], size: Size, device: torch.device) -> Tensor:
+@kept(None)  # never given up: recorded steps of the reference read it, and may not copy
+def _table(parts: tuple[str, ...], size: Size, device: torch.device) -> Tensor:
+    """Of each column [11, 5]: low, span, from a box's first pixel to its last, part, and value without it."""
     of_column = {of.name: (k, of) for k, part in enumerate(parts) for of in ranges(part, size)}
     extents = dict(zip(("cut_y", "cut_x"), (box - 1 for box in box_of(size)), strict=True))
     rows = []

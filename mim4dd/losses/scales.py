@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch._guards import active_fake_mode
 
+from ..constants import kept
 from .checks import assert_positive, check_positive
 
 
 def without_autocast(value: Tensor) -> AbstractContextManager[None]:
     """Compute in the dtypes that are there; the meta device, which has no autocast, refuses its context."""
-    return nullcontext() if value.is_meta else torch.autocast(value.device.type, enabled=False)
+    if value.is_meta or not torch.is_autocast_enabled(value.device.type):
+        return nullcontext()
+    return torch.autocast(value.device.type, enabled=False)
 
 
 def one_dtype(*features: Tensor) -> list[Tensor]:
@@ -38,7 +39,7 @@ def scales_of(
     constants = tuple(value for value in values if not isinstance(value, Tensor))
     numbers = _numbers(constants, dtype, features.device)
     if len(constants) == len(values):
-        return numbers.reshape(2, -1)
+        return numbers.view(2, -1)
     rest = iter(numbers.unbind())
     tensors = [
         value.to(features.device, dtype).reshape(()) if isinstance(value, Tensor) else next(rest)
@@ -50,18 +51,6 @@ def scales_of(
     return scales
 
 
+@kept(4096)  # more than any program has in use, but not every number of one that lowers its temperature
 def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The values as a tensor, kept: copying numbers to a device costs more than a small loss.
-
-    Not where they are traced, nor under a mode that would make fake tensors of them.
-    """
-    if torch.compiler.is_compiling() or active_fake_mode() is not None:
-        return torch.tensor(values, dtype=dtype, device=device)
-    return _kept_numbers(values, dtype, device)
-
-
-@lru_cache(maxsize=4096)  # more than any program has in use: a recorded step reads them again
-def _kept_numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Neither of inference mode nor a wrapper of a torch.func transform, which would outlive it.
-    with torch.inference_mode(False), torch._C._DisableFuncTorch():
-        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, device=device)

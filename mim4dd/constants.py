@@ -1,0 +1,41 @@
+"""Constant tensors that are made once: copying numbers to a device costs more than a small loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import active_fake_mode
+from torch.utils._python_dispatch import _disable_current_modes
+
+Make = Callable[..., Tensor]
+
+
+def kept(count: int | None) -> Callable[[Make], Make]:
+    """Decorate a function that makes a tensor of hashable arguments, so that it makes each once.
+
+    Not where it is traced, nor under a mode that would make a fake tensor of it.
+
+    Args:
+        count: of tensors that are kept, those used last; None: all. A recorded step reads them again, unseen.
+    """
+
+    def decorate(make: Make) -> Make:
+        @lru_cache(count)
+        def made_once(*arguments: Any) -> Tensor:
+            # Neither of inference mode nor fake nor a wrapper of a torch.func transform: it outlives them.
+            with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():
+                return make(*arguments)
+
+        @wraps(make)
+        def made(*arguments: Any) -> Tensor:
+            if torch.compiler.is_compiling() or active_fake_mode() is not None:
+                return make(*arguments)
+            return made_once(*arguments)
+
+        return made
+
+    return decorate
