@@ -11,6 +11,7 @@ from torch import Tensor
 
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_DTYPES = (torch.int32, torch.int64)
+NUMBERS = (Real, torch.SymFloat, torch.SymInt)  # the last two where a number is traced
 
 
 def check_tensor(function: str, name: str, value: object, dtypes: Sequence[torch.dtype]) -> None:
@@ -104,7 +105,7 @@ def check_negatives(function: str, negatives: object) -> None:
     """None or a positive number; not a tensor, whose gradient would be dropped."""
     if negatives is None:
         return
-    if not isinstance(negatives, Real | torch.SymFloat | torch.SymInt):
+    if not isinstance(negatives, NUMBERS):
         value = "a tensor, which would get no gradient" if isinstance(negatives, Tensor) else repr(negatives)
         raise ValueError(
             f"mim4dd.{function}: negatives is {value}, expected a positive number or None; give a float"
@@ -120,7 +121,7 @@ def check_positive(function: str, dtype: torch.dtype = torch.float32, **values: 
     """
     smallest, largest = _range_of(dtype)
     for name, value in values.items():
-        if not isinstance(value, Tensor | Real | torch.SymFloat | torch.SymInt):
+        if not isinstance(value, (Tensor, *NUMBERS)):
             hint = "; NCELoss and calibrated_noise_ratio measure it" if str(value) == "calibrated" else ""
             raise ValueError(
                 f"mim4dd.{function}: {name} is {value!r}, expected a positive number or a tensor of one{hint}"
