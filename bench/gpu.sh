@@ -76,7 +76,7 @@ if wanted tests; then
     log=build/gpu-tests.log
     SIGNAL=INT within 200 "$PYTHON" -m pytest --noconftest -vv "${options[@]}" \
         tests/test_{draw,stacked,graph,footprint,on_gpu,augment_cuda}.py \
-        tests/test_{normalisation_kernels,first_block_kernels,grad_weight_kernels,kernels,launch}.py \
+        tests/test_{normalisation_kernels,first_block_kernels,grad_weight_kernels,kernels,fused_losses,launch}.py \
         > $log 2>&1 || failed=1
     echo "$log: $(grep -c ' PASSED\|PASSED ' $log) passed"
     grep -E '^E  |FAILED|ERROR' $log | sort -u | head -50

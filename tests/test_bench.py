@@ -281,7 +281,8 @@ def test_the_reporter_says_what_it_expects(monkeypatch, tmp_path, capsys):
 
 
 GPU_TESTS = ("draw", "stacked", "graph", "footprint", "on_gpu", "augment_cuda")
-GPU_TESTS += ("normalisation_kernels", "first_block_kernels", "grad_weight_kernels", "kernels", "launch")
+GPU_TESTS += ("normalisation_kernels", "first_block_kernels", "grad_weight_kernels")
+GPU_TESTS += ("kernels", "fused_losses", "launch")
 STUB = """#!/usr/bin/env bash
 echo "$*" >> "$LOG"
 case "$*" in *"$FAILING"*) echo "FAILED $FAILING::test_a"; exit "$STATUS" ;; esac
