@@ -128,6 +128,16 @@ def test_a_device_tensor_that_float32_does_not_hold_is_named():
         compiled(torch.tensor(1e-40))
 
 
+def test_each_noise_ratio_that_cannot_be_read_is_looked_at():
+    class Unread(torch.Tensor):
+        """As on a GPU: its value is not read."""
+
+    a, k, la, lk = labelled_features(5, 6, 4, 3)
+    ratios = [torch.tensor(2.0), torch.tensor(-1.0).as_subclass(Unread)]
+    with pytest.raises(RuntimeError, match="nce_losses: noise_ratio is not a positive number"):
+        mim4dd.nce_losses([a, a], [k, k], la, lk, noise_ratio=ratios)
+
+
 def test_modules_refuse_settings_when_they_are_made():
     for module in (mim4dd.NCELoss, mim4dd.InfoNCELoss):
         with pytest.raises(ValueError, match=f"{module.__name__}: temperature is -1, expected a positive"):

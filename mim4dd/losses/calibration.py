@@ -24,12 +24,26 @@ def calibrated_noise_ratio(
     negatives: float | None = None,
     exclude_self: bool = False,
 ) -> Tensor:
-    """The noise ratio at which the critic starts at its prior 1 / (1 + negatives): a 0-d tensor, detached.
+    """The noise ratio at which the critic starts at its prior 1 / (1 + negatives).
 
-    It is negatives * mean_ij exp(cosine_ij / temperature) over these features; `negatives=None` takes the
-    mean number of other-label keys per anchor. Shapes and errors as in `nce_loss`; on the CPU also a
-    ValueError if the ratio is not finite: of empty sides, or at too low a temperature. Inside a transform of
-    `torch.func` it is a RuntimeError.
+    It is negatives * mean_ij exp(cosine_ij / temperature) over these features.
+
+    Args:
+        anchors: float [M, D].
+        keys: float [N, D].
+        anchor_labels: int32 or int64 [M].
+        key_labels: int32 or int64 [N].
+        temperature: as in `nce_loss`; it gets no gradient.
+        negatives: as in `nce_loss`; None: the mean number of other-label keys per anchor, at least 1.
+        exclude_self: as in `nce_loss`.
+
+    Returns:
+        A scalar, float32 (float64 for float64 features), detached.
+
+    Raises:
+        ValueError: as in `nce_loss`; or, on the CPU, the ratio is not finite: of empty sides, or at too low a
+            temperature.
+        RuntimeError: inside a transform of `torch.func`.
     """
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(

@@ -142,16 +142,20 @@ def check_positive(function: str, dtype: torch.dtype = torch.float32, **values: 
             )
 
 
-def assert_positive(function: str, scales: Tensor, **values: float | Tensor) -> None:
+def assert_positive(function: str, scales: Tensor, **values: Sequence[float | Tensor]) -> None:
     """Stop, without waiting for it, a device whose `scales` are not all positive; `values` made them.
 
     On a CPU it is a RuntimeError. On a GPU it is a device-side assertion, as for a label out of range in
     `torch.nn.functional.cross_entropy`: the message is printed and the next synchronisation raises.
     """
-    names = [name for name, value in values.items() if isinstance(value, Tensor) and not _readable(value)]
-    if names:
+    unread = [
+        name
+        for name, given in values.items()
+        if any(isinstance(value, Tensor) and not _readable(value) for value in given)
+    ]
+    if unread:
         smallest, largest = _range_of(scales.dtype)
-        message = f"mim4dd.{function}: {' or '.join(names)} is not a positive number"
+        message = f"mim4dd.{function}: {' or '.join(unread)} is not a positive number"
         torch._assert_async(((scales >= smallest) & (scales <= largest)).all(), message)
 
 

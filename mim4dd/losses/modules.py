@@ -19,6 +19,9 @@ class NCELoss(Calibrated):
     `noise_ratio="calibrated"` measures the ratio on the first batch (`calibrated_noise_ratio`) and freezes it
     in the buffer `noise_ratio`, which is empty until then. A temperature or noise ratio given as an
     `nn.Parameter` is learned.
+
+    Raises:
+        ValueError: a setting that is wrong whatever the features; the message names it.
     """
 
     def __init__(
@@ -84,7 +87,11 @@ class NCELoss(Calibrated):
 
 
 class InfoNCELoss(nn.Module):
-    """`info_nce_loss` as a module; a temperature given as an `nn.Parameter` is learned."""
+    """`info_nce_loss` as a module; a temperature given as an `nn.Parameter` is learned.
+
+    Raises:
+        ValueError: a setting that is wrong whatever the features; the message names it.
+    """
 
     def __init__(
         self,

@@ -46,8 +46,7 @@ def scales_of(
         for value in values
     ]
     scales = torch.stack(tensors).reshape(2, -1)
-    learned = next((value for value in noise_ratios if isinstance(value, Tensor)), 1.0)
-    assert_positive(function, scales, temperature=temperature, noise_ratio=learned)
+    assert_positive(function, scales, temperature=[temperature], noise_ratio=noise_ratios)
     return scales
 
 
