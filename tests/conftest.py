@@ -124,6 +124,14 @@ def labelled_features(
     )
 
 
+def labelled_leaves(
+    m: int, n: int, d: int, classes: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, ...]:
+    """The same, and the features want gradients."""
+    anchors, keys, *labels = labelled_features(m, n, d, classes, seed, dtype)
+    return anchors.requires_grad_(), keys.requires_grad_(), *labels
+
+
 def params_with(batch: int, **fields: torch.Tensor) -> AugmentParams:
     """The identity but for these fields."""
     return dataclasses.replace(AugmentParams.identity(batch), **fields)

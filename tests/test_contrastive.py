@@ -1,26 +1,17 @@
-"""What a drop-in needs, on every path that runs here: gradients of any order, compile, DDP, checkpointing."""
+"""What a drop-in needs, on every path that runs here: gradients of any order, layers, DDP, checkpointing."""
 
-import math
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import FORMS, close, labelled_features
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+from conftest import FORMS, close, labelled_features, labelled_leaves
 from torch.utils.checkpoint import checkpoint
 
 import mim4dd
 from mim4dd import losses
 from mim4dd.losses import contrastive, reference
-
-
-def batch(m, n, d, classes=3, seed=0, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    a, k = (torch.randn(rows, d, generator=g).to(dtype).requires_grad_() for rows in (m, n))
-    return a, k, torch.randint(classes, (m,), generator=g), torch.randint(classes, (n,), generator=g)
 
 
 def any_positive(*batch, **options):
@@ -41,7 +32,7 @@ def test_chunks_change_nothing(monkeypatch, form, m, n, d, exclude_self):
         pytest.skip("as many keys as anchors")
     form = replace(form, exclude_self=exclude_self)
     monkeypatch.setattr(reference, "CHUNK_PAIRS", 7 * 50)
-    a, k, la, lk = batch(m, n, d, dtype=torch.float64)
+    a, k, la, lk = labelled_leaves(m, n, d, dtype=torch.float64)
     scales = torch.tensor([0.3, 2.0], dtype=torch.float64, requires_grad=True)
     plain = reference.plain(form, scales, la, lk, a, k)
     expected = torch.autograd.grad(plain, (scales, a, k))
@@ -52,7 +43,7 @@ def test_chunks_change_nothing(monkeypatch, form, m, n, d, exclude_self):
 
 @pytest.mark.parametrize("wanted", [(False, True, False), (False, False, True), (True, False, False)])
 def test_only_the_side_that_asks_gets_a_gradient(wanted):
-    a, k, la, lk = batch(5, 6, 4)
+    a, k, la, lk = labelled_leaves(5, 6, 4)
     temperature = torch.tensor(0.3)
     for value, want in zip((temperature, a, k), wanted, strict=True):
         value.requires_grad_(want)
@@ -62,7 +53,7 @@ def test_only_the_side_that_asks_gets_a_gradient(wanted):
 
 def test_no_pair_matrix_is_held():
     # 4,096 x 4,096 float32 is 64 MiB; the traced allocations are those of one chunk and of the features.
-    a, k, la, lk = batch(4096, 4096, 8)
+    a, k, la, lk = labelled_leaves(4096, 4096, 8)
     with torch.profiler.profile(profile_memory=True) as profile:
         mim4dd.nce_loss(a, k, la, lk).backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
@@ -70,13 +61,13 @@ def test_no_pair_matrix_is_held():
 
 
 def test_second_derivatives_are_those_of_the_formula():
-    a, k, la, lk = batch(4, 5, 3, dtype=torch.float64)
+    a, k, la, lk = labelled_leaves(4, 5, 3, dtype=torch.float64)
     for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss, any_positive):
         assert torch.autograd.gradgradcheck(lambda a, k, loss=loss: loss(a, k, la, lk), (a, k))
 
 
 def test_upstream_gradient_scales_and_backward_repeats():
-    a, k, la, lk = batch(5, 6, 4)
+    a, k, la, lk = labelled_leaves(5, 6, 4)
     loss = nce(a, k, la, lk)
     once = torch.autograd.grad(loss, (a, k), retain_graph=True)
     again = torch.autograd.grad(-3 * loss, (a, k))
@@ -115,99 +106,8 @@ def test_layers_in_one_call_equal_single_calls():
     torch.testing.assert_close(mim4dd.info_nce_losses(anchors, pairs), torch.stack(single))
 
 
-def test_compiles_once_for_all_numbers():
-    a, k, la, lk = (value.detach() for value in batch(6, 9, 8))
-
-    def loss(temperature):
-        return mim4dd.nce_loss(a, k, la, lk, temperature=temperature, noise_ratio=2 * temperature)
-
-    torch.compiler.reset()
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="eager")
-    for temperature in (0.3, 0.5):
-        torch.testing.assert_close(compiled(temperature), loss(temperature))
-    with pytest.raises(Exception, match="expected a positive number"):
-        compiled(-0.3)
-
-
-@pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
-def test_compiles_without_a_break(engine):
-    a, k, la, lk = batch(6, 9, 8)
-    temperature = torch.tensor(0.2, requires_grad=True)
-
-    def step(a, k, la, lk, temperature):
-        some = any_positive(a, k, la, lk, temperature=temperature)
-        return mim4dd.info_nce_loss(a * 2, k, la, lk, temperature=temperature) + nce(a, k, la, lk) + some
-
-    compiled = torch.compile(step, fullgraph=True, backend=engine)
-    inputs = (a, k, temperature)
-    actual, expected = compiled(a, k, la, lk, temperature), step(a, k, la, lk, temperature)
-    torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs))
-
-
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_the_formula_compiles(form):
-    """In steps that inductor of every torch has: that of 2.11 knows no bool by another dtype."""
-    scales, (a, k, la, lk) = torch.tensor([0.3, 2.0]), batch(6, 9, 8)
-
-    def loss(a, k):
-        return reference.plain(form, scales, la, lk, a, k)
-
-    steps = {node.target for node in make_fx(loss)(a, k).graph.nodes}
-    assert torch.ops.aten.view.dtype not in steps
-    actual, expected = torch.compile(loss, fullgraph=True)(a, k), loss(a, k)
-    torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(torch.autograd.grad(actual, (a, k)), torch.autograd.grad(expected, (a, k)))
-
-
-def test_compiled_calls_name_bad_input():
-    a, k, la, lk = batch(6, 9, 8)
-    compiled = torch.compile(lambda a, k: nce(a, k, la, lk), fullgraph=True, backend="eager")
-    with pytest.raises(Exception, match=r"anchors is \[6, 8\] and keys is \[9, 4\]"):
-        compiled(a, k[:, :4])
-
-
-@pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
-def test_compiles_with_features_of_any_strides(engine):
-    a, k, la, lk = batch(40, 9, 6)
-    turned = a.detach().T.contiguous().T.requires_grad_()
-    compiled = torch.compile(lambda a: nce(a, k.detach(), la, lk), fullgraph=True, backend=engine)
-    (actual,), (expected,) = (
-        torch.autograd.grad(compiled(turned), turned),
-        torch.autograd.grad(nce(a, k, la, lk), a),
-    )
-    torch.testing.assert_close(actual, expected)
-
-
-WANTED = pytest.mark.parametrize("wanted", [[True] * 3, [False, True, False], [False] * 3], ids=str)
-
-
-def op_arguments(backend, wanted, dtype=torch.float32):
-    scales = torch.tensor([[0.3], [2.0]])
-    a, k, la, lk = batch(6, 9, 16, dtype=dtype)
-    for value, want in zip((scales, a, k), wanted, strict=True):
-        value.requires_grad_(want)
-    return scales, la, lk, [a, k], "nce", 3.0, True, False, backend, wanted
-
-
-@WANTED
-def test_op_passes_opcheck(wanted):
-    result = torch.library.opcheck(torch.ops.mim4dd.contrastive.default, op_arguments("reference", wanted))
-    assert set(result.values()) == {"SUCCESS"}
-
-
-@WANTED
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_fake_tensors_are_like_real_ones(dtype, wanted):
-    arguments = op_arguments("reference", wanted, dtype)
-    real = torch.ops.mim4dd.contrastive(*arguments)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        fake = torch.ops.mim4dd.contrastive(*arguments)
-    assert [(f.shape, f.dtype, f.stride()) for f in fake] == [(r.shape, r.dtype, r.stride()) for r in real]
-
-
 def test_checkpointing():
-    a, k, la, lk = batch(5, 6, 4)
+    a, k, la, lk = labelled_leaves(5, 6, 4)
     expected = torch.autograd.grad(nce(a * 2, k, la, lk), (a, k))
     for reentrant in (False, True):
         loss = checkpoint(lambda a, k: nce(a * 2, k, la, lk), a, k, use_reentrant=reentrant)
@@ -222,7 +122,7 @@ def _gradients(loss, *leaves):
 
 
 def test_autocast_changes_nothing():
-    a, k, la, lk = batch(5, 6, 4)
+    a, k, la, lk = labelled_leaves(5, 6, 4)
     expected = nce(a, k, la, lk)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = nce(a, k, la, lk)
@@ -234,7 +134,7 @@ def test_autocast_changes_nothing():
 
 
 def test_float16_gradients_do_not_underflow_before_the_loss_scale():
-    a, k, la, lk = batch(64, 64, 16, dtype=torch.float16)
+    a, k, la, lk = labelled_leaves(64, 64, 16, dtype=torch.float16)
     wide = (a.detach().float() * 1024).requires_grad_()
     narrow = wide.detach().half().requires_grad_()
     scale = 2.0**16
@@ -243,30 +143,11 @@ def test_float16_gradients_do_not_underflow_before_the_loss_scale():
     close(actual, expected, 2e-3)
 
 
-@pytest.mark.parametrize("engine", ["eager", "inductor"])
-def test_compiled_calls_name_a_tensor_that_is_not_positive(engine):
-    a, k, la, lk = batch(6, 9, 8)
-    right, wrong = torch.tensor(0.5), torch.tensor(-0.5)
-
-    def loss(temperature, noise_ratio):
-        return mim4dd.nce_loss(a, k, la, lk, temperature=temperature, noise_ratio=noise_ratio)
-
-    compiled = torch.compile(loss, fullgraph=True, backend=engine)
-    torch.testing.assert_close(compiled(right, right), loss(right, right))
-    with pytest.raises(RuntimeError, match="nce_loss: temperature or noise_ratio is not a positive"):
-        compiled(wrong, right)
-    learned = torch.compile(
-        lambda t: mim4dd.info_nce_loss(a, k, la, lk, temperature=t), fullgraph=True, backend=engine
-    )
-    with pytest.raises(RuntimeError, match="info_nce_loss: temperature is not a positive"):
-        learned(wrong)
-
-
 def _rank(rank: int, path: str, results) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     torch.manual_seed(0)
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
-    a, k, la, lk = batch(5, 6, 4, seed=rank)
+    a, k, la, lk = labelled_leaves(5, 6, 4, seed=rank)
     nce(model(a.detach()), k.detach(), la, lk).backward()
     results[rank] = model.module.weight.grad.numpy()
     torch.distributed.destroy_process_group()
@@ -281,20 +162,11 @@ def test_distributed_data_parallel_averages_over_ranks(tmp_path):
         model = torch.nn.Linear(4, 4)
         losses = []
         for rank in range(2):
-            a, k, la, lk = batch(5, 6, 4, seed=rank)
+            a, k, la, lk = labelled_leaves(5, 6, 4, seed=rank)
             losses.append(nce(model(a.detach()), k.detach(), la, lk))
         (expected,) = torch.autograd.grad(sum(losses) / 2, model.weight)
         for rank in range(2):
             torch.testing.assert_close(torch.from_numpy(results[rank]), expected)
-
-
-def test_compiled_calls_name_a_tensor_that_is_infinite():
-    a, k, la, lk = labelled_features(5, 6, 4, 2, dtype=torch.float32)
-    compiled = torch.compile(
-        lambda t: mim4dd.nce_loss(a, k, la, lk, temperature=t), fullgraph=True, backend="eager"
-    )
-    with pytest.raises(RuntimeError, match="nce_loss: temperature is not a positive"):
-        compiled(torch.tensor(math.inf))
 
 
 def test_without_gradients_none_are_worked_out(monkeypatch):

@@ -1,0 +1,134 @@
+"""The contrastive losses under torch.compile, and the op that they are there."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from conftest import FORMS, labelled_features, labelled_leaves
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import mim4dd
+from mim4dd.losses import reference
+
+nce = partial(mim4dd.nce_loss, temperature=0.3, noise_ratio=2.0, negatives=5.0)
+
+
+def test_compiles_once_for_all_numbers():
+    a, k, la, lk = (value.detach() for value in labelled_leaves(6, 9, 8))
+
+    def loss(temperature):
+        return mim4dd.nce_loss(a, k, la, lk, temperature=temperature, noise_ratio=2 * temperature)
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="eager")
+    for temperature in (0.3, 0.5):
+        torch.testing.assert_close(compiled(temperature), loss(temperature))
+    with pytest.raises(Exception, match="expected a positive number"):
+        compiled(-0.3)
+
+
+@pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
+def test_compiles_without_a_break(engine):
+    a, k, la, lk = labelled_leaves(6, 9, 8)
+    temperature = torch.tensor(0.2, requires_grad=True)
+
+    def step(a, k, la, lk, temperature):
+        some = mim4dd.info_nce_loss(a, k, la, lk, temperature=temperature, positives="any")
+        return mim4dd.info_nce_loss(a * 2, k, la, lk, temperature=temperature) + nce(a, k, la, lk) + some
+
+    compiled = torch.compile(step, fullgraph=True, backend=engine)
+    inputs = (a, k, temperature)
+    actual, expected = compiled(a, k, la, lk, temperature), step(a, k, la, lk, temperature)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_the_formula_compiles(form):
+    """In steps that inductor of every torch has: that of 2.11 knows no bool by another dtype."""
+    scales, (a, k, la, lk) = torch.tensor([0.3, 2.0]), labelled_leaves(6, 9, 8)
+
+    def loss(a, k):
+        return reference.plain(form, scales, la, lk, a, k)
+
+    steps = {node.target for node in make_fx(loss)(a, k).graph.nodes}
+    assert torch.ops.aten.view.dtype not in steps
+    actual, expected = torch.compile(loss, fullgraph=True)(a, k), loss(a, k)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, (a, k)), torch.autograd.grad(expected, (a, k)))
+
+
+def test_compiled_calls_name_bad_input():
+    a, k, la, lk = labelled_leaves(6, 9, 8)
+    compiled = torch.compile(lambda a, k: nce(a, k, la, lk), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"anchors is \[6, 8\] and keys is \[9, 4\]"):
+        compiled(a, k[:, :4])
+
+
+@pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
+def test_compiles_with_features_of_any_strides(engine):
+    a, k, la, lk = labelled_leaves(40, 9, 6)
+    turned = a.detach().T.contiguous().T.requires_grad_()
+    compiled = torch.compile(lambda a: nce(a, k.detach(), la, lk), fullgraph=True, backend=engine)
+    (actual,), (expected,) = (
+        torch.autograd.grad(compiled(turned), turned),
+        torch.autograd.grad(nce(a, k, la, lk), a),
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+WANTED = pytest.mark.parametrize("wanted", [[True] * 3, [False, True, False], [False] * 3], ids=str)
+
+
+def op_arguments(wanted, dtype=torch.float32):
+    scales = torch.tensor([[0.3], [2.0]])
+    a, k, la, lk = labelled_leaves(6, 9, 16, dtype=dtype)
+    for value, want in zip((scales, a, k), wanted, strict=True):
+        value.requires_grad_(want)
+    return scales, la, lk, [a, k], "nce", 3.0, True, False, "reference", wanted
+
+
+@WANTED
+def test_op_passes_opcheck(wanted):
+    result = torch.library.opcheck(torch.ops.mim4dd.contrastive.default, op_arguments(wanted))
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@WANTED
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fake_tensors_are_like_real_ones(dtype, wanted):
+    arguments = op_arguments(wanted, dtype)
+    real = torch.ops.mim4dd.contrastive(*arguments)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.ops.mim4dd.contrastive(*arguments)
+    assert [(f.shape, f.dtype, f.stride()) for f in fake] == [(r.shape, r.dtype, r.stride()) for r in real]
+
+
+@pytest.mark.parametrize("engine", ["eager", "inductor"])
+def test_compiled_calls_name_a_tensor_that_is_not_positive(engine):
+    a, k, la, lk = labelled_leaves(6, 9, 8)
+    right, wrong = torch.tensor(0.5), torch.tensor(-0.5)
+
+    def loss(temperature, noise_ratio):
+        return mim4dd.nce_loss(a, k, la, lk, temperature=temperature, noise_ratio=noise_ratio)
+
+    compiled = torch.compile(loss, fullgraph=True, backend=engine)
+    torch.testing.assert_close(compiled(right, right), loss(right, right))
+    with pytest.raises(RuntimeError, match="nce_loss: temperature or noise_ratio is not a positive"):
+        compiled(wrong, right)
+    learned = torch.compile(
+        lambda t: mim4dd.info_nce_loss(a, k, la, lk, temperature=t), fullgraph=True, backend=engine
+    )
+    with pytest.raises(RuntimeError, match="info_nce_loss: temperature is not a positive"):
+        learned(wrong)
+
+
+def test_compiled_calls_name_a_tensor_that_is_infinite():
+    a, k, la, lk = labelled_features(5, 6, 4, 2, dtype=torch.float32)
+    compiled = torch.compile(
+        lambda t: mim4dd.nce_loss(a, k, la, lk, temperature=t), fullgraph=True, backend="eager"
+    )
+    with pytest.raises(RuntimeError, match="nce_loss: temperature is not a positive"):
+        compiled(torch.tensor(math.inf))
