@@ -91,11 +91,11 @@ METHODS = {
     ),
     "dsa": Method(
         GradientMatching,
-        image_lr={1: 0.1},
+        image_lr={1: 0.1, 50: 0.5},
         augmented=True,
         learns_targets=True,
         iterations=lambda ipc: 1000 * loops(ipc)[0],
-        mim_weights={"info-nce": {1: 1000.0}, "nce": {1: 100.0, 2: 0.0}},
+        mim_weights={"info-nce": {1: 1000.0, 50: 300.0}, "nce": {1: 100.0, 2: 0.0}},
         footprint=footprint.of_gradients,
     ),
     "mtt": Method(
