@@ -32,13 +32,16 @@ CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every operator with the tensors it was given and gave."""
+    """Notes every operator with the tensors it was given and gave; refuses to draw from other generators."""
 
-    def __init__(self):
+    def __init__(self, generators):
         super().__init__()
-        self.operators = []
+        self.operators, self.generators = [], generators
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for random in tree_leaves((args, kwargs)):
+            if isinstance(random, torch.Generator):  # a new object for the same generator
+                assert any(torch.equal(random.get_state(), own.get_state()) for own in self.generators)
         result = func(*args, **(kwargs or {}))
         self.operators.append((func, args, kwargs or {}, result))
         return result
@@ -55,7 +58,7 @@ def record(step, inputs, generators, device):
     held = [tensor.clone() for tensor in inputs]
     # As on a GPU, the recording itself leaves everything as it was; only for generators it takes doing.
     states = [random.get_state() for random in generators]
-    recorder = Recorder()
+    recorder = Recorder(generators)
     calls = []
 
     def replay(*inputs):
@@ -196,26 +199,39 @@ def test_replayed_training_is_the_same(architecture, stand_in, monkeypatch):
     assert torch.equal(replayed, trained(architecture=architecture))
 
 
+def test_a_stack_is_replayed_with_the_draws_of_each(stand_in):
+    problem, start = digits_problem()
+    network = networks.create("mlp", 1, 10, (8, 8))
+    stack = stacked.Stack.initialised(network, [generator(k, "training") for k in range(2)])
+    pairs = [(start.images, problem.labels)] * 2
+    evaluation.train(stack, pairs, evaluation.Protocol(epochs=3, augmentation="crop"))
+    assert len(stand_in) == 1
+
+
 def test_a_step_runs_once_and_is_then_replayed(stand_in):
     total, random, runs = torch.zeros(()), generator(0, "draws"), []
 
-    def step(x):
+    def step(x, y):
         runs.append(1)
-        total.add_(x.sum() + torch.rand((), generator=random))
+        total.add_(x + y.sum() + torch.rand((), generator=random))
         return total * 2
 
     replayed = graph.Replayed(step, [random], torch.device("cpu"))
     expected, draws = torch.zeros(()), generator(0, "draws")
     for k in range(8):
         for size in (2, 3):
-            expected += k * size + torch.rand((), generator=draws)
-            assert replayed(torch.full((size,), float(k))) == expected * 2
+            expected += 1 + k * size + torch.rand((), generator=draws)
+            assert replayed(torch.ones(()), torch.full((size,), float(k))) == expected * 2
     assert len(stand_in) == 2, "one for each shape"
     assert len(runs) == 2 * 2, "for each shape once as it is, and once recorded"
 
 
-def test_on_a_cpu_a_step_is_itself():
-    assert graph.replayed(print, [], torch.device("cpu")) is print
+def test_on_a_gpu_a_step_is_replayed_and_on_a_cpu_it_is_itself():
+    random = generator(0, "draws")
+    assert graph.replayed(print, [random], torch.device("cpu")) is print
+    replayed = graph.replayed(print, [random], torch.device("cuda"))
+    assert isinstance(replayed, graph.Replayed)
+    assert (replayed.step, replayed.generators) == (print, [random])
 
 
 def test_a_step_that_cannot_be_recorded_goes_on_with_a_warning(monkeypatch, stand_in):
@@ -234,6 +250,7 @@ def test_a_step_that_cannot_be_recorded_goes_on_with_a_warning(monkeypatch, stan
         "mim4dd: a step cannot be recorded as a CUDA graph and runs slower without (operation not permitted "
         "when stream is capturing)"
     ]
+    assert caught[0].filename == __file__, "where the step is called"
 
 
 def test_of_several_shapes_each_is_tried_once(monkeypatch, stand_in):
@@ -343,6 +360,23 @@ def test_the_first_replay_draws_as_without_a_graph_on_a_busy_gpu(device, monkeyp
     torch.cuda.synchronize()
     monkeypatch.setattr(torch.cuda, "empty_cache", late)
     assert torch.equal(draws(), expected)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_every_call_comes_after_what_was_asked_before_and_before_what_is_asked_next(device):
+    """Whatever stream it is on, and however late that is."""
+
+    def step(x):
+        torch.cuda._sleep(10**8)
+        return x + 1
+
+    x, found = torch.zeros(1000, device=device), []
+    replayed = graph.replayed(step, [], torch.device(device))
+    for k in range(4):
+        torch.cuda._sleep(10**8)
+        x.fill_(k)
+        found.append(replayed(x).clone())
+    assert torch.equal(torch.stack(found), torch.arange(1.0, 5, device=device)[:, None].expand(4, 1000))
 
 
 @pytest.mark.parametrize("device", [CUDA])
