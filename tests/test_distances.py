@@ -8,7 +8,7 @@ from conftest import close
 from mim4dd import networks
 from mim4dd.networks import ConvNet
 from mim4dd.networks.flat import flatten
-from mim4dd.objectives import distribution_distance, gradient_distance, trajectory_distance
+from mim4dd.objectives import distribution_distance, gradient_distance, student, trajectory_distance
 from mim4dd.objectives.student import follow
 
 SHAPES = ["1x28x28", "3x32x32"]
@@ -157,15 +157,24 @@ def test_kept_graphs_save_passes_and_change_nothing(generator, soft, monkeypatch
     step = torch.tensor(0.5, requires_grad=True)
     inputs = [x, step, targets] if soft else [x, step]
     results = []
-    for kept in (0, 1, 3, 9):
+    for kept, options in ((0, {}), *((kept, {"kept": kept}) for kept in (1, 3, 9))):
         passes.clear()
-        end = follow(network, start, batches, x, targets, step, kept=kept)
+        end = follow(network, start, batches, x, targets, step, **options)
         first = torch.autograd.grad(end.square().sum(), inputs, retain_graph=True)
         assert len(passes) == 4 + max(4 - kept, 0)
         results += [(end, *first), (end, *torch.autograd.grad(end.square().sum(), inputs))]
         assert len(passes) == 4 + max(4 - kept, 0) + 4
     for other in results[1:]:
         assert all(torch.equal(one, wanted) for one, wanted in zip(other, results[0], strict=True))
+
+
+def test_no_graphs_are_kept_where_no_gradient_is_wanted(generator, monkeypatch):
+    network = ConvNet(1, 3, width=4, depth=1, image_size=(8, 8))
+    networks.initialise(network, generator)
+    monkeypatch.setattr(student, "_graph", None)
+    start, x = flatten(network.parameters()).detach(), torch.zeros(3, 1, 8, 8)
+    end = follow(network, start, [lambda *data: data], x, torch.arange(3), torch.tensor(0.5), kept=9)
+    assert not torch.equal(end, start)
 
 
 @pytest.mark.parametrize("memory", ["constant", "unrolled"])

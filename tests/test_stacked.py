@@ -123,6 +123,26 @@ def test_an_update_is_cut_into_aligned_pieces_of_the_weights(count, pieces, monk
     assert torch.equal(weights, torch.full((count,), -0.1))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_updates_are_as_their_settings_say(fused, monkeypatch):
+    """In one kernel only where that is asked for: on a CPU it would change the bits of published runs."""
+    if fused:
+        monkeypatch.setattr(stacked, "FUSED", {"cpu"})
+    weights = torch.zeros(3000)
+    stack = Stack(networks.create("mlp", 1, 10, (8, 8)), weights, [generator(0, "")])
+    optimizer = stack.sgd(0.1, momentum=0.5, weight_decay=0.25)
+    assert optimizer.param_groups[0]["fused"] is fused
+    expected = change = 0.0
+    for lr in (0.1, 0.03):
+        stacked.set_lr(optimizer, lr)
+        for piece in optimizer.param_groups[0]["params"]:
+            piece.grad = torch.ones(len(piece))
+        optimizer.step()
+        change = 0.5 * change + 1 + 0.25 * expected
+        expected -= lr * change
+    torch.testing.assert_close(weights, torch.full((3000,), expected))
+
+
 def test_the_order_of_a_single_batch_is_drawn_on_a_cpu_only(monkeypatch):
     """Where the draws of published runs are to stay."""
     random, same = (generator(0, "order") for _ in range(2))
@@ -130,6 +150,7 @@ def test_the_order_of_a_single_batch_is_drawn_on_a_cpu_only(monkeypatch):
     drawn = [torch.randperm(10, generator=same) for _ in range(4)]
     (batch,) = stack.epoch(10, 10)
     assert torch.equal(batch, torch.stack(drawn[:2]))
+    assert stacked.one_unordered_batch(10, 10, torch.device("cuda"))
     monkeypatch.setattr(stacked, "ORDERED", set())
     (batch,) = stack.epoch(10, 12)
     assert torch.equal(batch, torch.arange(10).repeat(2, 1))

@@ -15,7 +15,7 @@ from mim4dd.errors import InputError
 from mim4dd.experts import Experts
 from mim4dd.networks.flat import flatten, load, unflatten
 from mim4dd.networks.memory import per_image
-from mim4dd.objectives import TrajectoryMatching, train_experts
+from mim4dd.objectives import TrajectoryMatching, student, train_experts
 from mim4dd.objectives.trajectory import open_experts, recipe
 from mim4dd.seeding import generator
 
@@ -262,7 +262,10 @@ def test_a_match_starts_anywhere_and_ends_a_span_later(problem):
     assert seen == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
 
-def test_every_round_of_the_images_is_in_a_new_order(problem):
+@pytest.mark.parametrize("ordered", [{"cpu"}, set()])
+def test_every_round_of_the_images_is_in_a_new_order(problem, ordered, monkeypatch):
+    """On a GPU as well, where a single batch would need none."""
+    monkeypatch.setattr(stacked, "ORDERED", ordered)
     objective = TrajectoryMatching(with_options(problem, student_steps=10))
     steps = [*objective._indices(20)]
     assert [len(index) for index in steps] == [6] * 10
@@ -271,6 +274,12 @@ def test_every_round_of_the_images_is_in_a_new_order(problem):
         assert order.sort().values.tolist() == [*range(20)]
     assert not torch.equal(first, second)
     assert not torch.equal(second, third)
+
+
+def test_a_step_is_on_all_images_at_most(problem):
+    objective = TrajectoryMatching(with_options(problem, student_batch=50))
+    assert prepared_match(objective, torch.rand(20, 1, 8, 8), problem.labels).loss.isfinite()
+    assert [len(index) for index in objective._indices(20)] == [20] * 3
 
 
 def test_steps_on_all_images_are_in_no_order_on_a_gpu(problem, monkeypatch):
@@ -334,19 +343,23 @@ def test_experts_without_a_number_are_refused(problem, missing):
         TrajectoryMatching(with_options(problem, **{missing: None}))
 
 
-def test_graphs_are_kept_as_far_as_half_of_the_memory_goes(problem):
+def test_graphs_are_kept_as_far_as_half_of_the_memory_goes(problem, monkeypatch):
     """Six images a step; on a CPU, which has no budget, none are."""
     for _ in train_experts(problem):
         pass
     network = problem.network()
     maps = 6 * per_image(network, (1, 8, 8), gradients=True, transformed=True)
     one = maps + 4 * 4 * sum(weight.numel() for weight in network.parameters())
+    made, graph = [], student._graph
+    monkeypatch.setattr(student, "_graph", lambda *given: made.append(1) or graph(*given))
     outcomes = []
     for memory, kept in ((None, 0), (2 * one - 1, 0), (4 * one, 2), (10**9, 10**9 // 2 // one)):
         objective = TrajectoryMatching(dataclasses.replace(problem, memory=memory))
         assert objective.kept == kept
         images = torch.rand(20, 1, 8, 8, generator=generator(0, "x"), requires_grad=True)
+        made.clear()
         loss = prepared_match(objective, images, problem.labels).loss
+        assert len(made) == min(kept, 3), "of so many steps"
         outcomes.append((loss.detach(), *torch.autograd.grad(loss, [images, objective.log_lr])))
     for other in outcomes[1:]:
         assert all(torch.equal(one, wanted) for one, wanted in zip(other, outcomes[0], strict=True))
