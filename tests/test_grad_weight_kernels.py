@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from mim4dd.kernels import launch
-from mim4dd.kernels.grad_weight import grad_weight
+from mim4dd.kernels.grad_weight import TILES, grad_weight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Relative errors by dtype: half precision is that of the same rounded maps, rounded; the interpreter cuts off
@@ -29,8 +29,14 @@ SHAPES = [
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     """Uninitialised memory is NaN: a value that is read without having been written shows."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    empty, made = torch.empty, []
+
+    def poison(*sizes, **options):
+        made.append(empty(*sizes, **options).fill_(float("nan")))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", poison)
+    return made
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +84,16 @@ def test_the_sums_of_parts_are_added(shape, dtype):
     check(*maps(shape, dtype), shape[1])
 
 
+@pytest.mark.parametrize(("dtype", "multiprocessors"), [(torch.float32, 9), (torch.float16, 12)])
+def test_the_sums_of_two_parts_are_kept_in_float32(dtype, multiprocessors, monkeypatch, poisoned):
+    monkeypatch.setattr(launch, "device_limits", lambda device: (232_448, multiprocessors))
+    check(*maps(SHAPES[0], dtype), 2)
+    assert ((2, 40 * 10 * 9), torch.float32) in [(made.shape, made.dtype) for made in poisoned]
+
+
 def test_tensor_float(monkeypatch):
+    """Wherever the library's convolutions have it."""
+    monkeypatch.delitem(TILES, "ieee")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     for shape in (SHAPES[0], SHAPES[5]):
         check(*maps(shape), shape[1], tolerance=5e-3)

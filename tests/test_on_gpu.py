@@ -61,6 +61,20 @@ def test_convolutions_by_groups(groups, size):
         found = on_gpu._convolve_grad_weight(grad_y.to(dtype), x.to(dtype), groups)
         assert found.dtype == dtype
         agree(found, grad_weight)
+    x, weight, grad_y = (t.to("meta") for t in (x, weight, grad_y))
+    assert torch.ops.mim4dd.convolve(x, weight, False, groups).shape == grad_y.shape
+    assert torch.ops.mim4dd.convolve(grad_y, weight, True, groups).shape == x.shape
+    assert torch.ops.mim4dd.convolve_grad_weight(grad_y, x, groups).shape == weight.shape
+
+
+@pytest.mark.parametrize(
+    ("size", "groups", "taken"), [((8, 8), 3, True), ((5, 13), 3, False), ((8, 8), 1, False)], ids=str
+)
+def test_the_kernel_takes_groups_of_small_maps(size, groups, taken):
+    x, grad_y = random((2, 4 * groups, *size), (2, 8 * groups, *size))
+    with Operators() as operators:
+        on_gpu._convolve_grad_weight(grad_y, x, groups)
+    assert ("convolution_backward" in [name for name, *_ in operators.called]) is not taken
 
 
 class Operators(TorchDispatchMode):
@@ -113,8 +127,10 @@ def test_products_of_the_first_block_have_aligned_rows(groups):
     _, *moments = first_block_kernels.forward(x, taps, scale, bias, EPS, 1, True, 2)
     given = (grad_y, x, taps, scale, bias, *moments, 1, True, 2)
     with Operators() as operators:
-        on_gpu._first_block_backward(*given, True, True)
-        on_gpu._first_block_backward_twice(x, grad_grad_taps.t(), scale, bias, *given)
+        once = on_gpu._first_block_backward(*given, True, True)
+        twice = on_gpu._first_block_backward_twice(x, grad_grad_taps.t(), scale, bias, *given)
+    for maps, of_taps in (once[:2], twice[1:3]):
+        assert (maps.dtype, of_taps.dtype) == (torch.bfloat16, torch.float32)
     products = [(*given, made) for name, given, made in operators.called if name == "bmm"]
     assert len(products) == 2 + 7
     for tensors in products:
@@ -271,10 +287,12 @@ def test_the_classifier_sums_in_float32_pixel_by_pixel(precision, monkeypatch):
     assert torch.equal(network(images), network.classifier(maps)), "what it is given on a GPU"
 
 
-def test_a_classifier_may_lack_a_bias():
+def test_a_classifier_may_lack_a_bias_and_be_of_another_type_than_maps():
     classifier = Classifier(8 * 3 * 2, 5, bias=False).to(DEVICE)
     (maps,) = random((4, 8, 3, 2))
-    agree(classifier(maps), F.linear(maps.flatten(1), classifier.weight), 1e-6)
+    expected = F.linear(maps.flatten(1), classifier.weight)
+    agree(classifier(maps), expected, 1e-6)
+    agree(classifier.bfloat16()(maps), expected, 0.03)
 
 
 class Batch:
@@ -284,25 +302,26 @@ class Batch:
 
 
 @pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dims", [(0, 0), (1, 0), (None, 2), (1, None)], ids=str)
-def test_convolutions_of_a_batch_join_the_channels(dims, turned, monkeypatch):
-    """The rules of a GPU, with what it runs in place of the operators."""
+def test_convolutions_of_a_batch_join_the_channels(dims, groups, turned, monkeypatch):
+    """The rules of a GPU, with what it runs in place of the operators; groups are of a batch of batches."""
     monkeypatch.setattr(batching, "takes_groups", lambda device: True)
     monkeypatch.setattr(torch.ops.mim4dd, "convolve", on_gpu._convolve)
     monkeypatch.setattr(torch.ops.mim4dd, "convolve_grad_weight", on_gpu._convolve_grad_weight)
-    channels = (8, 4) if turned else (4, 8)
-    sizes = (3, 2, channels[0], 5, 7), (3, 8, 4, 3, 3), (3, 2, channels[1], 5, 7)
+    channels = (8 * groups, 4 * groups) if turned else (4 * groups, 8 * groups)
+    sizes = (3, 2, channels[0], 5, 7), (3, 8 * groups, 4, 3, 3), (3, 2, channels[1], 5, 7)
     x, weight, y = random(*sizes)
     x, weight = (t[0] if dim is None else t for t, dim in zip((x, weight), dims, strict=True))
     moved = [t if dim is None else t.movedim(0, dim) for t, dim in zip((x, weight), dims, strict=True)]
-    out, axis = convolution._batched(Batch, (*dims, None), *moved, turned)
+    out, axis = convolution._batched(Batch, (*dims, None, None), *moved, turned, groups)
     grad_weight, weight_axis = convolution._batched_grad_weight(
-        Batch, (1, dims[0]), y.movedim(0, 1), moved[0]
+        Batch, (1, dims[0], None), y.movedim(0, 1), moved[0], groups
     )
     for k in range(3):
         own = [t if dim is None else t[k] for t, dim in zip((x, weight), dims, strict=True)]
-        agree(out.select(axis, k), on_gpu._convolve(*own, turned))
-        agree(grad_weight.select(weight_axis, k), on_gpu._convolve_grad_weight(y[k], own[0]))
+        agree(out.select(axis, k), on_gpu._convolve(*own, turned, groups))
+        agree(grad_weight.select(weight_axis, k), on_gpu._convolve_grad_weight(y[k], own[0], groups))
 
 
 @pytest.mark.parametrize("dims", [(0, 0), (1, 1), (None, 0), (0, None)], ids=str)
