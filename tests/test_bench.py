@@ -270,6 +270,13 @@ def test_the_table_of_the_loop_gives_ratios_to_the_textbook(monkeypatch, tmp_pat
     assert result["without_time"] == {}
 
 
+@pytest.mark.parametrize(("alone", "share"), [({}, 20), ({"op": 0.001}, 50)])
+def test_copying_is_beside_the_op_alone_where_that_was_measured(alone, share):
+    times = {"fused": 0.0025, "textbook": 0.01, **alone, "copy": 0.0005}
+    *_, row = report._versions({"flip": times}, 1e3)
+    assert f" ({share}%) |" in row
+
+
 def test_the_reporter_says_what_it_expects(monkeypatch, tmp_path, capsys):
     path = tmp_path / "empty.json"
     path.touch()
@@ -284,7 +291,7 @@ GPU_TESTS = ("draw", "stacked", "graph", "footprint", "on_gpu", "augment_cuda")
 GPU_TESTS += ("normalisation_kernels", "first_block_kernels", "grad_weight_kernels")
 GPU_TESTS += ("kernels", "fused_losses", "launch")
 STUB = """#!/usr/bin/env bash
-echo "$*" >> "$LOG"
+echo "$*${TRITON_INTERPRET:+ interpreted}" >> "$LOG"
 case "$*" in *"$FAILING"*) echo "FAILED $FAILING::test_a"; exit "$STATUS" ;; esac
 """
 
@@ -303,7 +310,7 @@ def test_gpu_script_runs_every_part_whatever_fails(tmp_path, failing, status, ex
     stub.write_text(STUB)
     stub.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(stub), "LOG": str(log), "FAILING": failing}
-    environment |= {"STATUS": str(status)}
+    environment |= {"STATUS": str(status), "TRITON_INTERPRET": "1"}
     done = subprocess.run([ROOT / "bench/gpu.sh"], env=environment, capture_output=True, text=True)
     assert done.returncode == expected
     assert (f"FAILED {failing}::test_a" in done.stdout) == (failing != "nothing"), "what has failed is told"
@@ -312,6 +319,8 @@ def test_gpu_script_runs_every_part_whatever_fails(tmp_path, failing, status, ex
     after = [part for name in benches for part in (f"bench/test_{name}", "bench.report")]
     tests = [f"tests/test_{name}" for name in GPU_TESTS]
     assert parts == ["pip install", *tests, *after, "bench.profile"]
+    assert log.read_text().count(" -k cuda\n") == len(benches), "what is measured on a GPU, and no more"
+    assert "interpreted" not in log.read_text()
 
 
 def test_gpu_script_runs_the_parts_it_is_told(tmp_path):
