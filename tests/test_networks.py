@@ -92,6 +92,14 @@ def test_images_of_another_size_are_named_where_the_classifier_cannot_take_them(
     assert network.embed(x).shape[0] == 2, "features are of images of any size"
 
 
+def test_an_mlp_names_images_of_another_size_also_for_its_features():
+    network = networks.mlp(3, 10, 32)
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    for look in (network, network.features, network.embed):
+        with pytest.raises(InputError, match=r"images are \[2, 3, 20, 24\], expected \[batch, 3, 32, 32\]"):
+            look(torch.zeros(2, 3, 20, 24))
+
+
 def test_networks_pooled_to_one_size_take_images_of_any():
     network = networks.create("resnet18", 3, 10, 32, device="meta")
     assert network(torch.zeros(2, 3, 20, 24, device="meta")).shape == (2, 10)
@@ -208,6 +216,11 @@ def test_bad_input_is_named():
         networks.create("convnet", 1, 10, (32, 32), width=0)
     with pytest.raises(InputError, match="channels is '3', expected a whole number"):
         networks.create("lenet", "3", 10, (32, 32))
+    for make in networks.ARCHITECTURES.values():
+        with pytest.raises(InputError, match="channels is '3', expected a whole number"):
+            make("3", 10, image_size=32)
+        with pytest.raises(InputError, match="num_classes is 0, expected a whole number of at least 1"):
+            make(3, 0, image_size=32)
     counts = {"channels": 3, "num_classes": 10, "width": 8, "depth": 3}
     for name, value in [("channels", "3"), ("num_classes", 0), ("width", 0), ("width", 8.0), ("depth", 0)]:
         with pytest.raises(InputError, match=f"{name} is {value!r}, expected a whole number of at least 1"):
