@@ -62,45 +62,39 @@ class SyntheticSet:
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4:
-            raise ValueError(
-                f"mim4dd.SyntheticSet: images are {list(self.images.shape)}, expected [n, C, H, W]"
-            )
+            raise _wrong(f"images are {list(self.images.shape)}, expected [n, C, H, W]")
         for name, dtype in (("images", torch.float32), ("labels", torch.int64)):
             if (found := getattr(self, name).dtype) != dtype:
-                raise ValueError(f"mim4dd.SyntheticSet: {name} are {found}, expected {dtype}")
+                raise _wrong(f"{name} are {found}, expected {dtype}")
         channels = self.images.shape[1]
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values.shape != (channels,) or not values.is_floating_point():
-                raise ValueError(
-                    f"mim4dd.SyntheticSet: {name} is {values.dtype} {list(values.shape)}, expected floats "
-                    f"[{channels}]: one per channel"
-                )
+                found = f"{values.dtype} {list(values.shape)}"
+                raise _wrong(f"{name} is {found}, expected floats [{channels}]: one per channel")
         if self.labels.shape != self.images.shape[:1]:
-            raise ValueError(
-                f"mim4dd.SyntheticSet: labels are {list(self.labels.shape)}, expected [{len(self.images)}]: "
-                "one per image"
-            )
+            found = list(self.labels.shape)
+            raise _wrong(f"labels are {found}, expected [{len(self.images)}]: one per image")
         classes = len(self.class_names)
         if self.labels.device.type == "cpu":  # a look at others would wait for their device
             wrong = self.labels[(self.labels < 0) | (self.labels >= classes)]
             if len(wrong):
-                raise ValueError(
-                    f"mim4dd.SyntheticSet: there is a label {wrong[0].item()}, expected 0 to {classes - 1}: "
+                raise _wrong(
+                    f"there is a label {wrong[0].item()}, expected 0 to {classes - 1}: "
                     f"class_names names {classes} classes"
                 )
         if self.factor < 1:
-            raise ValueError(f"mim4dd.SyntheticSet: factor is {self.factor}, expected at least 1")
+            raise _wrong(f"factor is {self.factor}, expected at least 1")
         if any(side % self.factor for side in self.images.shape[2:]):
-            raise ValueError(
-                f"mim4dd.SyntheticSet: images {list(self.images.shape)} cannot hold {self.factor} x "
-                f"{self.factor} others; expected sides that are multiples of the factor"
+            raise _wrong(
+                f"images {list(self.images.shape)} cannot hold {self.factor} x {self.factor} others; "
+                "expected sides that are multiples of the factor"
             )
         wanted = [len(self.decoded_labels), classes]
         if self.soft_labels is not None and list(self.soft_labels.shape) != wanted:
-            raise ValueError(
-                f"mim4dd.SyntheticSet: soft labels {list(self.soft_labels.shape)}, expected {wanted}: one "
-                "row per decoded image, one column per class"
+            raise _wrong(
+                f"soft labels {list(self.soft_labels.shape)}, expected {wanted}: one row per decoded image, "
+                "one column per class"
             )
 
     def __len__(self) -> int:
@@ -190,6 +184,10 @@ class SyntheticSet:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: not a readable synthetic set ({error}); was it cut short?") from error
+
+
+def _wrong(what: str) -> ValueError:
+    return ValueError(f"mim4dd.SyntheticSet: {what}")
 
 
 def decode(images: Tensor, factor: int) -> Tensor:
