@@ -10,11 +10,11 @@ from pathlib import Path
 
 import tyro
 
-from .config import EvalConfig
+from .config import Config, EvalConfig
 from .config_check import check_architectures
 from .config_json import from_json
 from .console import complain, on_architectures, print_table
-from .data import load
+from .data import ImageSet, load
 from .devices import pick_device
 from .errors import InputError
 from .evaluation import OnNetwork, Protocol, Score, evaluate
@@ -52,51 +52,20 @@ def score_saved(
         device: auto, cpu, cuda, cuda:1, ...
         precision: what the networks compute in; auto: the fastest for a ConvNet.
         out: a new JSON file for the accuracies.
+
+    Raises:
+        InputError: options that cannot be meant, no set of a run, or other data than it was made from.
     """
     path, out = path.expanduser(), out and out.expanduser()
-    for option, value in (("--num-eval", num_eval), ("--eval-epochs", eval_epochs)):
-        if value is not None and value < 1:
-            raise InputError(f"{option} is {value}, expected at least 1")
-    if out and out.exists():
-        raise InputError(f"--out {out} exists already; name a new file")
-    if out and not out.absolute().parent.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.parent}; make it, or name another")
+    path = path / IMAGES if path.is_dir() else path
     wanted = EvalConfig(eval_archs=eval_archs).eval_archs
-    check_architectures(wanted)
-    if path.is_dir():
-        path = path / IMAGES
-    saved = SyntheticSet.load(path)
-    if "config" not in saved.metadata:
-        raise InputError(f"{path} holds no settings to evaluate with; expected the set of a mim4dd run")
-    config = from_json(saved.metadata["config"], str(path))
+    _check(wanted, num_eval, eval_epochs, out)
+    saved, config = _load_set(path)
     on = pick_device(device)
     picked = resolve(precision, on)
     configure(picked)
-    source = dataset or config.data.dataset
-    folder = data_dir or (None if dataset else config.data.data_dir)
-    try:
-        train, test = load(source, folder, config.data.image_size)
-    except InputError as error:
-        if dataset:
-            raise
-        raise InputError(
-            f"{error}; if it moved, or the run was started in another folder, name it with --dataset"
-        ) from error
-    if not dataset and saved.metadata.get("data") not in (None, train.fingerprint):
-        raise InputError(
-            f"{source} has other images now than when {path} was made; name the run's data with --dataset"
-        )
-    if test.class_names != saved.class_names or test.images.shape[1:] != saved.images.shape[1:]:
-        raise InputError(
-            f"{path} holds {len(saved.class_names)} classes of images {list(saved.images.shape[1:])}, but "
-            f"{source} {test.num_classes} of {list(test.images.shape[1:])}; "
-            + ("give --dataset the data it was made from" if dataset else "name its data with --dataset")
-        )
-    # The networks are trained in the saved set's normalisation, so they are tested in it too.
-    test = test.whitened(saved.whitening) if saved.whitening else test
-    test = dataclasses.replace(test, mean=saved.mean, std=saved.std).to(on)
+    test = _load_test(path, saved, config, dataset, data_dir).to(on)
     pair = saved.to(on).decoded, saved.to(on).targets
-
     epochs = eval_epochs or config.eval.eval_epochs
     settings = dataclasses.replace(
         config, precision=picked, eval=dataclasses.replace(config.eval, eval_epochs=epochs)
@@ -118,10 +87,66 @@ def score_saved(
         strong_last=False,
     )
     if out:
-        try:
-            write(out, json.dumps({name: score_facts(score) for name, score in scores.items()}, indent=2))
-        except OSError as error:
-            raise InputError(f"--out {out} cannot be written ({error.strerror})") from error
+        _write(out, scores)
+
+
+def _check(architectures: tuple[str, ...], num_eval: int, eval_epochs: int | None, out: Path | None) -> None:
+    """Refuse options that cannot be meant, before any work starts. Raises `InputError`."""
+    for option, value in (("--num-eval", num_eval), ("--eval-epochs", eval_epochs)):
+        if value is not None and value < 1:
+            raise InputError(f"{option} is {value}, expected at least 1")
+    if out and out.exists():
+        raise InputError(f"--out {out} exists already; name a new file")
+    if out and not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.parent}; make it, or name another")
+    check_architectures(architectures)
+
+
+def _load_set(path: Path) -> tuple[SyntheticSet, Config]:
+    """Return the set and the settings of the run that made it. Raises `InputError` where it holds none."""
+    saved = SyntheticSet.load(path)
+    if "config" not in saved.metadata:
+        raise InputError(f"{path} holds no settings to evaluate with; expected the set of a mim4dd run")
+    return saved, from_json(saved.metadata["config"], str(path))
+
+
+def _load_test(
+    path: Path, saved: SyntheticSet, config: Config, dataset: str | None, data_dir: Path | None
+) -> ImageSet:
+    """Return the real test images, normalised as the set is: that is what networks are trained on.
+
+    Raises:
+        InputError: the data cannot be found, or are not those that the set was made from.
+    """
+    source = dataset or config.data.dataset
+    folder = data_dir or (None if dataset else config.data.data_dir)
+    try:
+        train, test = load(source, folder, config.data.image_size)
+    except InputError as error:
+        if dataset:
+            raise
+        raise InputError(
+            f"{error}; if it moved, or the run was started in another folder, name it with --dataset"
+        ) from error
+    if not dataset and saved.metadata.get("data") not in (None, train.fingerprint):
+        raise InputError(
+            f"{source} has other images now than when {path} was made; name the run's data with --dataset"
+        )
+    if test.class_names != saved.class_names or test.images.shape[1:] != saved.images.shape[1:]:
+        raise InputError(
+            f"{path} holds {len(saved.class_names)} classes of images {list(saved.images.shape[1:])}, but "
+            f"{source} {test.num_classes} of {list(test.images.shape[1:])}; "
+            + ("give --dataset the data it was made from" if dataset else "name its data with --dataset")
+        )
+    test = test.whitened(saved.whitening) if saved.whitening else test
+    return dataclasses.replace(test, mean=saved.mean, std=saved.std)
+
+
+def _write(out: Path, scores: dict[str, Score]) -> None:
+    try:
+        write(out, json.dumps({name: score_facts(score) for name, score in scores.items()}, indent=2))
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written ({error.strerror})") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
