@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import extras  # noqa: F401 - before all that needs them
 from .config import Config, settled
 from .config_check import check
 from .console import about, complain, console, print_table

@@ -8,8 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
+from . import extras  # noqa: F401 - before all that needs them
 from .config import Config, EvalConfig
 from .config_check import check_architectures
 from .config_json import from_json
@@ -151,6 +150,8 @@ def _write(out: Path, scores: dict[str, Score]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    import tyro  # not above, where it would come before `extras`
+
     return guarded(lambda: tyro.cli(score_saved, prog="python -m mim4dd.evaluate", args=arguments))
 
 

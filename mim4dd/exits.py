@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from safetensors import SafetensorError
 
+from . import extras
 from .console import complain
 from .distill import DivergenceError
 from .errors import InputError
@@ -24,7 +25,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk or a quota
 def guarded(command: Callable[[], int | None]) -> int:
     """Run a command line; return its exit code.
 
-    1: diverged, or no room in memory or on the disk; 2: the user's mistake; 130: interrupted or terminated;
+    1: diverged, or no room in memory or on the disk; 2: the user's mistake, or a missing package; 130: interrupted or terminated;
     141: nobody reads the output any more.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -42,6 +43,11 @@ def guarded(command: Callable[[], int | None]) -> int:
         return 141
     except InputError as error:
         complain(str(error))
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in extras.LATER:
+            raise
+        complain(extras.missing(error.name))
         return 2
     except DivergenceError as error:
         complain(str(error))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import extras  # noqa: F401 - before all that needs them
 from .checkpoint import STATE, Checkpoint
 from .config import Config
 from .config_check import check

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import extras  # noqa: F401 - before all that needs them
 from .config import Config, MimConfig
 from .config_check import check
 from .config_json import to_json

@@ -331,7 +331,10 @@ def test_without_optuna(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "optuna", None)
     monkeypatch.chdir(tmp_path)
     assert tune.main(QUICK) == 2
-    assert "needs Optuna; pip install optuna" in capsys.readouterr().err
+    assert (
+        "the package optuna is missing; pip install --no-build-isolation -e '.[tune]'"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_damaged_journal_is_named_and_its_runs_are_not_lost(tmp_path, scored, capsys):

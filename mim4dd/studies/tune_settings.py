@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ..config import Config, DataConfig, EvalConfig, MimConfig
 from ..config_check import check
 from ..errors import InputError
+from ..extras import missing
 from ..options import Hidden, plain, recast
 
 RANGES = {"weights": "mim_weight", "temperatures": "mim_temperature"}
@@ -63,7 +64,7 @@ class Tuning(Config):
     The base method alone comes first, then its default settings, then trials chosen by Optuna's TPE sampler,
     each on all seeds unless the median of the earlier trials was better on the first ones. The same command
     continues an interrupted search; more --trials add to it. OUT/tune.json has the best settings, for
-    run --config, and OUT/tune.md the table. Needs Optuna: pip install optuna.
+    run --config, and OUT/tune.md the table. Needs Optuna: the extra `tune`.
 
     Attributes:
         trials: Trials, not counting the base method.
@@ -112,7 +113,7 @@ def check_tuning(tuning: Tuning) -> None:
         InputError: naming the option, its value and what was expected.
     """
     if find_spec("optuna") is None:
-        raise InputError("python -m mim4dd.tune needs Optuna; pip install optuna")
+        raise InputError(missing("optuna"))
     if not tuning.data.validation:
         raise InputError("--validation is 0: settings are never chosen on the test set; hold out 0.1, say")
     if tuning.eval.num_eval == 0:
