@@ -25,8 +25,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk or a quota
 def guarded(command: Callable[[], int | None]) -> int:
     """Run a command line; return its exit code.
 
-    1: diverged, or no room in memory or on the disk; 2: the user's mistake, or a missing package; 130: interrupted or terminated;
-    141: nobody reads the output any more.
+    1: diverged, or no room in memory or on the disk; 2: the user's mistake, or a missing package;
+    130: interrupted or terminated; 141: nobody reads the output any more.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # one that knows no "±" shall not end a run
