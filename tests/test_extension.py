@@ -1,4 +1,4 @@
-"""How the extension is built and found, and what happens where it is not."""
+"""How the package is built: its version, and its extension, also where there is none."""
 
 import os
 import platform
@@ -14,6 +14,7 @@ import pybind11
 import pytest
 import torch
 
+import mim4dd
 from mim4dd import extension
 
 ROOT = Path(__file__).parent.parent
@@ -168,3 +169,9 @@ def test_where_it_cannot_be_built_the_build_says_what_to_do(tmp_path, missing, n
     assert "pip install 'setuptools>=77' cmake ninja pybind11" in done.stderr
     assert "MIM4DD_NO_EXT=1 installs without it" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_is_installed_has_the_version_of_the_package():
+    command = [sys.executable, "setup.py", "-q", "--version"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == mim4dd.__version__
