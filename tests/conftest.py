@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numerics import close as close
 
 from mim4dd import augment
 from mim4dd.augment import AugmentParams
@@ -87,13 +88,6 @@ def write_pictures(folder: Path, count: int, size=(10, 10), seed: int = 0, grey:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         Image.fromarray(picture(size, seed + i, grey)).save(folder / f"{i}.png")
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
-    """Assert a relative error in the largest norm of at most `tolerance`."""
-    assert actual.shape == expected.shape
-    error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-12)
-    assert error <= tolerance, f"relative error {error:.2e}"
 
 
 def derivatives(function, inputs: list[torch.Tensor], twice: int) -> list[torch.Tensor]:

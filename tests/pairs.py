@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import FORMS
 from mim4dd.kernels import narrow, sides
+from numerics import close
 
 from mim4dd import kernels
 from mim4dd.losses import reference
@@ -52,10 +53,7 @@ def problem(m, n, widths, dtype=torch.float32, label_dtype=torch.int64, classes=
 def agree(actual, expected, tolerance):
     # Where the true gradient is 0, as with one feature or one pair, what is left is the rounding of terms
     # that cancel, which are as large as 1 / (temperature * norm).
-    assert actual.shape == expected.shape
-    largest = expected.abs().max()
-    error = (actual.double() - expected).abs().max() / (largest + (0.01 if largest > 1e-9 else 0.1))
-    assert error <= tolerance, f"relative error {error:.2e}"
+    close(actual, expected, tolerance, floor=0.01 if expected.abs().max() > 1e-9 else 0.1)
 
 
 def check(form, scales, anchor_labels, key_labels, anchors, keys, wanted=(True, True, True)):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import close, derivatives
+from numerics import same_on_any_threads
 from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -139,21 +140,12 @@ def test_gradients_by_the_weights_are_differentiable_by_the_images():
 
 
 def test_results_are_those_of_any_number_of_threads():
-    inputs, threads = case((5, 3, 64, 16, 16, 1)), torch.get_num_threads()
-    found = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append(
-                derivatives(
-                    lambda *tensors: first_block(*tensors, EPS, padding=1, relu=True, pool=2), inputs, 3
-                )
-            )
-    finally:
-        torch.set_num_threads(threads)
-    for others in found[1:]:
-        for one, other in zip(found[0], others, strict=True):
-            assert torch.equal(one, other)
+    inputs = case((5, 3, 64, 16, 16, 1))
+
+    def block(*tensors):
+        return first_block(*tensors, EPS, padding=1, relu=True, pool=2)
+
+    same_on_any_threads(lambda: derivatives(block, inputs, 3))
 
 
 def test_the_network_takes_it_in_float32_only():

@@ -1,13 +1,16 @@
 """The kernels of the first block against torch's layers in float64; without a GPU in Triton's interpreter."""
 
+import numerics
 import pytest
 import torch
 import torch.nn.functional as F
+from numerics import close
 
 pytest.importorskip("triton")
 
 from mim4dd.kernels import first_block, launch
 
+poisoned = numerics.poisoned  # a fixture
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
 # Relative errors by dtype; half precision against the formula on the same rounded operands.
@@ -22,13 +25,6 @@ SHAPES = [
     (2, 3, 4, 4, 5, 2, 96),
     (1, 2, 2, 9, 6, 1, 64),
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Uninitialised memory is NaN: a value that is read without having been written shows."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
 
 
 @pytest.fixture(autouse=True)
@@ -62,13 +58,6 @@ def plain(x, weight, scale, bias, padding, relu, pool):
     return out, convolved
 
 
-def agree(actual, expected, tolerance):
-    assert actual.shape == expected.shape
-    if expected.numel():
-        error = (actual.double() - expected).abs().max() / (expected.abs().max() + 1e-9)
-        assert error <= tolerance, f"relative error {error:.2e}"
-
-
 def check(x, weight, scale, bias, padding, relu, pool, tolerance=None, loose=None):
     """Both functions; `loose` is the tolerance of the gradients if it is another."""
     tolerance = tolerance or TOLERANCE[x.dtype]
@@ -79,12 +68,12 @@ def check(x, weight, scale, bias, padding, relu, pool, tolerance=None, loose=Non
     expected, convolved = plain(x, *leaves, padding, relu, pool)
     assert out.dtype == x.dtype
     assert out.is_contiguous(memory_format=torch.channels_last)
-    agree(out, expected.detach(), tolerance)
+    close(out, expected.detach(), tolerance)
     # The statistics are those of rounded operands, in float32.
     variance, expected_mean = torch.var_mean(convolved.detach(), (2, 3), correction=0)
     exact = min(tolerance, 1e-3)
-    agree(mean, expected_mean, exact)
-    agree(rstd, (variance + EPS).rsqrt(), exact)
+    close(mean, expected_mean, exact)
+    close(rstd, (variance + EPS).rsqrt(), exact)
 
     grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     grad_taps, grad_scale, grad_bias = first_block.backward(
@@ -94,9 +83,9 @@ def check(x, weight, scale, bias, padding, relu, pool, tolerance=None, loose=Non
     assert grad_scale.shape == grad_bias.shape == (len(x), len(scale))
     assert grad_taps.dtype == grad_scale.dtype == grad_bias.dtype == torch.float32
     wanted = torch.autograd.grad(expected, leaves, grad_out.double())
-    agree(grad_taps.sum(0).t().reshape(weight.shape), wanted[0], loose)
-    agree(grad_scale.sum(0), wanted[1], loose)
-    agree(grad_bias.sum(0), wanted[2], loose)
+    close(grad_taps.sum(0).t().reshape(weight.shape), wanted[0], loose)
+    close(grad_scale.sum(0), wanted[1], loose)
+    close(grad_bias.sum(0), wanted[2], loose)
     return out, mean, rstd, grad_taps, grad_scale, grad_bias
 
 
@@ -155,8 +144,8 @@ def test_images_far_from_zero_or_without_contrast():
     check(x + 50, weight, scale, bias, 0, relu=False, pool=2, tolerance=2e-4, loose=2e-3)
     flat = torch.ones_like(x)
     out, _, rstd = first_block.forward(flat, weight.flatten(1).t(), scale, bias, EPS, 0, False, 1)
-    agree(rstd, torch.full_like(rstd, EPS**-0.5).double(), 2e-2)
-    agree(out, bias.double()[:, None, None].expand(out.shape), 2e-3)
+    close(rstd, torch.full_like(rstd, EPS**-0.5).double(), 2e-2)
+    close(out, bias.double()[:, None, None].expand(out.shape), 2e-3)
 
 
 def test_views_of_any_strides():

@@ -1,24 +1,19 @@
 """The kernels of normalisation against the formula in float64; without a GPU in Triton's interpreter."""
 
+import numerics
 import pytest
 import torch
+from numerics import close
 
 pytest.importorskip("triton")
 
 from mim4dd.kernels import normalisation
 
+poisoned = numerics.poisoned  # a fixture
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
 # Relative errors of maps by dtype: half precision is that of the same rounded maps, rounded.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Uninitialised memory is NaN: a value that is read without having been written shows."""
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(float("nan")))
 
 
 def random(*shape, dtype=torch.float32, seed=0):
@@ -54,14 +49,6 @@ def parameters(x):
     return weight, bias
 
 
-def agree(actual, expected, tolerance, floor=0.0):
-    """`floor` is as large as terms that may cancel."""
-    assert actual.shape == expected.shape
-    if expected.numel():
-        error = (actual.double() - expected).abs().max() / (expected.abs().max() + floor + 1e-9)
-        assert error <= tolerance, f"relative error {error:.2e}"
-
-
 def check(x, relu, pool, tolerance=1e-5):
     """Compare all three functions; `tolerance` is that of float32."""
     batch, channels, height, width = x.shape
@@ -80,20 +67,20 @@ def check(x, relu, pool, tolerance=1e-5):
     rounded = max(tolerance, TOLERANCE[x.dtype])
 
     out, mean, rstd = normalisation.forward(x, weight, bias, EPS, relu, pool)
-    agree(out, expected, rounded)
-    agree(mean, x64.mean((2, 3)), tolerance)
-    agree(rstd, (x64.var((2, 3), correction=0) + EPS).rsqrt(), tolerance)
+    close(out, expected, rounded)
+    close(mean, x64.mean((2, 3)), tolerance)
+    close(rstd, (x64.var((2, 3), correction=0) + EPS).rsqrt(), tolerance)
     largest = rstd.max()
     saved = x, weight, bias, mean, rstd
     grad_x, grad_weight, grad_bias = normalisation.backward(grad_out, *saved, relu, pool)
-    agree(grad_x, first[0], rounded, largest)
-    agree(grad_weight, first[1], tolerance, 1.0)
-    agree(grad_bias, first[2], tolerance)
+    close(grad_x, first[0], rounded, largest)
+    close(grad_weight, first[1], tolerance, 1.0)
+    close(grad_bias, first[2], tolerance)
     twice = normalisation.backward_twice(*grad_grads, grad_out, *saved, relu, pool)
     grad_grad_out, grad_x, grad_weight = twice
-    agree(grad_grad_out, second[0], rounded, largest)
-    agree(grad_x, second[1], rounded, largest)
-    agree(grad_weight, second[2], tolerance, largest)
+    close(grad_grad_out, second[0], rounded, largest)
+    close(grad_x, second[1], rounded, largest)
+    close(grad_weight, second[2], tolerance, largest)
     for value in (out, grad_x, grad_grad_out):
         assert value.dtype == x.dtype
         assert value.is_contiguous(memory_format=torch.channels_last)

@@ -6,6 +6,7 @@ Without a GPU what is put together runs on the CPU, its kernels in Triton's inte
 import pytest
 import torch
 import torch.nn.functional as F
+from numerics import close
 from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,11 +41,7 @@ def random(*sizes, seed=0):
 
 
 def agree(actual, expected, tolerance=1e-4):
-    assert actual.shape == expected.shape
-    error = (actual.double() - expected.double()).abs().max()
-    assert error <= tolerance * expected.abs().max() + 1e-6, (
-        f"relative error {error / expected.abs().max():.1e}"
-    )
+    close(actual, expected, tolerance, floor=1e-6 / tolerance)
 
 
 @pytest.mark.parametrize("size", [(5, 7), (9, 8)], ids=str)  # the kernel, and the library

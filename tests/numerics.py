@@ -1,0 +1,37 @@
+"""How results are compared, and what must not change them: memory left unset, the number of threads."""
+
+import pytest
+import torch
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4, floor: float = 0.0) -> None:
+    """Assert a relative error in the largest norm of at most `tolerance`.
+
+    It is relative to the largest expected number and `floor`, which is as large as terms that may cancel.
+    """
+    assert actual.shape == expected.shape
+    if expected.numel():
+        scale = expected.double().abs().max() + floor + 1e-9
+        error = (actual.double() - expected.double()).abs().max() / scale
+        assert error <= tolerance, f"relative error {error:.2e}"
+
+
+@pytest.fixture(autouse=True)  # in the files that name it
+def poisoned(monkeypatch):
+    """Uninitialised memory is NaN: a value that is read without having been written shows."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(float("nan")))
+
+
+def same_on_any_threads(function) -> None:
+    """Assert that the tensors `function` returns are the same to the bit on one, two and three threads."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(function())
+    finally:
+        torch.set_num_threads(before)
+    for tensors in zip(*found, strict=True):
+        assert all(torch.equal(tensors[0], other) for other in tensors[1:])
