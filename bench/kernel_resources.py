@@ -164,8 +164,9 @@ def rows(capability: int, precision: str) -> Iterator[dict]:
 
 
 def layer_rows(capability: int, precision: str) -> Iterator[dict]:
-    """Compile the kernels of normalisation for every size of `MAPS`, of the first block for `IMAGES`, of the
-    gradient of a weight for `SMALL_MAPS`."""
+    """Compile the kernels of normalisation for every size of `MAPS`, of the first block for `IMAGES`, and of
+    the gradient of a weight for `SMALL_MAPS`.
+    """
     for size, pool in MAPS:
         x, out = (torch.zeros(1, 128, side, side, dtype=DTYPES[precision]) for side in (size, size // pool))
         per_image = torch.zeros(1, 128)

@@ -136,7 +136,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Distil a labelled image set into a few synthetic images per class.
+    """All settings of a run.
 
     Attributes:
         seed: Seed of every random draw. Results repeat on the same machine with the same number of threads;

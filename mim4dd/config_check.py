@@ -83,7 +83,11 @@ def check(config: Config) -> None:
 
 
 def check_architectures(names: Iterable[str]) -> None:
-    """Refuse names that --eval-archs does not know. Raises `InputError`."""
+    """Refuse names that --eval-archs does not know.
+
+    Raises:
+        InputError: naming the first of them.
+    """
     for name in names:
         if name not in ARCHITECTURES:
             raise unknown("architecture in --eval-archs:", name, ARCHITECTURES)

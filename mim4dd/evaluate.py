@@ -90,7 +90,11 @@ def score_saved(
 
 
 def _check(architectures: tuple[str, ...], num_eval: int, eval_epochs: int | None, out: Path | None) -> None:
-    """Refuse options that cannot be meant, before any work starts. Raises `InputError`."""
+    """Refuse options that cannot be meant, before any work starts.
+
+    Raises:
+        InputError: naming the option.
+    """
     for option, value in (("--num-eval", num_eval), ("--eval-epochs", eval_epochs)):
         if value is not None and value < 1:
             raise InputError(f"{option} is {value}, expected at least 1")
@@ -102,7 +106,11 @@ def _check(architectures: tuple[str, ...], num_eval: int, eval_epochs: int | Non
 
 
 def _load_set(path: Path) -> tuple[SyntheticSet, Config]:
-    """Return the set and the settings of the run that made it. Raises `InputError` where it holds none."""
+    """Return the set and the settings of the run that made it.
+
+    Raises:
+        InputError: no readable set, or one without settings.
+    """
     saved = SyntheticSet.load(path)
     if "config" not in saved.metadata:
         raise InputError(f"{path} holds no settings to evaluate with; expected the set of a mim4dd run")

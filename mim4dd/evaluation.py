@@ -141,7 +141,6 @@ def train_on_real(network: Network, real: ImageSet, protocol: Protocol, generato
 
 def train(stack: Stack, sets: Sequence[tuple[Tensor, Tensor]], protocol: Protocol) -> None:
     """Train each network of a stack on its own images [n, C, H, W] and targets [n, ...]."""
-
     images, targets = (_of_each(parts) for parts in zip(*sets, strict=True))
     network = torch.arange(len(sets), device=images.device)[:, None]
 

@@ -226,6 +226,14 @@ def initialise(
     (ipc * factor²) of every class, image j of a class starts from one that goes with cluster j; noise goes
     with any.
 
+    Args:
+        real: the training images.
+        ipc: images per class.
+        how: "real", "kmeans" or "noise".
+        generator: of every draw, on the device of the images.
+        factor: tiles a side of every image, see `encode`.
+        centres: of clusters, float32 [num_classes, ipc * factor², C * H * W]; None: "kmeans" finds its own.
+
     Raises:
         InputError: too few real images in a class, or images that `factor` does not divide.
     """

@@ -11,7 +11,11 @@ SMALLEST = 8  # pixels a side
 
 
 def check(raw: Raw) -> None:
-    """Raise `InputError` unless the images and labels can be a labelled image set."""
+    """Check that the images and labels can be a labelled image set.
+
+    Raises:
+        InputError: they cannot; it names the file and what was expected.
+    """
     images, labels, source = raw.images, raw.labels, raw.source
     if images.ndim != 4 or len(images) == 0 or images.shape[1] == 0:
         raise InputError(f"{source}: shape {images.shape} holds no images")
@@ -38,7 +42,11 @@ def check(raw: Raw) -> None:
 
 
 def check_alike(raw: Raw, test: Raw, num_classes: int) -> None:
-    """Raise `InputError` unless the test images have the training images' shape and classes."""
+    """Check that the test images have the training images' shape and classes.
+
+    Raises:
+        InputError: they do not.
+    """
     shape, test_shape = raw.images.shape[1:], test.images.shape[1:]
     if test_shape != shape:
         raise InputError(
@@ -51,7 +59,8 @@ def check_alike(raw: Raw, test: Raw, num_classes: int) -> None:
 def checked_class_names(raw: Raw, names: tuple[str, ...] | None) -> tuple[str, ...]:
     """Return the names of all classes, by default their numbers.
 
-    Raises `InputError` if a class has no training image or no name, or is the only one.
+    Raises:
+        InputError: a class has no training image or no name, or is the only one.
     """
     present = np.unique(raw.labels)
     count = len(names) if names else int(present[-1]) + 1

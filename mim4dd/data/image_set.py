@@ -21,15 +21,24 @@ class ImageSet:
     """A labelled image set in memory, stored as uint8 or float32 in [0, 1] and normalised batch by batch.
 
     Whitened images are stored whitened, as float32 with mean 0 and std 1.
+
+    Attributes:
+        images: uint8 or float32 [N, C, H, W].
+        labels: int64 [N].
+        class_names: one per class.
+        mean: float32 [C], of pixels scaled to [0, 1].
+        std: float32 [C], likewise.
+        whitening: applied to the images, if any.
+        unwhitened: the fingerprint before whitening.
     """
 
-    images: Tensor  # uint8 or float32 [N, C, H, W]
-    labels: Tensor  # int64 [N]
+    images: Tensor
+    labels: Tensor
     class_names: tuple[str, ...]
-    mean: Tensor  # float32 [C], of pixels scaled to [0, 1]
-    std: Tensor  # float32 [C]
-    whitening: Whitening | None = None  # applied to the images, if any
-    unwhitened: str | None = None  # the fingerprint before whitening
+    mean: Tensor
+    std: Tensor
+    whitening: Whitening | None = None
+    unwhitened: str | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -82,7 +91,11 @@ class ImageSet:
         return shuffled.gather(1, slot)
 
     def check_enough(self, per_class: int) -> None:
-        """Raise `InputError` if a class has fewer images than `per_class`."""
+        """Check that every class has at least `per_class` images.
+
+        Raises:
+            InputError: one has fewer; it names the class.
+        """
         counts = self.class_index[1]
         smallest = int(counts.argmin())
         if counts[smallest] < per_class:
@@ -92,9 +105,10 @@ class ImageSet:
             )
 
     def split(self, fraction: float, generator: torch.Generator) -> tuple[ImageSet, ImageSet]:
-        """(rest, held out): `fraction` of every class is held out, but never the last image of a class.
+        """Return the rest and what is held out: `fraction` of every class, but never its last image.
 
-        Raises `InputError` if that leaves nothing to hold out.
+        Raises:
+            InputError: a fraction that is none, or so few images that none is held out.
         """
         if not 0 < fraction < 1:
             raise InputError(f"fraction {fraction}: expected a number between 0 and 1, the share to hold out")
@@ -116,7 +130,8 @@ class ImageSet:
     def class_index(self) -> tuple[Tensor, Tensor]:
         """Images of each class, int64 [num_classes, largest count] padded with 0, and counts [num_classes].
 
-        Raises `InputError` if a class is empty.
+        Raises:
+            InputError: a class is empty.
         """
         counts = torch.bincount(self.labels, minlength=self.num_classes)
         if not counts.all():

@@ -23,11 +23,17 @@ HELD_OUT_SEED = 20  # ... always the same images
 def load(
     dataset: str, data_dir: Path | None = None, image_size: int | None = None
 ) -> tuple[ImageSet, ImageSet]:
-    """Train and test set of a named set (`NAMES`) or a path: a folder of pictures, `.npz` or parquet file(s).
+    """Return the training and the test set, of N images [N, C, H, W] each, uint8 or float32 in [0, 1].
 
-    `data_dir` holds the files of a named set; without it the usual folders are searched, and missing
-    files downloaded. `image_size` resizes every image to that many pixels a side. Without a test set, a fixed
-    fifth of every class is held out. Raises `InputError` if anything is wrong with the data.
+    Where the data have no test set, a fixed fifth of every class is held out.
+
+    Args:
+        dataset: a named set (`NAMES`) or a path: a folder of pictures, an `.npz` file, or parquet file(s).
+        data_dir: the folder of a named set's files; None: the usual ones, and what is missing is downloaded.
+        image_size: pixels a side to resize every image to; None: as they are.
+
+    Raises:
+        InputError: the data are not found or not fetched, damaged, or no labelled image set.
     """
     if image_size is not None and image_size < SMALLEST:
         raise InputError(f"image size {image_size}: expected at least {SMALLEST} pixels a side")

@@ -25,7 +25,8 @@ def to_unit(train: Tensor, test: Tensor, source: str) -> tuple[Tensor, Tensor]:
     thousandth beyond these ranges is clamped. Any other range is mapped to [0, 1] by the smallest and largest
     training pixel, with test images clamped.
 
-    Raises `InputError` if training and test images are scaled differently.
+    Raises:
+        InputError: training and test images are scaled differently.
     """
     brightest = float(train.max()), float(test.max())
     if max(brightest) <= 1 + OVERSHOOT:  # uint8 of 0 and 1 are masks, where 1 is white

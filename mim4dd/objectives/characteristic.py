@@ -28,8 +28,9 @@ def characteristic_distance(
 ) -> Tensor:
     """Return the sum over classes of the distance between characteristic functions of features, a scalar.
 
-    Features are normalised to length 1. With R(t) = mean exp(i <t, x>) over the real features of a class and
-    S(t) likewise over the synthetic ones, a class pays the mean over the frequencies t of
+    It is the distance of NCFM (CVPR 2025). Features are normalised to length 1. With R(t) the mean of
+    exp(i <t, x>) over the real features x of a class, and S(t) likewise over the synthetic ones, a class pays
+    the mean over the frequencies t of
 
         sqrt(amplitude * (|R| - |S|)^2 + phase * 2 (|R| |S| - Re(R conj S)));
 

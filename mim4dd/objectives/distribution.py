@@ -24,7 +24,8 @@ def distribution_distance(
 ) -> Tensor:
     """Return the sum over classes of the squared distance between the mean features, a scalar.
 
-    A class that one of the sides lacks contributes nothing. Features of half precision are taken to float32.
+    It is the loss of DM (WACV 2023). A class that one of the sides lacks contributes nothing. Features of
+    half precision are taken to float32.
 
     Args:
         real_features: float [N, ...], flattened to rows.

@@ -29,7 +29,7 @@ def gradient_distance(
 ) -> Tensor:
     """Return the distance between two sets of gradients, a scalar; the real ones are taken as constants.
 
-    Those of half precision are taken to float32.
+    The loss of DC (ICLR 2021) is "rowwise". Gradients of half precision are taken to float32.
 
     Args:
         synthetic_grads: one tensor per parameter, in the same order as `real_grads`.

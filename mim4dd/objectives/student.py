@@ -30,7 +30,8 @@ def trajectory_distance(
 ) -> Tensor:
     """Return ‖end - target‖² / ‖start - target‖², end being `start` after SGD on all the images, a scalar.
 
-    Differentiable in `images` and `step_size`, once, or with `memory="unrolled"` any number of times.
+    It is the loss of MTT (CVPR 2022), on all images in every step. Differentiable in `images` and
+    `step_size`, once, or with `memory="unrolled"` any number of times.
 
     Args:
         network: its parameters' names are the keys of `start`; its own values are not used. Whatever

@@ -85,9 +85,7 @@ class Row:
         """Return its texts for a table with `COLUMNS`."""
         weight = "" if self.arm.weight is None else number(self.arm.weight)
         name = str(self.arm) if self.arm.weight is None else self.arm.name
-        accuracy = "" if self.mean is None else f"{100 * self.mean:.2f}"
-        if self.std is not None:
-            accuracy += f" ± {100 * self.std:.2f}"
+        accuracy = percent([*self.accuracies.values()])
         seeds = f"{len(self.accuracies)}" + (f", {len(self.failed)} failed" if self.failed else "")
         seconds = "" if self.seconds is None else f"{self.seconds:.0f}"
         return str(self.arm.ipc), name, weight, accuracy, seeds, seconds, str(self.difference or "")
@@ -139,6 +137,14 @@ def _score(outcome: dict[str, Any], architecture: str | None) -> dict[str, Any] 
     if "failed" in outcome:
         return None
     return outcome.get("cross_architecture", {}).get(architecture) if architecture else outcome
+
+
+def percent(accuracies: Sequence[float]) -> str:
+    """Return the mean in percent, and the sample standard deviation of two or more; "" of none."""
+    if not accuracies:
+        return ""
+    mean = f"{100 * statistics.fmean(accuracies):.2f}"
+    return f"{mean} ± {100 * statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else mean
 
 
 def number(value: float) -> str:

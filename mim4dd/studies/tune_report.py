@@ -15,7 +15,7 @@ from ..config import Config, MimConfig
 from ..config_json import to_json
 from ..console import console, print_table
 from .compare_report import markdown_table
-from .compare_table import number
+from .compare_table import number, percent
 from .paired import Difference, paired_difference
 
 BEST = 5  # trials in the table
@@ -142,9 +142,7 @@ def table(trials: Sequence[Trial]) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = []
     for k in [0, *[k for k in ranked(trials) if k][:BEST]]:
         trial = trials[k]
-        accuracy = f"{100 * trial.mean:.2f}"
-        if len(trial.accuracies) > 1:
-            accuracy += f" ± {100 * statistics.stdev(trial.accuracies.values()):.2f}"
+        accuracy = percent([*trial.accuracies.values()])
         settings = (_text(trial.mim, setting) for setting in _varied(trials))
         lines.append((str(k), *settings, accuracy, str(_difference(trials, k)) if k else ""))
     return lines
