@@ -5,6 +5,8 @@ import sys
 
 import numpy as np
 
+from mim4dd.data import load
+from mim4dd.experiment import Experiment
 from mim4dd.options import plain, read
 from mim4dd.run import RunConfig, filled
 
@@ -21,6 +23,12 @@ def command(*arguments, module="run", **options):
 def parse(arguments):
     """The settings of a run by its command line, none left open."""
     return filled(plain(read(RunConfig, "run", arguments)))
+
+
+def prepare(options="", load=load):
+    """A small experiment of seed 3 with these options of the command line."""
+    small = "--quick --width 8 --seed 3 --device cpu "
+    return Experiment.prepare(parse((small + options).split()), load)
 
 
 def files(folder):

@@ -1,4 +1,4 @@
-"""From settings to what is run: each arrives where it belongs, and baselines are what they are called."""
+"""From settings to what is run: each arrives where it belongs."""
 
 import dataclasses
 import math
@@ -6,44 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import parse
+from commands import prepare
 from conftest import close
 
-from mim4dd import experiment, networks, runner, scoring
+from mim4dd import experiment, networks, runner
 from mim4dd.data import load
 from mim4dd.data.clusters import cluster_labels, image_for_each, kmeans_centres
-from mim4dd.distill import DivergenceError
-from mim4dd.evaluation import Score
 from mim4dd.experiment import Experiment
 from mim4dd.networks import memory
 from mim4dd.objectives import METHODS, TrainedOnReal, TrainedOnSynthetic, mutual_information_estimate
 from mim4dd.objectives.footprint import of_term
 from mim4dd.seeding import generator
-from mim4dd.synthetic import encode, initialise, select_kmeans
-
-
-def prepare(options="", load=load):
-    """A small experiment of seed 3 with these options of the command line."""
-    small = "--quick --width 8 --seed 3 --device cpu "
-    return Experiment.prepare(parse((small + options).split()), load)
+from mim4dd.synthetic import encode, initialise
 
 
 @pytest.fixture
 def brief_students(monkeypatch):
     monkeypatch.setattr("mim4dd.objectives.term_networks.STUDENT_EPOCHS", (3, 3))
-
-
-@pytest.fixture
-def evaluated(monkeypatch):
-    """What evaluations are asked for, none of which take place."""
-    calls = []
-
-    def evaluate(training_set, test, protocol, **options):
-        calls.append((training_set, test, protocol, options))
-        return Score((0.5,))
-
-    monkeypatch.setattr(scoring, "evaluate", evaluate)
-    return calls
 
 
 def test_the_problem_is_that_of_the_settings(monkeypatch):
@@ -190,28 +169,6 @@ def test_a_run_begins_with_what_it_takes(capsys, monkeypatch):
     assert on_gpu == f"{takes} and cuDNN's workspace; without the term (weight 0)"
 
 
-def test_scores_follow_the_settings(evaluated):
-    options = "--network mlp --eval-epochs 11 --num-eval 4 --augmentation crop"
-    prepared = prepare(options)
-    reported = []
-    scoring.score(prepared, prepared.start, reported.append)
-    scoring.score(prepared, dataclasses.replace(prepared.start, network_lr=0.03), reported.append, "lenet")
-    training_set, test, protocol, asked = evaluated[0]
-    images, targets = training_set(0)
-    assert torch.equal(images, prepared.start.images)
-    assert torch.equal(targets, torch.arange(10))
-    assert test is prepared.test
-    assert (protocol.architecture, protocol.epochs, protocol.width) == ("mlp", 11, 8)
-    assert (protocol.augmentation, protocol.lr, protocol.precision) == (
-        "crop",
-        0.01,
-        prepared.config.precision,
-    )
-    assert asked == {"num_networks": 4, "seed": 3, "on_network": reported.append}
-    other = evaluated[1][2]
-    assert (other.architecture, other.lr, other.epochs) == ("lenet", 0.03, 11)
-
-
 def test_the_teacher_draws_by_the_seed(monkeypatch):
     taught = []
     monkeypatch.setattr(experiment, "teach", lambda *arguments: taught.append(arguments))
@@ -224,53 +181,6 @@ def test_the_teacher_draws_by_the_seed(monkeypatch):
     assert random.initial_seed() == generator(3, "teacher").initial_seed()
 
 
-def test_every_network_is_trained_on_other_random_images(evaluated):
-    prepared = prepare("--ipc 2 --num-eval 3")
-    scoring.baseline(prepared, "random", print)
-    ((training_set, _, _, asked),) = evaluated
-    assert (asked["num_networks"], asked["seed"]) == (3, 3)
-    drawn = [training_set(k) for k in range(3)]
-    for k, (images, labels) in enumerate(drawn):
-        assert torch.equal(labels, torch.arange(10).repeat_interleave(2))
-        index = prepared.train.sample(2, generator(3, f"baseline/random/{k}")).flatten()
-        assert torch.equal(images, prepared.train.batch(index))
-    assert not any(torch.equal(drawn[a][0], drawn[b][0]) for a, b in ((0, 1), (0, 2), (1, 2)))
-
-
-def test_the_kmeans_baseline_is_nearest_to_centres(evaluated):
-    prepared = prepare("--ipc 2")
-    scoring.baseline(prepared, "kmeans", print)
-    images, labels = evaluated[0][0](0)
-    index = select_kmeans(load("digits")[0], 2, generator(3, "baseline/kmeans"))
-    assert torch.equal(images, prepared.train.batch(index.flatten()))
-    assert torch.equal(labels, torch.arange(10).repeat_interleave(2))
-
-
-@pytest.mark.parametrize(("epochs", "cut"), [(400, 20), (40, 5)])
-def test_the_full_data_take_fewer_epochs_and_one_network(monkeypatch, epochs, cut):
-    trained = []
-    monkeypatch.setattr(scoring, "train_on_real", lambda *arguments: trained.append(arguments))
-    monkeypatch.setattr(scoring, "accuracy", lambda network, test: 0.25)
-    prepared = prepare(f"--eval-epochs {epochs} --num-eval 3")
-    reported = []
-    assert scoring.baseline(prepared, "full", reported.append).accuracies == (0.25,)
-    assert reported == [0.25]
-    ((_, real, protocol, random),) = trained
-    assert real is prepared.train
-    assert protocol.epochs == cut
-    assert random.initial_seed() == generator(3, "evaluation/0").initial_seed()
-
-
-def test_the_full_data_are_tested_on_the_test_set(monkeypatch):
-    tested = []
-    monkeypatch.setattr(scoring, "train_on_real", lambda *_: None)
-    monkeypatch.setattr(scoring, "accuracy", lambda _, images: tested.append(images) or 0.25)
-    prepared = prepare()
-    scoring.baseline(prepared, "full", print)
-    (images,) = tested
-    assert images is prepared.test
-
-
 def test_only_the_term_has_maps_kept(monkeypatch, brief_students):
     made = []
     dm = METHODS["dm"]
@@ -281,32 +191,6 @@ def test_only_the_term_has_maps_kept(monkeypatch, brief_students):
     prepared.distill(lambda _: None)
     prepared.distill(lambda _: None, with_mim=False)
     assert made == [[0, 1], ()]
-
-
-def test_the_base_baseline_is_a_run_without_the_term(evaluated, brief_students):
-    def distilled(options=""):
-        prepared = prepare("--iterations 3" + options)
-        return prepared, prepared.distill(lambda _: None)
-
-    prepared, ours = distilled(" --baselines base")
-    runner.evaluations(prepared, ours)
-    (base, _), (scored, _) = (call[0](0) for call in evaluated)
-    assert torch.equal(base, distilled(" --mim-weight 0")[1].images)
-    assert torch.equal(scored, ours.images)
-    assert not torch.equal(base, ours.images)
-
-
-def test_a_base_method_that_diverges_alone_is_left_out(monkeypatch, evaluated, capsys):
-    prepared = prepare("--iterations 1 --num-eval 1 --baselines random base")
-
-    def diverges(*_, with_mim):
-        raise DivergenceError("the loss is nan")
-
-    monkeypatch.setattr(Experiment, "distill", diverges)
-    score, baselines = runner.evaluations(prepared, prepared.start)
-    assert score is not None
-    assert [*baselines] == ["random"]
-    assert "the base method alone is not evaluated: the loss is nan" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("network", ["convnet", "convnet-bn"])
@@ -334,16 +218,3 @@ def test_of_held_out_images_of_one_class_there_is_no_information():
     test = dataclasses.replace(prepared.test, images=images, labels=labels)
     one = dataclasses.replace(prepared, test=test).information(prepared.start)
     assert one == {"before": None, "after": None, "cap": 0.0}
-
-
-def test_the_progress_counts_one_network_for_the_full_data(monkeypatch):
-    totals = {}
-
-    def counted(title, num_networks, score):
-        totals[title] = num_networks
-        return Score((0.5,))
-
-    monkeypatch.setattr(runner, "with_accuracy", counted)
-    prepared = prepare("--iterations 1 --num-eval 3 --baselines random full")
-    runner.evaluations(prepared, prepared.start)
-    assert totals == {"evaluate (random)": 3, "evaluate (full)": 1, "evaluate": 3}
