@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,17 +23,28 @@ PathFinder.find_spec = lambda name, *rest: None if name == {!r} else find(name, 
 """
 
 
+def without(package, folder):
+    """The environment of a process for which a package is not installed."""
+    (folder / "sitecustomize.py").write_text(HIDING.format(package))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+
+
 @pytest.mark.parametrize(
     ("module", "package"),
     [("run", "rich"), ("evaluate", "tyro"), ("compare", "scipy"), ("tune", "typeguard"), ("run", "sklearn")],
 )
 def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, module, package):
-    (tmp_path / "sitecustomize.py").write_text(HIDING.format(package))
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    done = command(module=module, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
+    done = command(module=module, cwd=tmp_path, env=without(package, tmp_path))
     install = "pip install --no-build-isolation -e '.[run]'"
     assert done.stderr == f"mim4dd: the package {package} is missing; {install} installs it\n"
     assert done.returncode == 2
+
+
+def test_a_program_that_imports_a_command_line_gets_an_import_error(tmp_path):
+    program = "try:\n    import mim4dd.run\nexcept ModuleNotFoundError as error:\n    print(error.name)"
+    environment = without("rich", tmp_path)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "rich\n")
 
 
 def test_every_package_of_the_extra_is_known():
