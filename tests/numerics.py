@@ -18,10 +18,20 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4,
 
 @pytest.fixture(autouse=True)  # in the files that name it
 def poisoned(monkeypatch):
-    """Uninitialised memory is NaN: a value that is read without having been written shows."""
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(float("nan")))
+    """Uninitialised memory is NaN: a value that is read without having been written shows.
+
+    Returns shape and dtype of whatever was made so.
+    """
+    empty, new_empty, made = torch.empty, torch.Tensor.new_empty, []
+
+    @torch.no_grad()  # torch's own checkpoints make leaves this way
+    def poison(value):
+        made.append((tuple(value.shape), value.dtype))
+        return value.fill_(float("nan")) if value.is_floating_point() else value.fill_(-(1 << 20))
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+    return made
 
 
 def same_on_any_threads(function) -> None:

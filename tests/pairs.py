@@ -28,19 +28,6 @@ def path(request, monkeypatch):
     torch.set_float32_matmul_precision(precision)
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Uninitialised memory is NaN: a value that is read without having been written shows."""
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
-
-    @torch.no_grad()  # torch's own checkpoints make leaves this way
-    def poison(value):
-        return value.fill_(float("nan")) if value.is_floating_point() else value.fill_(-(1 << 20))
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
-
-
 def problem(m, n, widths, dtype=torch.float32, label_dtype=torch.int64, classes=3):
     g = torch.Generator().manual_seed(0)
     anchors = [torch.randn(m, width, generator=g).to(DEVICE, dtype) for width in widths]

@@ -11,10 +11,11 @@ import mim4dd
 
 pytest.importorskip("triton")
 
+import numerics
 import pairs
 from pairs import DEVICE, problem
 
-path, poisoned = pairs.path, pairs.poisoned  # fixtures
+path, poisoned = pairs.path, numerics.poisoned  # fixtures
 
 
 def arguments(dtype=torch.float32):

@@ -1,5 +1,6 @@
 """The kernels of a weight's gradient against torch's in float64; without a GPU in Triton's interpreter."""
 
+import numerics
 import pytest
 import torch
 
@@ -8,6 +9,7 @@ pytest.importorskip("triton")
 from mim4dd.kernels import launch
 from mim4dd.kernels.grad_weight import TILES, grad_weight
 
+poisoned = numerics.poisoned  # a fixture
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Relative errors by dtype: half precision is that of the same rounded maps, rounded; the interpreter cuts off
 # what bfloat16 does not hold.
@@ -24,19 +26,6 @@ SHAPES = [
     (1, 2, 8, 8, 33, 20),
     (9, 2, 16, 16, 8, 8),
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Uninitialised memory is NaN: a value that is read without having been written shows."""
-    empty, made = torch.empty, []
-
-    def poison(*sizes, **options):
-        made.append(empty(*sizes, **options).fill_(float("nan")))
-        return made[-1]
-
-    monkeypatch.setattr(torch, "empty", poison)
-    return made
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +77,7 @@ def test_the_sums_of_parts_are_added(shape, dtype):
 def test_the_sums_of_two_parts_are_kept_in_float32(dtype, multiprocessors, monkeypatch, poisoned):
     monkeypatch.setattr(launch, "device_limits", lambda device: (232_448, multiprocessors))
     check(*maps(SHAPES[0], dtype), 2)
-    assert ((2, 40 * 10 * 9), torch.float32) in [(made.shape, made.dtype) for made in poisoned]
+    assert ((2, 40 * 10 * 9), torch.float32) in poisoned
 
 
 def test_tensor_float(monkeypatch):

@@ -10,6 +10,7 @@ from mim4dd.losses.form import LossForm
 
 pytest.importorskip("triton")
 
+import numerics
 import pairs
 from conftest import FORMS
 from mim4dd.kernels import launch, narrow, skinny
@@ -17,7 +18,7 @@ from pairs import DEVICE, ONE_OF_EACH, agree, check, problem
 
 from mim4dd import kernels
 
-path, poisoned = pairs.path, pairs.poisoned  # fixtures
+path, poisoned = pairs.path, numerics.poisoned  # fixtures
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
