@@ -1,6 +1,7 @@
 """What an update is said to take, before it begins, is about what it takes."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -26,9 +27,7 @@ def allocated_at_most(step, device):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(
-        torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0)
-    ).item()
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 def updates(objective, term=None):
