@@ -11,7 +11,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4,
     """
     assert actual.shape == expected.shape
     if expected.numel():
-        scale = expected.double().abs().max() + floor + 1e-9
+        scale = (expected.double().abs().max() + floor).clamp_min(1e-12)
         error = (actual.double() - expected.double()).abs().max() / scale
         assert error <= tolerance, f"relative error {error:.2e}"
 
