@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,29 @@ pytest.importorskip("triton")
 SHARED_LIMIT = {80: 166_912, 90: 232_448}
 
 
-# A process of its own, as one process either interprets kernels or compiles them.
-@pytest.mark.parametrize("capability", [80, 90])
-def test_no_spills_within_shared_memory_on_tensor_cores(capability):
+@pytest.fixture(scope="module")
+def compiled():
+    """The rows of each device, compiled side by side: it takes minutes.
+
+    Processes of their own, as one process either interprets kernels or compiles them.
+    """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.kernel_resources", "--json", "--sm", str(capability)]
-    root = Path(__file__).parents[1]
-    output = subprocess.run(
-        command, cwd=root, env=environment, check=True, capture_output=True, text=True
-    ).stdout
-    rows = [json.loads(line) for line in output.splitlines()]
+
+    def rows(capability: int) -> list[dict]:
+        command = [sys.executable, "-m", "bench.kernel_resources", "--json", "--sm", str(capability)]
+        root = Path(__file__).parents[1]
+        output = subprocess.run(
+            command, cwd=root, env=environment, check=True, stdout=subprocess.PIPE, text=True
+        )
+        return [json.loads(line) for line in output.stdout.splitlines()]
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(SHARED_LIMIT, pool.map(rows, SHARED_LIMIT), strict=True))
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+def test_no_spills_within_shared_memory_on_tensor_cores(capability, compiled):
+    rows = compiled[capability]
     kernels = {
         "skinny_kernels.dots_kernel",
         "skinny_kernels.sums_kernel",
