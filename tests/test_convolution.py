@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import derivatives
+from conftest import close, derivatives
 from numerics import same_on_any_threads
 
 from mim4dd import extension
@@ -83,15 +83,37 @@ def test_what_is_not_compiled_is_torchs(channels, side, padding, dtype):
     assert torch.equal(conv2d(x, weight, (padding, padding)), F.conv2d(x, weight, padding=padding))
 
 
-def test_autocast_is_obeyed():
-    x, weight = case((2, 32, 32, 4, 4))
+def rounding(x, weight):
     with torch.autocast("cpu", torch.bfloat16):
-        assert conv2d(x, weight, (1, 1)).dtype == torch.bfloat16
+        return conv2d(x, weight, (1, 1))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES[:4], (2, 3, 40, 8, 4), (1, 1, 1, 1, 1)], ids=str)
+def test_autocast_and_both_gradients(shape):
+    """Any number of channels, by torch's operator, but with these gradients of gradients."""
+    inputs = [t.detach().bfloat16().float().requires_grad_() for t in case(shape)]
+    out = rounding(*inputs)
+    assert out.dtype == torch.bfloat16
+    assert "_Convolve" in out.grad_fn.name()
+    ours = derivatives(rounding, inputs, 2)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    expected = derivatives(lambda x, w: F.conv2d(x, w, padding=1), exact, 2)
+    for actual, wanted in zip(ours, expected, strict=True):
+        close(actual.double(), wanted, 0.02)
+
+
+def test_autocast_under_vmap():
+    x, weight = case((6, 32, 64, 5, 7))
+    images = x.unflatten(0, (3, 2))
+    batched = torch.func.vmap(rounding, in_dims=(0, None))(images, weight)
+    assert torch.equal(batched, torch.stack([rounding(each, weight) for each in images]))
 
 
 def test_the_operators_keep_to_what_they_declare():
     inputs = [t.detach() for t in case((2, 32, 64, 5, 7))]
-    torch.library.opcheck(torch.ops.mim4dd.convolve, (*inputs, False))
+    for dtype in (torch.float32, torch.bfloat16):
+        of_dtype = [t.to(dtype) for t in inputs]
+        torch.library.opcheck(torch.ops.mim4dd.convolve, (*of_dtype, False))
     grad_y = torch.ops.mim4dd.convolve(*inputs, False)
     torch.library.opcheck(torch.ops.mim4dd.convolve, (grad_y, inputs[1], True))
     torch.library.opcheck(torch.ops.mim4dd.convolve_grad_weight, (grad_y, inputs[0]))

@@ -76,6 +76,29 @@ def test_shut_rectifiers_let_nothing_through():
         assert torch.equal(one, other)
 
 
+def test_autocast_rounds_what_the_block_returns_and_nothing_else():
+    inputs, padding = case((2, 1, 32, 28, 28, 3)), 3
+
+    def block(*tensors):
+        return first_block(*tensors, EPS, padding=padding, relu=True, pool=2)
+
+    out = block(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_compiled(*inputs[:2], (padding, padding))
+        half = block(*inputs)
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, out.bfloat16())
+    upstream = torch.randn(out.shape, generator=generator(0, "up")).bfloat16()
+    ours, plain = (
+        torch.autograd.grad(half, inputs, upstream),
+        torch.autograd.grad(out, inputs, upstream.float()),
+    )
+    for rounded, exact in zip(ours, plain, strict=True):
+        assert torch.equal(rounded, exact)
+    with torch.autocast("cpu", torch.float16):
+        assert not is_compiled(*inputs[:2], (padding, padding))
+
+
 def test_gradients_that_nobody_wants_are_left_out():
     x, weight, scale, bias = case((2, 1, 32, 28, 28, 3))
     alone = [t.detach() for t in (x, weight, scale, bias)]
@@ -148,11 +171,12 @@ def test_results_are_those_of_any_number_of_threads():
     same_on_any_threads(lambda: derivatives(block, inputs, 3))
 
 
-def test_the_network_takes_it_in_float32_only():
+def test_the_network_takes_it_but_in_float64():
     network, images = ConvNet(1, 10, image_size=(28, 28), width=32), torch.randn(2, 1, 28, 28)
     assert "FirstBlock" in network.blocks[0](images).grad_fn.name()
     with torch.autocast("cpu", torch.bfloat16):
-        assert network.blocks[0](images).dtype == torch.bfloat16
+        rounding = network.blocks[0](images).grad_fn
+    assert "FirstBlock" in rounding.next_functions[0][0].name()
     assert "FirstBlock" not in network.double().blocks[0](images.double()).grad_fn.name()
 
 

@@ -104,9 +104,12 @@ Tensor grad_weight(const Tensor& grad_y, const Tensor& x, int64_t groups) {
 STABLE_TORCH_LIBRARY_FRAGMENT(mim4dd, m) {
   m.def("convolve(Tensor x, Tensor weight, bool turned, int groups=1) -> Tensor");
   m.def("convolve_grad_weight(Tensor grad_y, Tensor x, int groups=1) -> Tensor");
+  // Their kernels, which depend on device and dtype, are registered from Python: on a CPU in float32 these.
+  m.def("winograd(Tensor x, Tensor weight, bool turned, int groups=1) -> Tensor");
+  m.def("winograd_grad_weight(Tensor grad_y, Tensor x, int groups=1) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mim4dd, CPU, m) {
-  m.impl("convolve", TORCH_BOX(&convolve));
-  m.impl("convolve_grad_weight", TORCH_BOX(&grad_weight));
+  m.impl("winograd", TORCH_BOX(&convolve));
+  m.impl("winograd_grad_weight", TORCH_BOX(&grad_weight));
 }

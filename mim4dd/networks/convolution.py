@@ -1,7 +1,7 @@
 """3x3 convolutions: on a CPU in float32 the compiled one by Winograd's method, else torch's operator.
 
-Second derivatives are made of the same three operations as first ones, on a GPU too: torch's own are
-convolutions with images for channels, for which its library has slow kernels.
+Second derivatives are made of the same three operations as first ones, in bfloat16 and on a GPU too: torch's
+own are convolutions with images for channels, for which its libraries have slow kernels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import extension
-from . import batching, on_gpu
+from . import batching, on_gpu, torchs
+from .precision import computed_in
 
 
 def conv2d(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> Tensor:
@@ -31,19 +32,19 @@ def conv2d(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> Tensor:
         Tensor [B, O, H', W'] of x's dtype, or autocast's.
     """
     if _is_compiled(x, weight, padding):
-        dtype = on_gpu.computed_in(x)
+        dtype = computed_in(x)
         return _Convolve.apply(x.to(dtype), weight.to(dtype), False)
     return F.conv2d(x, weight, padding=padding)
 
 
 def _is_compiled(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> bool:
+    dtype, on_cpu = computed_in(x), x.device.type == "cpu"
     by_winograd = (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        x.dtype == weight.dtype == dtype == torch.float32
         and weight.shape[0] % 32 == weight.shape[1] % 32 == 0
-        and not torch.is_autocast_enabled("cpu")
     )
-    runs = (by_winograd and extension.available()) or on_gpu.runs(on_gpu.computed_in(x), x.device)
+    runs_on_cpu = on_cpu and (by_winograd or dtype == torch.bfloat16) and extension.available()
+    runs = runs_on_cpu or on_gpu.runs(dtype, x.device)
     return runs and weight.shape[2:] == (3, 3) and padding == (1, 1)
 
 
@@ -126,8 +127,23 @@ def _batched_grad_weight(
     return batching.unfold(op(*folded, groups * size), 0, size)
 
 
+def _convolve_on_cpu(x: Tensor, weight: Tensor, turned: bool, groups: int = 1) -> Tensor:
+    by = torchs.convolve if x.dtype == torch.bfloat16 else torch.ops.mim4dd.winograd
+    return by(x, weight, turned, groups)
+
+
+def _grad_weight_on_cpu(grad_y: Tensor, x: Tensor, groups: int = 1) -> Tensor:
+    by = torchs.grad_weight if x.dtype == torch.bfloat16 else torch.ops.mim4dd.winograd_grad_weight
+    return by(grad_y, x, groups)
+
+
+_library = torch.library.Library("mim4dd", "IMPL")
+
+
 def _register() -> None:
-    """Give the compiled operators their shapes, for torch.compile, and their rules for vmap."""
+    """Give the operators their kernels on a CPU, shapes for torch.compile, and rules for vmap."""
+    _library.impl("convolve", _convolve_on_cpu, "CPU")
+    _library.impl("convolve_grad_weight", _grad_weight_on_cpu, "CPU")
 
     def empty(like: Tensor, *shape: int) -> Tensor:
         return like.new_empty(shape).to(memory_format=torch.channels_last)

@@ -14,14 +14,17 @@ from torch.autograd.function import once_differentiable
 
 from .. import extension
 from . import batching, on_gpu
+from .precision import computed_in
 
 MOST_CHANNELS = 4
+# What a CPU returns. It computes in float32: products with so few channels are no faster in bfloat16.
+_CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def is_compiled(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> bool:
     """Return whether `first_block` can run on images x [B, I, H, W] and a weight [O, I, h, w]."""
-    dtype = on_gpu.computed_in(x)
-    on_cpu = x.device.type == "cpu" and dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    dtype = computed_in(x)
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and dtype in _CPU_DTYPES
     runs = extension.available() and (on_cpu or on_gpu.runs(dtype, x.device))
     return runs and weight.dtype == torch.float32 and fits(x, weight, padding)
 
@@ -64,9 +67,9 @@ def first_block(
     Returns:
         Tensor [B, O, (H + 2 padding - 2) // pool, (W + 2 padding - 2) // pool] of x's dtype, or autocast's.
     """
-    x = x.to(on_gpu.computed_in(x))
-    taps = weight.flatten(1).t()
-    return _FirstBlock.apply(x, taps, scale, bias, eps, padding, relu, pool)[0]
+    dtype, taps = computed_in(x), weight.flatten(1).t()
+    x = x if x.device.type == "cpu" else x.to(dtype)
+    return _FirstBlock.apply(x, taps, scale, bias, eps, padding, relu, pool)[0].to(dtype)
 
 
 class _FirstBlock(torch.autograd.Function):

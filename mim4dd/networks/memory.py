@@ -42,8 +42,7 @@ def per_image(network: Network, image: tuple[int, ...], *, gradients: bool, tran
     shapes = copy.deepcopy(network).to("meta")
     shapes.precision = "fp32"
     x = torch.empty(1, *image, device="meta")
-    # On a CPU the first block is one operator in float32 only.
-    steps = _blocks(shapes, x, not on_cpu or dtype == torch.float32) if fused else _operators(shapes, x)
+    steps = _blocks(shapes, x) if fused else _operators(shapes, x)
     numbers = sum(out for _, out in steps) if gradients else max(given + out for given, out in steps)
     if not gradients and not fused and not on_cpu:
         numbers = numbers * 3 // 2  # the operators around a normalisation are not fused there
@@ -64,14 +63,14 @@ def _operators(network: Network, x: Tensor) -> Steps:
 
 
 @torch.no_grad()
-def _blocks(network: Network, x: Tensor, first_at_once: bool) -> Steps:
+def _blocks(network: Network, x: Tensor) -> Steps:
     """Convolution and normalisation of every block, or the whole first block where it is one operator."""
     steps: Steps = []
     for block in network.blocks:
         assert isinstance(block, OnePassBlock)
         out, (convolution, padding, _) = block(x), block.parts
         convolved = out.shape[1] * (x.shape[2] + 2 * padding[0] - 2) * (x.shape[3] + 2 * padding[1] - 2)
-        if first_at_once and fits(x, convolution.weight, padding):
+        if fits(x, convolution.weight, padding):
             steps.append((x.numel(), out.numel()))
         else:
             steps += [(x.numel(), convolved), (convolved, out.numel())]

@@ -20,15 +20,9 @@ from torch import Tensor
 
 from .. import extension
 from ..backends import kernel_obstacle
+from . import torchs
 
 SMALL_MAP = 64  # pixels
-
-
-def computed_in(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a convolution of x computes: its own, or autocast's on a GPU."""
-    if x.device.type != "cuda" or x.dtype == torch.float64 or not torch.is_autocast_enabled("cuda"):
-        return x.dtype
-    return torch.get_autocast_dtype("cuda")
 
 
 def runs(dtype: torch.dtype, device: torch.device) -> bool:
@@ -41,19 +35,6 @@ def _kernel(module: str, name: str) -> Callable[..., tuple[Tensor, ...]]:
     return lambda *arguments: getattr(import_module(f"mim4dd.kernels.{module}"), name)(*arguments)
 
 
-def _convolve(x: Tensor, weight: Tensor, turned: bool, groups: int = 1) -> Tensor:
-    """Return y of x, or if `turned`, grad_x of grad_y: a convolution with the weight turned round."""
-    weight = _turned(weight, groups) if turned else weight.contiguous(memory_format=torch.channels_last)
-    return F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, padding=1, groups=groups)
-
-
-def _turned(weight: Tensor, groups: int) -> Tensor:
-    """Return the weight turned round, inputs for outputs, with channels last: by one launch."""
-    taps = weight.unflatten(0, (groups, -1)).flatten(3).unbind(3)
-    turned = torch.stack([tap.transpose(1, 2) for tap in reversed(taps)], 2)
-    return turned.flatten(0, 1).unflatten(1, weight.shape[2:]).movedim(3, 1)
-
-
 def _convolve_grad_weight(grad_y: Tensor, x: Tensor, groups: int = 1) -> Tensor:
     # Of small maps the library takes one group after the other.
     small = groups > 1 and x.shape[2] * x.shape[3] <= SMALL_MAP
@@ -61,13 +42,7 @@ def _convolve_grad_weight(grad_y: Tensor, x: Tensor, groups: int = 1) -> Tensor:
         from ..kernels.grad_weight import grad_weight
 
         return grad_weight(grad_y, x, groups)
-    shape = grad_y.shape[1], x.shape[1] // groups, 3, 3
-    weight = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    grad_y, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad_y, x))
-    one, wanted = [1, 1], (False, True, False)
-    return torch.ops.aten.convolution_backward(
-        grad_y, x, weight, None, one, one, one, False, [0, 0], groups, wanted
-    )[1]
+    return torchs.grad_weight(grad_y, x, groups)
 
 
 def _windows(x: Tensor, padding: int) -> Tensor:
@@ -194,7 +169,7 @@ _library = torch.library.Library("mim4dd", "IMPL")
 def _register() -> None:
     """Register the kernels of the operators that the compiled extension has defined."""
     for name, call in {
-        "convolve": _convolve,
+        "convolve": torchs.convolve,
         "convolve_grad_weight": _convolve_grad_weight,
         "instance_norm": _kernel("normalisation", "forward"),
         "instance_norm_backward": _kernel("normalisation", "backward"),

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from .. import extension
 from ..errors import InputError, unknown
@@ -63,6 +64,13 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
         # Every weight is used once in a pass: a cache of the casts would only take memory.
         return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
     return contextlib.nullcontext()
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a convolution of x computes: its own, or autocast's."""
+    device = x.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if casts and x.dtype != torch.float64 else x.dtype
 
 
 def configure(precision: str) -> None:
