@@ -76,27 +76,39 @@ def test_shut_rectifiers_let_nothing_through():
         assert torch.equal(one, other)
 
 
-def test_autocast_rounds_what_the_block_returns_and_nothing_else():
-    inputs, padding = case((2, 1, 32, 28, 28, 3)), 3
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_autocast_rounds_the_maps_and_nothing_else(shape):
+    inputs, padding = case(shape), shape[-1]
+    with torch.no_grad():
+        inputs[0].copy_(inputs[0].bfloat16())
 
     def block(*tensors):
         return first_block(*tensors, EPS, padding=padding, relu=True, pool=2)
 
-    out = block(*inputs)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert is_compiled(*inputs[:2], (padding, padding))
-        half = block(*inputs)
+    def rounding(*tensors):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert is_compiled(*tensors[:2], (padding, padding))
+            return block(*tensors)
+
+    out, half = block(*inputs), rounding(*inputs)
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, out.bfloat16())
     upstream = torch.randn(out.shape, generator=generator(0, "up")).bfloat16()
-    ours, plain = (
-        torch.autograd.grad(half, inputs, upstream),
-        torch.autograd.grad(out, inputs, upstream.float()),
-    )
-    for rounded, exact in zip(ours, plain, strict=True):
-        assert torch.equal(rounded, exact)
+    of_images, *of_weights = torch.autograd.grad(half, inputs, upstream)
+    plain = torch.autograd.grad(out, inputs, upstream.float())
+    assert torch.equal(of_images, plain[0].bfloat16().float())
+    for actual, expected in zip(of_weights, plain[1:], strict=True):
+        assert torch.equal(actual, expected)
+    for actual, expected in zip(
+        derivatives(rounding, inputs, 3), derivatives(lambda *t: block(*t).bfloat16(), inputs, 3), strict=True
+    ):
+        close(actual.float(), expected.float(), 0.02)
+
+
+def test_autocast_to_float16_is_torchs():
+    x, weight, *_ = case(SHAPES[0])
     with torch.autocast("cpu", torch.float16):
-        assert not is_compiled(*inputs[:2], (padding, padding))
+        assert not is_compiled(x, weight, (3, 3))
 
 
 def test_gradients_that_nobody_wants_are_left_out():
@@ -175,15 +187,15 @@ def test_the_network_takes_it_but_in_float64():
     network, images = ConvNet(1, 10, image_size=(28, 28), width=32), torch.randn(2, 1, 28, 28)
     assert "FirstBlock" in network.blocks[0](images).grad_fn.name()
     with torch.autocast("cpu", torch.bfloat16):
-        rounding = network.blocks[0](images).grad_fn
-    assert "FirstBlock" in rounding.next_functions[0][0].name()
+        assert "FirstBlock" in network.blocks[0](images).grad_fn.name()
     assert "FirstBlock" not in network.double().blocks[0](images.double()).grad_fn.name()
 
 
 def test_the_operators_keep_to_what_they_declare():
     x, weight, scale, bias = (t.detach() for t in case((2, 3, 64, 16, 16, 1)))
     tensors = x, weight.flatten(1).t().contiguous(), scale, bias
-    torch.library.opcheck(torch.ops.mim4dd.first_block, (*tensors, EPS, 1, True, 2))
+    for images in (x.bfloat16(), x):
+        torch.library.opcheck(torch.ops.mim4dd.first_block, (images, *tensors[1:], EPS, 1, True, 2))
     y, mean, rstd = torch.ops.mim4dd.first_block(*tensors, EPS, 1, True, 2)
     for wanted in (True, False):
         torch.library.opcheck(
@@ -202,8 +214,9 @@ def test_what_does_not_fit_is_refused():
         ((x[:, :2], taps, scale, bias), "weight .9 in, out."),
         ((x, taps[:, :40], scale[:40], bias[:40]), "multiple of 32"),
         ((x[..., :6], taps, scale, bias), "at least 8 pixels"),
-        ((x, taps, scale[:32], bias), "of the shape that belongs"),
-        ((x.double(), taps, scale, bias), "must be float32"),
+        ((x, taps, scale[:32], bias), "the shape that belongs"),
+        ((x.double(), taps, scale, bias), "must be float32 or bfloat16"),
+        ((x, taps.bfloat16(), scale, bias), "all else float32"),
     ):
         with pytest.raises(ValueError, match=message):
             block(*wrong, EPS, 1, True, 2)

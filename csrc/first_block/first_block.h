@@ -14,19 +14,20 @@ struct BlockCall {
   int64_t down, across;                       // of the convolution's output, at least 8 across
   int pool;
   bool relu;
+  bool half;  // y and its gradients are bfloat16, else float; all else is float
   double eps;
   const float *x, *weight, *turned;  // [batch, in, height, width], [taps, out], [out, kTurnedRow]
   const float *scale, *bias;         // [out], the normalisation's
   float *mean, *rstd;                // [batch, out], written forward, read backward
-  float* y;                          // forward: [batch, down / pool, across / pool, out]
+  void* y;                           // forward: [batch, down / pool, across / pool, out]
 
-  const float* grad_y;            // backward and twice
+  const void* grad_y;             // backward and twice
   float *grad_x, *grad_weight;    // like x, [batch, taps, out]; where not wanted, null
   float *grad_scale, *grad_bias;  // [batch, out]; the latter null in twice
 
   // Twice: the gradients of what backward returned, that of the weight turned as well.
   const float *grad_grad_x, *grad_grad_weight, *grad_grad_turned, *grad_grad_scale, *grad_grad_bias;
-  float* grad_grad_y;
+  void* grad_grad_y;
 };
 
 constexpr int64_t kTurnedRow = 64;  // at least the taps

@@ -9,6 +9,7 @@
 #include "first_block.h"
 #include "../lanes.h"
 #include "../normalisation/normalisation.h"
+#include "../normalisation/vec.h"
 
 namespace mim4dd::MIM4DD_ISA {
 namespace {
@@ -113,15 +114,28 @@ class Image {
               from[(plane * call_.height + y) * call_.width + x];
   }
 
-  void copy_cells(const float* from, int64_t from_row, float* to, int64_t to_row) const {
+  template <typename From, typename To>
+  void copy_cells(const From* from, int64_t from_row, To* to, int64_t to_row) const {
+    using Numbers = Lanes<float>;
     for (int64_t cell = 0; cell < cells(call_); ++cell)
-      __builtin_memcpy(to + cell * to_row, from + cell * from_row, call_.group * sizeof(float));
+      for (int64_t channel = 0; channel < call_.group; channel += Numbers::count) {
+        Numbers::type numbers;
+        load(numbers, from + cell * from_row + channel);
+        store(to + cell * to_row + channel, numbers);
+      }
   }
-  void gather_cells(const float* map) const {
-    copy_cells(map + image_ * cells(call_) * call_.out + first_, call_.out, in_cells_, call_.group);
+  int64_t in_map() const { return image_ * cells(call_) * call_.out + first_; }
+  void gather_cells(const void* map) const {
+    if (call_.half)
+      copy_cells(static_cast<const BFloat16*>(map) + in_map(), call_.out, in_cells_, call_.group);
+    else
+      copy_cells(static_cast<const float*>(map) + in_map(), call_.out, in_cells_, call_.group);
   }
-  void scatter_cells(float* map) const {
-    copy_cells(out_cells_, call_.group, map + image_ * cells(call_) * call_.out + first_, call_.out);
+  void scatter_cells(void* map) const {
+    if (call_.half)
+      copy_cells(out_cells_, call_.group, static_cast<BFloat16*>(map) + in_map(), call_.out);
+    else
+      copy_cells(out_cells_, call_.group, static_cast<float*>(map) + in_map(), call_.out);
   }
 
   // conv(x, weight), plus conv(grad_grad_x, other) where `other` is given.

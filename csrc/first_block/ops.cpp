@@ -34,6 +34,9 @@ class Block {
     require(x.dim() == 4 && weight.dim() == 2 && weight.size(0) == 9 * x.size(1) && x.size(1) > 0 &&
                 weight.size(0) <= mim4dd::kMostTaps,
             "x must be [batch, in, height, width] with 1 to 4 channels, weight [9 in, out]");
+    dtype_ = x.scalar_type();
+    require(dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16, "x must be float32 or bfloat16");
+    call.half = dtype_ == ScalarType::BFloat16;
     call.pass = pass;
     call.batch = x.size(0), call.in = x.size(1), call.height = x.size(2), call.width = x.size(3);
     call.padding = padding;
@@ -45,22 +48,25 @@ class Block {
     require(pool == 1 || pool == 2, "pool must be 1 or 2");
     call.pool = static_cast<int>(pool);
     call.relu = relu;
-    call.x = read(x, {call.batch, call.in, call.height, call.width});
+    call.x = read_x(x);
     call.weight = read(weight, {call.taps, call.out});
     call.scale = read(scale, {call.out});
     call.bias = read(bias, {call.out});
   }
 
-  // Contiguous float32 of these sizes, on request with the channels last.
-  const float* read(const Tensor& t, const std::initializer_list<int64_t>& sizes, bool channels_last = false) {
-    bool fits = t.dim() == static_cast<int64_t>(sizes.size()) && t.scalar_type() == ScalarType::Float;
-    for (int64_t d = 0; fits && d < t.dim(); ++d) fits = t.size(d) == sizes.begin()[d];
-    require(fits, "everything must be float32 and of the shape that belongs to x and weight");
-    kept_.push_back(torch::stable::contiguous(t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous));
+  // Contiguous float32 of these sizes.
+  const float* read(const Tensor& t, const std::initializer_list<int64_t>& sizes) {
+    return static_cast<const float*>(keep(t, sizes, ScalarType::Float, MemoryFormat::Contiguous));
+  }
+  // Images, or gradients of gradients of them, in float32: few numbers beside those of y.
+  const float* read_x(const Tensor& t) {
+    keep(t, {call.batch, call.in, call.height, call.width}, dtype_, MemoryFormat::Contiguous);
+    kept_.push_back(torch::stable::to(kept_.back(), ScalarType::Float));
     return static_cast<const float*>(kept_.back().const_data_ptr());
   }
-  const float* read_y(const Tensor& t) {
-    return read(t, {call.batch, call.out, call.down / call.pool, call.across / call.pool}, true);
+  const void* read_y(const Tensor& t) {
+    return keep(t, {call.batch, call.out, call.down / call.pool, call.across / call.pool}, dtype_,
+                MemoryFormat::ChannelsLast);
   }
   void read_statistics(const Tensor& mean, const Tensor& rstd) {
     call.mean = const_cast<float*>(read(mean, {call.batch, call.out}));
@@ -72,9 +78,10 @@ class Block {
   }
   Tensor like_y() const {
     return mim4dd::empty_channels_last({call.batch, call.out, call.down / call.pool, call.across / call.pool},
-                                       ScalarType::Float);
+                                       dtype_);
   }
   Tensor like_x() const { return empty({call.batch, call.in, call.height, call.width}); }
+  Tensor in_dtype_of_x(const Tensor& t) const { return torch::stable::to(t, dtype_); }
   Tensor per_image(int64_t rows) const { return empty({call.batch, rows, call.out}); }
 
   void run() {
@@ -91,7 +98,17 @@ class Block {
   }
 
  private:
+  ScalarType dtype_;  // of x and y
   std::vector<Tensor> kept_;
+
+  const void* keep(const Tensor& t, const std::initializer_list<int64_t>& sizes, ScalarType dtype,
+                   MemoryFormat layout) {
+    bool fits = t.dim() == static_cast<int64_t>(sizes.size()) && t.scalar_type() == dtype;
+    for (int64_t d = 0; fits && d < t.dim(); ++d) fits = t.size(d) == sizes.begin()[d];
+    require(fits, "gradients must have the dtype of x, all else float32, and the shape that belongs to x and weight");
+    kept_.push_back(torch::stable::contiguous(t, layout));
+    return kept_.back().const_data_ptr();
+  }
 
   // [taps, out] to [out, kTurnedRow].
   std::vector<float> turn(const float* weight) const {
@@ -104,6 +121,7 @@ class Block {
 };
 
 float* data(const Tensor& t) { return static_cast<float*>(const_cast<Tensor&>(t).mutable_data_ptr()); }
+void* map_data(const Tensor& t) { return const_cast<Tensor&>(t).mutable_data_ptr(); }
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -114,7 +132,7 @@ Three forward(const Tensor& x, const Tensor& weight, const Tensor& scale, const 
   const Tensor y = block.like_y(), mean = block.empty({block.call.batch, block.call.out});
   const Tensor rstd = block.empty({block.call.batch, block.call.out});
   block.call.eps = eps;
-  block.call.y = data(y), block.call.mean = data(mean), block.call.rstd = data(rstd);
+  block.call.y = map_data(y), block.call.mean = data(mean), block.call.rstd = data(rstd);
   block.run();
   return {y, mean, rstd};
 }
@@ -133,7 +151,7 @@ Four backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight, const
   block.call.grad_weight = want_weight ? data(grad_weight) : nullptr;
   block.call.grad_scale = data(grad_scale), block.call.grad_bias = data(grad_bias);
   block.run();
-  return {grad_x, grad_weight, grad_scale, grad_bias};
+  return {block.in_dtype_of_x(grad_x), grad_weight, grad_scale, grad_bias};
 }
 
 Four backward_twice(const Tensor& grad_grad_x, const Tensor& grad_grad_weight, const Tensor& grad_grad_scale,
@@ -144,17 +162,16 @@ Four backward_twice(const Tensor& grad_grad_x, const Tensor& grad_grad_weight, c
   BlockCall& call = block.call;
   block.read_statistics(mean, rstd);
   call.grad_y = block.read_y(grad_y);
-  if (grad_grad_x.numel() > 0)
-    call.grad_grad_x = block.read(grad_grad_x, {call.batch, call.in, call.height, call.width});
+  if (grad_grad_x.numel() > 0) call.grad_grad_x = block.read_x(grad_grad_x);
   call.grad_grad_weight = block.read(grad_grad_weight, {call.taps, call.out});
   call.grad_grad_scale = block.read(grad_grad_scale, {call.out});
   call.grad_grad_bias = block.read(grad_grad_bias, {call.out});
   const Tensor grad_grad_y = block.like_y(), grad_x = block.like_x(), grad_weight = block.per_image(call.taps);
   const Tensor grad_scale = block.empty({call.batch, call.out});
-  call.grad_grad_y = data(grad_grad_y), call.grad_x = data(grad_x), call.grad_weight = data(grad_weight);
+  call.grad_grad_y = map_data(grad_grad_y), call.grad_x = data(grad_x), call.grad_weight = data(grad_weight);
   call.grad_scale = data(grad_scale);
   block.run();
-  return {grad_grad_y, grad_x, grad_weight, grad_scale};
+  return {grad_grad_y, block.in_dtype_of_x(grad_x), grad_weight, grad_scale};
 }
 
 }  // namespace

@@ -17,14 +17,13 @@ from . import batching, on_gpu
 from .precision import computed_in
 
 MOST_CHANNELS = 4
-# What a CPU returns. It computes in float32: products with so few channels are no faster in bfloat16.
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def is_compiled(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> bool:
     """Return whether `first_block` can run on images x [B, I, H, W] and a weight [O, I, h, w]."""
     dtype = computed_in(x)
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and dtype in _CPU_DTYPES
+    on_cpu = x.device.type == "cpu" and dtype in _CPU_DTYPES
     runs = extension.available() and (on_cpu or on_gpu.runs(dtype, x.device))
     return runs and weight.dtype == torch.float32 and fits(x, weight, padding)
 
@@ -55,7 +54,8 @@ def first_block(
     """Convolve without a bias, normalise every channel of every image, ReLU, pool; differentiable twice.
 
     Args:
-        x: float [B, I, H, W], I from 1 to 4; float32 on a CPU.
+        x: float32 or bfloat16 [B, I, H, W], I from 1 to 4. On a CPU sums are in float32, as products with so
+            few channels are no faster in bfloat16; what is rounded is x, the result, and their gradients.
         weight: float32 [O, I, 3, 3], O a multiple of 32.
         scale: float32 [O], the factor of the normalised channel.
         bias: float32 [O], added to it.
@@ -67,9 +67,9 @@ def first_block(
     Returns:
         Tensor [B, O, (H + 2 padding - 2) // pool, (W + 2 padding - 2) // pool] of x's dtype, or autocast's.
     """
-    dtype, taps = computed_in(x), weight.flatten(1).t()
-    x = x if x.device.type == "cpu" else x.to(dtype)
-    return _FirstBlock.apply(x, taps, scale, bias, eps, padding, relu, pool)[0].to(dtype)
+    x = x.to(computed_in(x))
+    taps = weight.flatten(1).t()
+    return _FirstBlock.apply(x, taps, scale, bias, eps, padding, relu, pool)[0]
 
 
 class _FirstBlock(torch.autograd.Function):

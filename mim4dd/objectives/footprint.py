@@ -43,13 +43,16 @@ def of_gradients(problem: Problem) -> int:
 
 
 def of_trajectory(problem: Problem) -> int:
-    """The weights of every step, the graphs of those that are kept, one at least, and the way back."""
+    """The weights of every step, the graphs of those that are kept, one at least, and the way back.
+
+    And three times the images: a copy, the gradient of a step's, and the sum of these.
+    """
     assert problem.trajectory is not None
     steps, batch = problem.trajectory.student_steps or 0, student_batch(problem)
     graphs = min(steps, max(1, problem.graphs_kept(batch))) * problem.graph_bytes(batch)
     back = batch * problem.bytes_per_image(gradients=True)
     seen = of_features(problem) if problem.layers else 0
-    return _images(problem, len(problem.labels)) + steps * problem.weight_bytes + graphs + back + seen
+    return 3 * _images(problem, len(problem.labels)) + steps * problem.weight_bytes + graphs + back + seen
 
 
 def of_term(problem: Problem) -> int:
