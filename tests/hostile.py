@@ -67,16 +67,17 @@ def layers(padding: int, relu: bool, pool: int) -> None:
         torch.randn(*size)
         for size in ((batch, channels, height, width), (out, channels, 3, 3), (batch, out, height, width))
     )
-    op.convolve(x, weight, False)
-    op.convolve(grad_y, weight, True)
-    op.convolve_grad_weight(grad_y, x)
+    op.winograd(x, weight, False)
+    op.winograd(grad_y, weight, True)
+    op.winograd_grad_weight(grad_y, x)
 
     scale, bias = torch.randn(2, out)
     y, *moments = op.instance_norm(grad_y, scale, bias, 1e-5, relu, pool)
     grads = op.instance_norm_backward(torch.randn_like(y), grad_y, scale, bias, *moments, relu, pool)
     op.instance_norm_backward_twice(*grads, torch.randn_like(y), grad_y, scale, bias, *moments, relu, pool)
 
-    inputs = torch.randn(batch, few, height, width), torch.randn(9 * few, out), scale, bias
+    images = torch.randn(batch, few, height, width).to(random.choice([torch.float32, torch.bfloat16]))
+    inputs = images, torch.randn(9 * few, out), scale, bias
     y, *moments = op.first_block(*inputs, 1e-5, padding, relu, pool)
     for wanted in ((True, True), (True, False), (False, True)):
         op.first_block_backward(torch.randn_like(y), *inputs, *moments, padding, relu, pool, *wanted)

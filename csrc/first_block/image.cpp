@@ -9,7 +9,7 @@
 #include "first_block.h"
 #include "../lanes.h"
 #include "../normalisation/normalisation.h"
-#include "../normalisation/vec.h"
+#include "../vec.h"
 
 namespace mim4dd::MIM4DD_ISA {
 namespace {

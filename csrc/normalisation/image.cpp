@@ -10,7 +10,7 @@
 // What one worker reads of an image stays in the cache between its sweeps. No standard templates here: the linker
 // would keep one copy of each for all instruction sets.
 #include "normalisation.h"
-#include "vec.h"
+#include "../vec.h"
 
 namespace mim4dd::MIM4DD_ISA {
 namespace {

@@ -22,8 +22,7 @@ def resolve(precision: Precision, device: torch.device) -> Precision:
 
     On CPUs with AVX512-BF16 torch's convolutions are twice as fast in bfloat16 as in float32; on those
     without, where bfloat16 is emulated, twenty times slower. The ConvNet's compiled convolutions, in float32
-    only, are a little faster still (`mim4dd.networks.convolution`). With AMX, not measured yet, "auto" is
-    bfloat16.
+    only, are faster still (`mim4dd.networks.convolution`), but not with AMX.
 
     Raises:
         InputError: the device cannot compute in it.
