@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 
 from mim4dd.kernels import first_block as first_block_kernels
 
-from mim4dd.networks import on_gpu, torchs
+from mim4dd.networks import by_torch, on_gpu
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason="the extension is not built")
 
@@ -52,8 +52,8 @@ def test_convolutions_by_groups(groups, size):
     weight.requires_grad_()
     y = F.conv2d(x, weight, padding=1, groups=groups)
     grad_x, grad_weight = torch.autograd.grad(y, (x, weight), grad_y)
-    agree(torchs.convolve(x, weight, False, groups), y)
-    agree(torchs.convolve(grad_y, weight, True, groups), grad_x)
+    agree(by_torch.convolve(x, weight, False, groups), y)
+    agree(by_torch.convolve(grad_y, weight, True, groups), grad_x)
     for dtype in (torch.float32, torch.float64):  # the kernel has no float64
         found = on_gpu._convolve_grad_weight(grad_y.to(dtype), x.to(dtype), groups)
         assert found.dtype == dtype
@@ -93,7 +93,7 @@ def test_a_weight_is_turned_by_one_launch(groups):
     (weight,) = random((8 * groups, 4, 3, 3))
     weight = weight.to(memory_format=torch.channels_last)
     with Operators() as operators:
-        turned = torchs.turned_round(weight, groups)
+        turned = by_torch.turned_round(weight, groups)
     assert [name for name, *_ in operators.called] == ["stack"]
     assert turned.is_contiguous(memory_format=torch.channels_last)
     own = [part.transpose(0, 1).flip(2, 3) for part in weight.chunk(groups)]
@@ -304,7 +304,7 @@ class Batch:
 def test_convolutions_of_a_batch_join_the_channels(dims, groups, turned, monkeypatch):
     """The rules of a GPU, with what it runs in place of the operators; groups are of a batch of batches."""
     monkeypatch.setattr(batching, "takes_groups", lambda device: True)
-    monkeypatch.setattr(torch.ops.mim4dd, "convolve", torchs.convolve)
+    monkeypatch.setattr(torch.ops.mim4dd, "convolve", by_torch.convolve)
     monkeypatch.setattr(torch.ops.mim4dd, "convolve_grad_weight", on_gpu._convolve_grad_weight)
     channels = (8 * groups, 4 * groups) if turned else (4 * groups, 8 * groups)
     sizes = (3, 2, channels[0], 5, 7), (3, 8 * groups, 4, 3, 3), (3, 2, channels[1], 5, 7)
@@ -317,7 +317,7 @@ def test_convolutions_of_a_batch_join_the_channels(dims, groups, turned, monkeyp
     )
     for k in range(3):
         own = [t if dim is None else t[k] for t, dim in zip((x, weight), dims, strict=True)]
-        agree(out.select(axis, k), torchs.convolve(*own, turned, groups))
+        agree(out.select(axis, k), by_torch.convolve(*own, turned, groups))
         agree(grad_weight.select(weight_axis, k), on_gpu._convolve_grad_weight(y[k], own[0], groups))
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import extension
-from . import batching, on_gpu, torchs
+from . import batching, by_torch, on_gpu
 from .precision import computed_in
 
 
@@ -128,12 +128,12 @@ def _batched_grad_weight(
 
 
 def _convolve_on_cpu(x: Tensor, weight: Tensor, turned: bool, groups: int = 1) -> Tensor:
-    by = torchs.convolve if x.dtype == torch.bfloat16 else torch.ops.mim4dd.winograd
+    by = by_torch.convolve if x.dtype == torch.bfloat16 else torch.ops.mim4dd.winograd
     return by(x, weight, turned, groups)
 
 
 def _grad_weight_on_cpu(grad_y: Tensor, x: Tensor, groups: int = 1) -> Tensor:
-    by = torchs.grad_weight if x.dtype == torch.bfloat16 else torch.ops.mim4dd.winograd_grad_weight
+    by = by_torch.grad_weight if x.dtype == torch.bfloat16 else torch.ops.mim4dd.winograd_grad_weight
     return by(grad_y, x, groups)
 
 

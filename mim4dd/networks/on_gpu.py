@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import extension
 from ..backends import kernel_obstacle
-from . import torchs
+from . import by_torch
 
 SMALL_MAP = 64  # pixels
 
@@ -42,7 +42,7 @@ def _convolve_grad_weight(grad_y: Tensor, x: Tensor, groups: int = 1) -> Tensor:
         from ..kernels.grad_weight import grad_weight
 
         return grad_weight(grad_y, x, groups)
-    return torchs.grad_weight(grad_y, x, groups)
+    return by_torch.grad_weight(grad_y, x, groups)
 
 
 def _windows(x: Tensor, padding: int) -> Tensor:
@@ -169,7 +169,7 @@ _library = torch.library.Library("mim4dd", "IMPL")
 def _register() -> None:
     """Register the kernels of the operators that the compiled extension has defined."""
     for name, call in {
-        "convolve": torchs.convolve,
+        "convolve": by_torch.convolve,
         "convolve_grad_weight": _convolve_grad_weight,
         "instance_norm": _kernel("normalisation", "forward"),
         "instance_norm_backward": _kernel("normalisation", "backward"),
