@@ -102,11 +102,21 @@ def test_autocast_and_both_gradients(shape):
         close(actual.double(), wanted, 0.02)
 
 
-def test_autocast_under_vmap():
+@pytest.mark.parametrize("own_weights", [False, True])
+def test_autocast_under_vmap(own_weights):
     x, weight = case((6, 32, 64, 5, 7))
-    images = x.unflatten(0, (3, 2))
-    batched = torch.func.vmap(rounding, in_dims=(0, None))(images, weight)
-    assert torch.equal(batched, torch.stack([rounding(each, weight) for each in images]))
+    images = x.detach().unflatten(0, (3, 2))
+    weights = torch.stack([weight.detach() * k for k in (1, 2, 3)]) if own_weights else weight.detach()
+
+    def gradients(images, weight):
+        return torch.func.grad(lambda *inputs: rounding(*inputs).float().square().sum(), (0, 1))(
+            images, weight
+        )
+
+    batched = torch.func.vmap(gradients, in_dims=(0, 0 if own_weights else None))(images, weights)
+    alone = [gradients(images[k], weights[k] if own_weights else weights) for k in range(3)]
+    for together, each in zip(batched, zip(*alone, strict=True), strict=True):
+        assert torch.equal(together, torch.stack(each))
 
 
 def test_the_operators_keep_to_what_they_declare():
@@ -114,9 +124,9 @@ def test_the_operators_keep_to_what_they_declare():
     for dtype in (torch.float32, torch.bfloat16):
         of_dtype = [t.to(dtype) for t in inputs]
         torch.library.opcheck(torch.ops.mim4dd.convolve, (*of_dtype, False))
-    grad_y = torch.ops.mim4dd.convolve(*inputs, False)
-    torch.library.opcheck(torch.ops.mim4dd.convolve, (grad_y, inputs[1], True))
-    torch.library.opcheck(torch.ops.mim4dd.convolve_grad_weight, (grad_y, inputs[0]))
+        grad_y = torch.ops.mim4dd.convolve(*of_dtype, False)
+        torch.library.opcheck(torch.ops.mim4dd.convolve, (grad_y, of_dtype[1], True))
+        torch.library.opcheck(torch.ops.mim4dd.convolve_grad_weight, (grad_y, of_dtype[0]))
 
 
 def test_wrong_channels_are_refused():

@@ -120,8 +120,8 @@ class Block {
   }
 };
 
-float* data(const Tensor& t) { return static_cast<float*>(const_cast<Tensor&>(t).mutable_data_ptr()); }
 void* map_data(const Tensor& t) { return const_cast<Tensor&>(t).mutable_data_ptr(); }
+float* data(const Tensor& t) { return static_cast<float*>(map_data(t)); }
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
