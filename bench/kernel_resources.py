@@ -119,6 +119,24 @@ def resources(kernel) -> dict:
     }
 
 
+def facts(
+    kernel, name: str, precision: str, tile: list, shared: int, *, loss: str | None = None, symmetric=False
+) -> dict:
+    """What is told of a compiled kernel."""
+    return {
+        "kernel": f"{kernel.src.fn.fn.__module__.rsplit('.', 1)[-1]}.{name}",
+        "sm": kernel.metadata.target.arch,
+        "precision": precision,
+        "tile": tile,
+        "loss": loss,
+        "symmetric": symmetric,
+        "warps": kernel.metadata.num_warps,
+        "stages": kernel.metadata.num_stages,
+        "shared_estimate": shared,
+        **resources(kernel),
+    }
+
+
 def rows(capability: int, precision: str) -> Iterator[dict]:
     """Compile every table entry of a precision, with gradients to both sides."""
     dtype = DTYPES[precision]
@@ -143,24 +161,20 @@ def rows(capability: int, precision: str) -> Iterator[dict]:
                 if key in seen:
                     continue
                 seen.add(key)
-                yield {
-                    "kernel": f"{kernel.src.fn.fn.__module__.rsplit('.', 1)[-1]}.{name}",
-                    "sm": capability,
-                    "precision": precision,
-                    "tile": [
+                sides = options.get("BY_OWN", 0) + options.get("BY_OTHER", 0)
+                yield facts(
+                    kernel,
+                    name,
+                    precision,
+                    [
                         options.get("BLOCK_M", options.get("OWN")),
                         options.get("BLOCK_N"),
                         options.get("BLOCK_D"),
                     ],
-                    "loss": options.get("LOSS") or LOSS_OF_SUMS.get(options.get("NUM_SUMS")),
-                    "symmetric": options.get(
-                        "SYMMETRIC", options.get("BY_OWN", 0) + options.get("BY_OTHER", 0) > 1
-                    ),
-                    "warps": kernel.metadata.num_warps,
-                    "stages": kernel.metadata.num_stages,
-                    "shared_estimate": tile.shared(features.element_size()),
-                    **resources(kernel),
-                }
+                    tile.shared(features.element_size()),
+                    loss=options.get("LOSS") or LOSS_OF_SUMS.get(options.get("NUM_SUMS")),
+                    symmetric=options.get("SYMMETRIC", sides > 1),
+                )
 
 
 def layer_rows(capability: int, precision: str) -> Iterator[dict]:
@@ -176,7 +190,7 @@ def layer_rows(capability: int, precision: str) -> Iterator[dict]:
             normalisation.forward(x, *affine, 1e-5, True, pool)
             normalisation.backward(out, *saved)
             normalisation.backward_twice(x, per_image, per_image, out, *saved)
-        yield from _layer_rows("normalisation", capability, precision, collected)
+        yield from _layer_rows(precision, collected)
     for channels, size, padding in IMAGES:
         x = torch.zeros(1, channels, size, size, dtype=DTYPES[precision])
         out = torch.zeros(1, 128, 16, 16, dtype=x.dtype)
@@ -186,7 +200,7 @@ def layer_rows(capability: int, precision: str) -> Iterator[dict]:
         with rounded, compiled(capability) as collected:
             first_block.forward(*block, 1e-5, padding, True, 2)
             first_block.backward(out, *block, per_image, per_image, padding, True, 2)
-        yield from _layer_rows("first_block", capability, precision, collected)
+        yield from _layer_rows(precision, collected)
     tile = grad_weight.TILES[precision]
     for size in SMALL_MAPS:
         x = torch.zeros(100, 3 * 128, size, size, dtype=DTYPES[precision])
@@ -194,28 +208,15 @@ def layer_rows(capability: int, precision: str) -> Iterator[dict]:
         with rounded, compiled(capability) as collected:
             grad_weight.grad_weight(x, x, 3)
         shared = tile.stages * (tile.out + tile.taps * tile.channels) * tile.pixels * x.element_size()
-        yield from _layer_rows("grad_weight", capability, precision, collected, shared)
+        yield from _layer_rows(precision, collected, shared)
 
 
-def _layer_rows(
-    module: str, capability: int, precision: str, collected: dict, shared: int = LAYER_SHARED
-) -> Iterator[dict]:
+def _layer_rows(precision: str, collected: dict, shared: int = LAYER_SHARED) -> Iterator[dict]:
     for name, options, kernel in collected.values():
         tile = [options.get("BLOCK", options.get("BLOCK_P")), options.get("BLOCK_C"), None]
         if name == "sums_kernel":
             tile = [options["BLOCK_O"], options["BLOCK_C"], options["BLOCK_P"]]
-        yield {
-            "kernel": f"{module}_kernels.{name}",
-            "sm": capability,
-            "precision": precision,
-            "tile": tile,
-            "loss": None,
-            "symmetric": False,
-            "warps": kernel.metadata.num_warps,
-            "stages": kernel.metadata.num_stages,
-            "shared_estimate": shared,
-            **resources(kernel),
-        }
+        yield facts(kernel, name, precision, tile, shared)
 
 
 def main() -> None:

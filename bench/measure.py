@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 Device = torch.device | str
@@ -33,6 +34,39 @@ def seconds(call: Callable[[], object], device: Device) -> float:
     call()
     synchronise(device)
     return time.perf_counter() - start
+
+
+def in_turn(
+    benchmark: BenchmarkFixture,
+    calls: dict[str, Callable[[], object]],
+    device: Device,
+    budget: float,
+    ready: Callable[[str], object],
+) -> dict[str, float]:
+    """Median seconds of each call, ours being the first, in 5 to 20 rounds of all that take `budget` seconds.
+
+    `ready(name)` is called before each, untimed.
+    """
+    ours, *others = calls
+    times: dict[str, list[float]] = {name: [] for name in calls}
+
+    # Before each round of ours, so that a machine that slows down slows all of them.
+    def time_the_others() -> None:
+        for name in others:
+            ready(name)
+            times[name].append(seconds(calls[name], device))
+        ready(ours)
+        synchronise(device)
+
+    def timed() -> None:
+        calls[ours]()
+        synchronise(device)
+
+    one_round = seconds(time_the_others, device) + seconds(timed, device)
+    times = {name: [] for name in calls}
+    benchmark.pedantic(timed, setup=time_the_others, rounds=min(20, max(5, int(budget / one_round))))
+    times[ours] = benchmark.stats.stats.data
+    return {name: statistics.median(measured) for name, measured in times.items()}
 
 
 def matrix_rate(device: Device, dtype: torch.dtype) -> float:

@@ -12,7 +12,6 @@ loop has it, and `op` that without drawing.
 
 import functools
 import importlib.util
-import statistics
 from collections.abc import Callable
 
 import pytest
@@ -110,26 +109,12 @@ def test_augment(benchmark, device, passes, shape, op):
         calls["recorded"] = graph.replayed(calls["fused"], [generator], torch.device(device))
         calls["op"] = graph.replayed(alone, [], torch.device(device))
     calls["copy"] = graph.replayed(copy, [], torch.device(device))
-    ours, *others = calls
-    times: dict[str, list[float]] = {name: [] for name in calls}
 
-    def several(name: str) -> None:
+    def several(call: Callable[[], None]) -> None:
         for _ in range(CALLS):
-            calls[name]()
-        measure.synchronise(device)
+            call()
 
-    # Before each round of ours, so that a machine that slows down slows all of them. The first call of each
-    # is not timed: it finds in the caches what the one before it left there.
-    def time_the_others() -> None:
-        for name in others:
-            calls[name]()
-            times[name].append(measure.seconds(functools.partial(several, name), device))
-        calls[ours]()
-        measure.synchronise(device)
-
-    one_round = measure.seconds(time_the_others, device) + measure.seconds(lambda: several(ours), device)
-    rounds = min(20, max(5, int(SECONDS[device] / one_round)))
-    times = {name: [] for name in calls}
-    benchmark.pedantic(several, args=(ours,), setup=time_the_others, rounds=rounds)
-    times[ours] = benchmark.stats.stats.data
-    benchmark.extra_info["seconds"] = {name: statistics.median(times[name]) / CALLS for name in calls}
+    repeated = {name: functools.partial(several, call) for name, call in calls.items()}
+    # A first call of each is not timed: it finds in the caches what the one before it left there.
+    medians = measure.in_turn(benchmark, repeated, device, SECONDS[device], lambda name: calls[name]())
+    benchmark.extra_info["seconds"] = {name: median / CALLS for name, median in medians.items()}

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import baselines
+from bench import baselines, measure
 from bench.problems import STRATEGY, real_images, synthetic_images
 from bench.steps import NETWORKS, OURS, STEP_SIZE, TEXTBOOK, problem, setting, trajectory
 from mim4dd import evaluation, graph, networks, stacked
@@ -186,11 +186,10 @@ def test_loop(benchmark, device, step, name, monkeypatch):
     elif name.endswith(("stacked", "alone")):
         monkeypatch.setitem(stacked.AT_ONCE, device, NETWORKS if name.endswith("stacked") else 1)
     call = (TEXTBOOK if name == "textbook" else OURS)[step](of, synthetic_images(of))
-    synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def timed() -> None:
         call()
-        synchronise()
+        measure.synchronise(device)
 
     rounds = EVALUATIONS[device] if step == "evaluation" else ROUNDS[device]
     # A textbook evaluation is long enough to warm up by itself.

@@ -12,7 +12,6 @@ skinny sizes the time of a CUDA graph is there too, which is that of the GPU alo
 from __future__ import annotations
 
 import functools
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -163,25 +162,9 @@ def test_losses(benchmark, case):
     for name in others:
         assert losses[name] == pytest.approx(losses[ours], rel=1e-2), name
     peaks = {name: measure.extra_peak(call, case.device) for name, call in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-
-    # Before each round of ours, so that a machine that slows down slows all of them.
-    def time_the_others() -> None:
-        for name in others:
-            measure.cool(case.device)
-            times[name].append(measure.seconds(calls[name], case.device))
-        measure.cool(case.device)
-        measure.synchronise(case.device)
-
-    def timed() -> None:
-        calls[ours]()
-        measure.synchronise(case.device)
-
-    one_round = sum(measure.seconds(call, case.device) for call in calls.values())
-    rounds = min(20, max(5, int(SECONDS[case.device] / one_round)))
-    benchmark.pedantic(timed, setup=time_the_others, rounds=rounds)
-    times[ours] = benchmark.stats.stats.data
-    medians = {name: statistics.median(measured) for name, measured in times.items()}
+    medians = measure.in_turn(
+        benchmark, calls, case.device, SECONDS[case.device], lambda _: measure.cool(case.device)
+    )
     benchmark.extra_info |= {
         **asdict(case),
         **least_work(case),

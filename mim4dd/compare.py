@@ -68,7 +68,6 @@ def compare(comparison: Comparison) -> int:
         "Mean ± standard deviation over seeds; difference to weight 0, paired by seed, with 95 % interval",
         COLUMNS,
         (row.cells() for row in table),
-        strong_last=False,
     )
     console.print(f"Wrote compare.md, compare.json and compare.png into {folder}/", soft_wrap=True)
     failed = sum("failed" in outcomes[key] for key in plan)

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from .experts import TrajectoryConfig
 from .networks.precision import Precision
-from .objectives import TrajectoryConfig
 
 T = TypeVar("T")
-FLOAT32_MAX = 3.4e38
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .augment import parts_of
-from .config import FLOAT32_MAX, Config, MimConfig
+from .config import Config, MimConfig
 from .errors import InputError, unknown
 from .networks import ARCHITECTURES
 from .objectives import METHODS
+
+FLOAT32_MAX = 3.4e38
 
 
 def check(config: Config) -> None:

@@ -113,7 +113,7 @@ def on_architectures(
 
 
 def print_table(
-    title: str, columns: Iterable[str], rows: Iterable[Iterable[object]], *, strong_last: bool = True
+    title: str, columns: Iterable[str], rows: Iterable[Iterable[object]], *, strong_last: bool = False
 ) -> None:
     """Print a table; its last row may stand out."""
     console.print(title, style="italic")

@@ -83,7 +83,6 @@ def score_saved(
         f"Accuracy on the test set of {len(test)} images",
         ("network", "accuracy", "networks"),
         ((name, score, len(score.accuracies)) for name, score in scores.items()),
-        strong_last=False,
     )
     if out:
         _write(out, scores)

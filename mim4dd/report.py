@@ -23,7 +23,8 @@ GAP = 4
 TITLE = 18  # pixels of a class name's line
 ROW = 10  # images side by side
 FONT = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"  # with more letters than Pillow's own
-FILES = ("result.json", "report.html", "images.png")
+RESULT = "result.json"
+FILES = (RESULT, "report.html", "images.png")
 
 
 def picture(synthetic: SyntheticSet) -> Image.Image:
@@ -112,7 +113,7 @@ def remove(folder: Path) -> None:
 
 
 def write(folder: Path, synthetic: SyntheticSet, result: Mapping[str, Any]) -> None:
-    """Write `FILES` into `folder`, each whole or not at all; the first one last, to say that all is there."""
+    """Write `FILES` into `folder`, each whole or not at all; the result last, to say that all is there."""
     image = io.BytesIO()
     picture(synthetic).save(image, "png")
     environment = jinja2.Environment(
@@ -130,7 +131,7 @@ def write(folder: Path, synthetic: SyntheticSet, result: Mapping[str, Any]) -> N
     contents: dict[str, str | bytes] = {
         "images.png": image.getvalue(),
         "report.html": page,
-        "result.json": json.dumps(result, indent=2),
+        RESULT: json.dumps(result, indent=2),
     }
-    for name in reversed(FILES):
-        files.write(folder / name, contents[name])
+    for name, content in contents.items():
+        files.write(folder / name, content)

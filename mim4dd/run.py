@@ -22,6 +22,7 @@ from .experiment import Experiment
 from .files import LOCK, make_folder
 from .options import plain, read
 from .presets import with_presets
+from .report import RESULT
 from .runner import run
 
 
@@ -103,8 +104,8 @@ def unfinished(folder: Path) -> tuple[Path, Checkpoint]:
     folder = folder.parent if folder.name == STATE else folder
     if not folder.is_dir():
         raise InputError(f"--resume {folder}: there is no such folder")
-    if (folder / "result.json").exists():
-        raise InputError(f"--resume {folder}: that run is finished, see its result.json")
+    if (folder / RESULT).exists():
+        raise InputError(f"--resume {folder}: that run is finished, see its {RESULT}")
     return folder, Checkpoint.load(folder)
 
 

@@ -260,13 +260,13 @@ def show(result: Mapping[str, Any], num_test: int) -> None:
             f"Accuracy on the {result['evaluated_on']} set of {num_test} images",
             ("trained on", "accuracy", "networks"),
             report.rows(result),
+            strong_last=True,
         )
     if result["cross_architecture"]:
         print_table(
             "The same images, other networks trained on them",
             ("network", "accuracy", "networks"),
             report.architectures(result),
-            strong_last=False,
         )
     if information := report.information(result):
         console.print(f"Mutual information with held-out real images: {information}", soft_wrap=True)

@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 from .base import Problem
 from .characteristic import NUM_FREQUENCIES
-from .through import REAL_BATCH
+from .through import compared
 from .trajectory import student_batch
 
 FLOAT = 4  # bytes
@@ -57,7 +57,7 @@ def of_trajectory(problem: Problem) -> int:
 
 def of_term(problem: Problem) -> int:
     """What the add-on sees through networks of its own."""
-    return of_features(problem, min(problem.real_batch, REAL_BATCH))
+    return of_features(problem, compared(problem))
 
 
 def _numbers(problem: Problem, layers: Collection[int]) -> int:

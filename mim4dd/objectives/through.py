@@ -9,7 +9,7 @@ from ..state import State, prefixed
 from .base import Matched, Objective, Problem
 from .term_networks import TermNetworks
 
-REAL_BATCH = 64  # real images per class that the add-on compares, at most
+COMPARED = 64  # real images per class that the add-on compares, at most
 
 
 class ThroughTermNetworks(Objective):
@@ -59,5 +59,9 @@ class ThroughTermNetworks(Objective):
         loss = self.base.match(images, targets).loss
         self.networks.load_into(self.network, choice)
         problem.set_batch_norm_statistics(self.network, statistics)
-        per_class = min(problem.real_batch, REAL_BATCH)
-        return Matched(loss, *problem.siamese(self.network, images, per_class, draws, augmentations))
+        return Matched(loss, *problem.siamese(self.network, images, compared(problem), draws, augmentations))
+
+
+def compared(problem: Problem) -> int:
+    """How many real images per class the add-on compares."""
+    return min(problem.real_batch, COMPARED)

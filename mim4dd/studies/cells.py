@@ -23,10 +23,11 @@ from ..errors import InputError
 from ..experiment import Experiment, resolved
 from ..files import write
 from ..presets import with_presets
+from ..report import RESULT
 from ..runner import run, score_facts
 from ..synthetic import IMAGES, SyntheticSet
 
-RESULT, FAILED = "result.json", "failed.json"
+FAILED = "failed.json"
 IRRELEVANT = ("config", "out", "overwrite", "preset", "quick")  # to what comes out of settled settings
 _load = functools.lru_cache(maxsize=1)(load)  # the cells of a process share their data
 

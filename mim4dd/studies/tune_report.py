@@ -127,7 +127,7 @@ def write(
 
 def show(trials: Sequence[Trial]) -> None:
     """Print the table and what it says."""
-    print_table("The base method and the best trials", columns(trials), table(trials), strong_last=False)
+    print_table("The base method and the best trials", columns(trials), table(trials))
     console.print(f"{_counts(trials)} {verdict(trials)}", soft_wrap=True)
 
 
