@@ -128,18 +128,8 @@ def test_bad_input_exits_with_2_and_writes_nothing(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"y_train": np.linspace(0, 3, 40)}, "labels not integers"),
-        ({"y_train": np.arange(40) % 4 - 1}, "label -1"),
-        ({"y_test": np.arange(8)}, "label 7, but the training labels end at 3"),
-        ({"x_train": np.full((40, 12, 12, 3), np.nan, np.float32)}, "NaN"),
-        (
-            {"y_train": np.zeros(40, int), "y_test": np.zeros(8, int)},
-            "one class, expected two",
-        ),
+        ({"y_train": np.zeros(40, int), "y_test": np.zeros(8, int)}, "one class, expected two"),
         ({"x_train": np.full((40, 12, 12, 3), 1e300)}, "NaN, infinite or huge values"),
-        ({"x_test": np.ones((8, 12, 12, 3), np.float32)}, "test images of floats within [1, 1]; scale"),
-        ({"x_train": np.zeros((40, 12, 16, 3), np.uint8)}, "square"),
-        ({"x_train": np.zeros((40, 6, 6, 3), np.uint8)}, "at least 8x8"),
     ],
 )
 def test_bad_data_exit_with_2(tmp_path, capsys, changes, message):
