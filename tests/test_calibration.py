@@ -21,11 +21,13 @@ def test_calibrated_critic_starts_at_its_prior(monkeypatch):
     plain = calibrated_noise_ratio(a, k, la, lk, temperature=0.5)
     mean_negatives = torch.tensor([(lk != label).sum() for label in la]).double().mean()
     torch.testing.assert_close(plain, noise_ratio / 7 * mean_negatives)
-    monkeypatch.setattr(calibration, "CHUNK_PAIRS", 450)  # two rows at a time
-    torch.testing.assert_close(calibrated_noise_ratio(a, k, la, lk, temperature=0.5), plain)
     others = (F.normalize(a) @ F.normalize(a).T / 0.5).exp()[~torch.eye(6, dtype=torch.bool)].mean()
-    alone = calibrated_noise_ratio(a, a, la, la, temperature=0.5, negatives=7.0, exclude_self=True)
-    torch.testing.assert_close(alone, others * 7)
+    for pairs in (450, 12):  # two rows at a time of k, and of a
+        monkeypatch.setattr(calibration, "CHUNK_PAIRS", pairs)
+        torch.testing.assert_close(calibrated_noise_ratio(a, k, la, lk, temperature=0.5), plain)
+        for negatives, count in ((7.0, 7), (None, 4)):
+            options = {"temperature": 0.5, "negatives": negatives, "exclude_self": True}
+            torch.testing.assert_close(calibrated_noise_ratio(a, a, la, la, **options), others * count)
 
 
 def test_calibration_of_one_label_counts_one_negative():
@@ -124,13 +126,6 @@ def test_calibration_of_mixed_dtypes_is_in_the_wider():
     a, k, la, lk = labelled_features(6, 20, 8, 3)
     mixed = calibrated_noise_ratio(a.float(), k, la, lk)
     torch.testing.assert_close(mixed, calibrated_noise_ratio(a.float().double(), k, la, lk))
-
-
-def test_calibration_in_chunks_leaves_out_the_pairs_with_itself(monkeypatch):
-    a, _, labels, _ = labelled_features(6, 1, 16, 3)
-    whole = calibrated_noise_ratio(a, a, labels, labels, exclude_self=True)
-    monkeypatch.setattr(calibration, "CHUNK_PAIRS", 12)  # two rows at a time
-    torch.testing.assert_close(calibrated_noise_ratio(a, a, labels, labels, exclude_self=True), whole)
 
 
 def test_module_calibrates_with_its_options():

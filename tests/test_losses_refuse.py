@@ -119,15 +119,6 @@ def test_numbers_that_float32_does_not_hold_are_named(value, tensor):
         mim4dd.nce_loss(*narrow, negatives=value)
 
 
-def test_a_device_tensor_that_float32_does_not_hold_is_named():
-    a, k, la, lk = labelled_features(5, 6, 4, 3, dtype=torch.float32)
-    compiled = torch.compile(
-        lambda t: mim4dd.info_nce_loss(a, k, la, lk, temperature=t), fullgraph=True, backend="eager"
-    )
-    with pytest.raises(RuntimeError, match="info_nce_loss: temperature is not a positive"):
-        compiled(torch.tensor(1e-40))
-
-
 def test_each_noise_ratio_that_cannot_be_read_is_looked_at():
     class Unread(torch.Tensor):
         """As on a GPU: its value is not read."""

@@ -118,14 +118,9 @@ def test_its_time_goes_on_too(cut_off):
     assert state.seconds > 0
     dataclasses.replace(state, seconds=1000.0).save(cut_off)
     assert run.main(["--resume", str(cut_off)]) == 0
-    assert json.loads((cut_off / "result.json").read_text())["seconds"]["distill"] >= 1000
-
-
-def test_the_time_of_the_evaluation_is_its_own(cut_off):
-    state = checkpoint.Checkpoint.load(cut_off)
-    dataclasses.replace(state, seconds=1000.0).save(cut_off)
-    assert run.main(["--resume", str(cut_off)]) == 0
-    assert json.loads((cut_off / "result.json").read_text())["seconds"]["evaluate"] < 1000
+    seconds = json.loads((cut_off / "result.json").read_text())["seconds"]
+    assert seconds["distill"] >= 1000
+    assert seconds["evaluate"] < 1000, "its own"
 
 
 def test_a_resumed_run_takes_the_memory_it_is_given(cut_off, monkeypatch):

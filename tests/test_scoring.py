@@ -74,27 +74,18 @@ def test_the_kmeans_baseline_is_nearest_to_centres(evaluated):
 
 @pytest.mark.parametrize(("epochs", "cut"), [(400, 20), (40, 5)])
 def test_the_full_data_take_fewer_epochs_and_one_network(monkeypatch, epochs, cut):
-    trained = []
+    trained, tested = [], []
     monkeypatch.setattr(scoring, "train_on_real", lambda *arguments: trained.append(arguments))
-    monkeypatch.setattr(scoring, "accuracy", lambda network, test: 0.25)
+    monkeypatch.setattr(scoring, "accuracy", lambda _, images: tested.append(images) or 0.25)
     prepared = prepare(f"--eval-epochs {epochs} --num-eval 3")
     reported = []
     assert scoring.baseline(prepared, "full", reported.append).accuracies == (0.25,)
     assert reported == [0.25]
-    ((_, real, protocol, random),) = trained
+    ((_, real, protocol, random),), (test,) = trained, tested
     assert real is prepared.train
+    assert test is prepared.test
     assert protocol.epochs == cut
     assert random.initial_seed() == generator(3, "evaluation/0").initial_seed()
-
-
-def test_the_full_data_are_tested_on_the_test_set(monkeypatch):
-    tested = []
-    monkeypatch.setattr(scoring, "train_on_real", lambda *_: None)
-    monkeypatch.setattr(scoring, "accuracy", lambda _, images: tested.append(images) or 0.25)
-    prepared = prepare()
-    scoring.baseline(prepared, "full", print)
-    (images,) = tested
-    assert images is prepared.test
 
 
 def test_the_base_baseline_is_a_run_without_the_term(evaluated, monkeypatch):

@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 
 from mim4dd.data import ImageSet, load
 from mim4dd.errors import InputError
-from mim4dd.files import atomic
 from mim4dd.seeding import generator
 from mim4dd.synthetic import SyntheticSet, decode, encode, initialise, select_kmeans
 
@@ -227,25 +226,6 @@ def test_foreign_and_corrupted_files_are_refused(tmp_path, digits):
     text.write_text("hello, this is not a synthetic set at all")
     with pytest.raises(InputError, match="not a readable synthetic set"):
         SyntheticSet.load(text)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file.txt"
-    path.write_text("old")
-
-    def fail():
-        with atomic(path) as temporary:
-            temporary.write_text("half of the ne")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        fail()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-    with atomic(path) as temporary:
-        temporary.write_text("new")
-    assert path.read_text() == "new"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_decode_enlarges_the_quarters_of_an_image():
