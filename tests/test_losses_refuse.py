@@ -11,81 +11,74 @@ from conftest import labelled_features
 import mim4dd
 from mim4dd.losses import calibrated_noise_ratio
 
+A, K, LA, LK = labelled_features(4, 5, 3, 2)
+GIVEN = {"anchors": A, "keys": K, "anchor_labels": LA, "key_labels": LK}
+LAYERS = {"anchors": [A, A], "keys": [K, K]}
+UNLABELLED = {"anchor_labels": None, "key_labels": None}
+CALIBRATED = "noise_ratio is 'calibrated', .*NCELoss and calibrated_noise_ratio"
+BOTH, NCE = [mim4dd.nce_loss, mim4dd.info_nce_loss], [mim4dd.nce_loss, calibrated_noise_ratio]
+WRONG = [  # the losses, what they are given instead, and what they say of it
+    (BOTH, {"anchors": A[0]}, r"anchors is \[3\]"),
+    (BOTH, {"keys": K[:, :2]}, r"anchors is \[4, 3\] and keys is \[5, 2\]"),
+    (BOTH, {"keys": K.long()}, "keys has dtype torch.int64"),
+    (BOTH, {"anchors": A.numpy()}, "anchors is of type ndarray, expected a tensor of float16 or bfloat16"),
+    (BOTH, {"keys": K.tolist()}, "keys is of type list, expected a tensor of float16 or bfloat16"),
+    (BOTH, {"anchors": A.to(torch.float8_e4m3fn)}, "anchors has dtype torch.float8_e4m3fn, .*float64"),
+    (BOTH, {"keys": K.to("meta")}, "anchors is on cpu and keys on meta"),
+    (BOTH, {"anchor_labels": LA.numpy()}, "anchor_labels is of type ndarray, expected .* of int32 or int64"),
+    (BOTH, {"key_labels": LK.tolist()}, "key_labels is of type list, expected a tensor of int32 or int64"),
+    (BOTH, {"anchor_labels": LA[:3]}, r"anchor_labels is \[3\], expected \[4\]"),
+    (BOTH, {"key_labels": LK.float()}, "key_labels has dtype torch.float32"),
+    (BOTH, {"anchor_labels": LA.to("meta")}, "anchor_labels is on meta and the features on cpu"),
+    (BOTH, {"temperature": 0.0}, "temperature is 0.0"),
+    (BOTH, {"temperature": torch.ones(2)}, r"temperature is \[2\]"),
+    (BOTH, {"temperature": torch.tensor(1)}, "temperature has dtype torch.int64, expected a floating dtype"),
+    (BOTH, {"temperature": None}, "temperature is None, expected a positive number or a tensor"),
+    (BOTH, {"backend": "triton"}, "backend is 'triton'"),
+    (NCE, {"temperature": "all"}, "temperature is 'all', expected a positive number"),
+    (NCE, {"negatives": "all"}, "negatives is 'all', expected a positive number"),
+    (NCE, {"negatives": -1}, "negatives is -1, expected a positive number"),
+    (NCE, {"negatives": 0.0}, "negatives is 0.0, expected a positive number"),
+    (NCE, {"negatives": math.inf}, "negatives is inf, expected a positive number"),
+    (NCE, {"negatives": torch.tensor(3.0)}, "negatives is a tensor, .* expected a positive number or None"),
+    (BOTH + NCE[1:], {"exclude_self": True}, r"exclude_self .* anchors is \[4, 3\] and keys is \[5, 3\]"),
+    ([mim4dd.nce_loss], {"noise_ratio": -1}, "noise_ratio is -1"),
+    ([mim4dd.nce_loss], {"noise_ratio": "calibrated"}, CALIBRATED),
+    ([mim4dd.nce_losses], LAYERS | {"noise_ratio": "calibrated"}, CALIBRATED),
+    ([mim4dd.nce_losses], LAYERS | {"noise_ratio": [1.0, None]}, "noise_ratio is None, expected a positive"),
+    ([mim4dd.info_nce_loss], {"key_labels": None}, "key_labels is None"),
+    ([mim4dd.info_nce_loss], UNLABELLED, "as many keys as anchors"),
+    ([mim4dd.info_nce_losses], LAYERS | UNLABELLED, "info_nce_losses: .* as many keys as anchors"),
+    ([mim4dd.info_nce_loss], {"positives": "all"}, "positives is 'all', expected 'each' or 'any'"),
+]
 
-def test_bad_input_is_named():
-    a, k, la, lk = labelled_features(4, 5, 3, 2)
-    wrong = [
-        ((a[0], k, la, lk), {}, r"anchors is \[3\]"),
-        ((a, k[:, :2], la, lk), {}, r"anchors is \[4, 3\] and keys is \[5, 2\]"),
-        ((a, k.long(), la, lk), {}, "keys has dtype torch.int64"),
-        ((a.numpy(), k, la, lk), {}, "anchors is of type ndarray, expected a tensor of float16 or bfloat16"),
-        ((a, k.tolist(), la, lk), {}, "keys is of type list, expected a tensor of float16 or bfloat16"),
-        (
-            (a.to(torch.float8_e4m3fn), k, la, lk),
-            {},
-            "anchors has dtype torch.float8_e4m3fn, expected .*float64",
-        ),
-        ((a, k, la.numpy(), lk), {}, "anchor_labels is of type ndarray, expected a tensor of int32 or int64"),
-        ((a, k, la, lk.tolist()), {}, "key_labels is of type list, expected a tensor of int32 or int64"),
-        ((a, k, la[:3], lk), {}, r"anchor_labels is \[3\], expected \[4\]"),
-        ((a, k, la, lk.float()), {}, "key_labels has dtype torch.float32"),
-        ((a, k.to("meta"), la, lk), {}, "anchors is on cpu and keys on meta"),
-        ((a, k, la, lk), {"temperature": 0.0}, "temperature is 0.0"),
-        ((a, k, la, lk), {"temperature": torch.ones(2)}, r"temperature is \[2\]"),
-        (
-            (a, k, la, lk),
-            {"temperature": None},
-            "temperature is None, expected a positive number or a tensor",
-        ),
-        ((a, k, la, lk), {"backend": "triton"}, "backend is 'triton'"),
-    ]
-    for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss):
-        for args, options, message in wrong:
-            with pytest.raises(ValueError, match=message):
-                loss(*args, **options)
-        with pytest.raises(RuntimeError, match="backend='fused' cannot run, .*torch.float64"):
-            loss(a, k, la, lk, backend="fused")
-    with pytest.raises(ValueError, match="noise_ratio is -1"):
-        mim4dd.nce_loss(a, k, la, lk, noise_ratio=-1)
-    for loss, sides in ((mim4dd.nce_loss, (a, k)), (mim4dd.nce_losses, ([a], [k]))):
-        with pytest.raises(
-            ValueError, match="noise_ratio is 'calibrated', .*NCELoss and calibrated_noise_ratio"
-        ):
-            loss(*sides, la, lk, noise_ratio="calibrated")
-    with pytest.raises(ValueError, match="noise_ratio is None, expected a positive number"):
-        mim4dd.nce_losses([a, a], [k, k], la, lk, noise_ratio=[1.0, None])
-    for name in ("temperature", "negatives"):
-        for loss in (mim4dd.nce_loss, calibrated_noise_ratio):
-            with pytest.raises(ValueError, match=f"{name} is 'all', expected a positive number"):
-                loss(a, k, la, lk, **{name: "all"})
-    with pytest.raises(ValueError, match="noise_ratio is 'auto'"):
-        mim4dd.NCELoss(noise_ratio="auto")
-    with pytest.raises(ValueError, match="key_labels is None"):
-        mim4dd.info_nce_loss(a, k, la)
-    with pytest.raises(ValueError, match="as many keys as anchors"):
-        mim4dd.info_nce_loss(a, k)
-    with pytest.raises(ValueError, match="info_nce_losses: .* as many keys as anchors"):
-        mim4dd.info_nce_losses([a], [k])
-    with pytest.raises(ValueError, match="positives is 'all', expected 'each' or 'any'"):
-        mim4dd.info_nce_loss(a, k, la, lk, positives="all")
-    for negatives in (-1, 0.0, math.inf):
-        with pytest.raises(ValueError, match=f"negatives is {negatives}, expected a positive number"):
-            mim4dd.nce_loss(a, k, la, lk, negatives=negatives)
-    for loss in (mim4dd.nce_loss, calibrated_noise_ratio):
-        with pytest.raises(ValueError, match="negatives is a tensor, .* expected a positive number or None"):
-            loss(a, k, la, lk, negatives=torch.tensor(3.0))
-    for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss, calibrated_noise_ratio):
-        with pytest.raises(ValueError, match=r"exclude_self .* anchors is \[4, 3\] and keys is \[5, 3\]"):
-            loss(a, k, la, lk, exclude_self=True)
-    for loss, side in (
-        (mim4dd.info_nce_loss, a),
-        (mim4dd.info_nce_losses, [a, a]),
-        (functools.partial(mim4dd.info_nce_loss, positives="any", symmetric=True), a),
-    ):
-        with pytest.raises(ValueError, match="exclude_self is True, but without labels .*; give labels"):
-            loss(side, side, exclude_self=True)
+
+@pytest.mark.parametrize(
+    ("loss", "wrong", "message"), [(loss, *case) for losses, *case in WRONG for loss in losses]
+)
+def test_bad_input_is_named(loss, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        loss(**GIVEN | wrong)
+
+
+@pytest.mark.parametrize("loss", BOTH)
+def test_what_the_fused_backend_does_not_take_is_named(loss):
+    with pytest.raises(RuntimeError, match="backend='fused' cannot run, .*torch.float64"):
+        loss(**GIVEN, backend="fused")
+
+
+@pytest.mark.parametrize(
+    ("loss", "side"),
+    [
+        (mim4dd.info_nce_loss, A),
+        (mim4dd.info_nce_losses, [A, A]),
+        (functools.partial(mim4dd.info_nce_loss, positives="any", symmetric=True), A),
+        (lambda *sides, exclude_self: mim4dd.InfoNCELoss(exclude_self=exclude_self)(*sides), A),
+    ],
+)
+def test_the_only_positive_is_not_left_out(loss, side):
     with pytest.raises(ValueError, match="exclude_self is True, but without labels .*; give labels"):
-        mim4dd.InfoNCELoss(exclude_self=True)(a, a)
+        loss(side, side, exclude_self=True)
 
 
 @pytest.mark.parametrize("value", [0.0, -0.5, float("nan")])
@@ -139,19 +132,14 @@ def test_modules_refuse_settings_when_they_are_made():
         mim4dd.NCELoss(negatives=0)
     with pytest.raises(ValueError, match=r"NCELoss: noise_ratio is \[0\], expected one number"):
         mim4dd.NCELoss(noise_ratio=torch.empty(0))
+    with pytest.raises(ValueError, match="noise_ratio is 'auto'"):
+        mim4dd.NCELoss(noise_ratio="auto")
     with pytest.raises(ValueError, match="InfoNCELoss: positives is 'all', expected 'each' or 'any'"):
         mim4dd.InfoNCELoss(positives="all")
 
 
-def test_other_devices_dtypes_and_no_layers_are_named():
-    a, k, la, lk = labelled_features(4, 5, 3, 2)
-    for loss in (mim4dd.nce_loss, mim4dd.info_nce_loss):
-        with pytest.raises(ValueError, match="anchor_labels is on meta and the features on cpu"):
-            loss(a, k, la.to("meta"), lk)
-        with pytest.raises(ValueError, match="temperature has dtype torch.int64, expected a floating dtype"):
-            loss(a, k, la, lk, temperature=torch.tensor(1))
-    for losses in (mim4dd.nce_losses, mim4dd.info_nce_losses):
-        with pytest.raises(
-            ValueError, match="anchors has 0 layers, keys 0; expected the same number, at least 1"
-        ):
-            losses([], [], la, lk)
+@pytest.mark.parametrize("losses", [mim4dd.nce_losses, mim4dd.info_nce_losses])
+def test_no_layers_are_named(losses):
+    message = "anchors has 0 layers, keys 0; expected the same number, at least 1"
+    with pytest.raises(ValueError, match=message):
+        losses([], [], LA, LK)
