@@ -123,7 +123,8 @@ def _tuned(
     sizes = [str((size - 1).bit_length()) for size in (m, n, *sorted(widths))]
     first = features[0]
     precision = precision_of(first.dtype)
-    kind = "-".join([*tables, form.name, precision, *sizes])
+    asked = "".join(str(int(each)) for each in (form.symmetric, *wanted))  # other work for the same table
+    kind = "-".join([*tables, form.name, asked, precision, *sizes])
     return tuned(kind, tables, precision, first.element_size(), first.device, call)
 
 

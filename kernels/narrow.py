@@ -10,7 +10,6 @@ for the device, the other side is split, and the parts are added in their order.
 
 from collections.abc import Sequence
 
-import torch
 import triton
 from torch import Tensor
 
@@ -60,8 +59,8 @@ def contrast(
         steps = _steps(tiles, triton.cdiv(num_others, tile.n), 2 * device_limits(device)[1])
         num_parts = triton.cdiv(num_others, steps * tile.n)
         gain = sides.gain(anchors.dtype, largest * others.inverse.amax())
-        parts = torch.empty(num_parts, num_own, width if gradient else 0, device=device)
-        sums = torch.zeros(num_parts * tiles, 3, device=device)
+        parts = scales.new_empty(num_parts, num_own, width if gradient else 0)
+        sums = scales.new_zeros(num_parts * tiles, 3)
         narrow_kernel[(tiles, num_parts)](
             own.features, others.features, own.inverse, others.inverse, own.labels, others.labels,
             own.on_positive, own.on_other, own.lse2, own.pull2,

@@ -56,15 +56,15 @@ def prepare(
     features = anchors, keys
     sides: list[Side] = []
     # Of each side, 1 / the rows the loss is a mean over. Filled, not copied: a copy would wait.
-    means = torch.empty(2, device=anchors.device)
+    means = scales.new_empty(2)
     for index in (0, 1):
         rows, width = features[index].shape
         others = len(features[1 - index]) - form.exclude_self
         if form.name == "nce":
             means[index].fill_(1 / rows)
         else:
-            means[index].copy_((counts[index] > 0).sum().clamp_min(1).reciprocal())
-        inverse, on_positive, on_other = (torch.empty(rows, device=anchors.device) for _ in range(3))
+            means[index].copy_((counts[index] > 0).sum().clamp_min(1).float().reciprocal())
+        inverse, on_positive, on_other = (scales.new_empty(rows) for _ in range(3))
         rows_kernel[(triton.cdiv(rows, 32),)](
             features[index], counts[index], means[index], inverse, on_positive, on_other,
             rows, others, width, float(negatives or 0),
@@ -176,13 +176,13 @@ def _log_sums2(form: LossForm, scales: Tensor, a: Side, k: Side) -> list[Tensor]
     lengths = (m, n) if form.symmetric else (m,)
     # What a sum of no pair stays at: above the logits left out, for one less the other must not overflow.
     least = LEFT_OUT.value / 2
-    sums = [torch.full((num_sums, length), least, device=scales.device) for length in lengths]
+    sums = [scales.new_full((num_sums, length), least) for length in lengths]
     for rows, columns in walk(m, n):
         anchors, keys = a.of(rows), k.of(columns)
         num_rows, num_columns = len(anchors.features), len(keys.features)
         tiles_m, tiles_n = triton.cdiv(num_rows, tile.m), triton.cdiv(num_columns, tile.n)
-        row_parts = torch.empty(tiles_n, num_sums, num_rows, device=scales.device)
-        column_parts = torch.empty(tiles_m, num_sums, num_columns, device=scales.device)
+        row_parts = scales.new_empty(tiles_n, num_sums, num_rows)
+        column_parts = scales.new_empty(tiles_m, num_sums, num_columns)
         sums_kernel[(tiles_m * tiles_n,)](
             anchors.features, keys.features, anchors.inverse, keys.inverse, anchors.labels, keys.labels,
             scales, row_parts, column_parts, num_rows, num_columns, width, rows.start - columns.start,

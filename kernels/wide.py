@@ -55,14 +55,14 @@ def contrast(
     # tenth of the time of the products on an H100 by arithmetic, and a workspace of 128 MiB in bfloat16.
     gain = sides.gain(anchors.dtype, largest * a.inverse.amax() * k.inverse.amax())
     workspace = torch.empty(block_m * block_n if gradient else 0, dtype=anchors.dtype, device=device)
-    sums = torch.zeros(3, device=device)
-    grad_anchors = torch.zeros(m, width if want_anchors else 0, device=device)
-    grad_keys = torch.zeros(n, width if want_keys else 0, device=device)
+    sums = scales.new_zeros(3)
+    grad_anchors = scales.new_zeros(m, width if want_anchors else 0)
+    grad_keys = scales.new_zeros(n, width if want_keys else 0)
     for rows, columns in walk(m, n):
         row, column = a.of(rows), k.of(columns)
         shape = len(row.features), len(column.features)
         slopes = workspace[: shape[0] * shape[1]].view(shape) if gradient else workspace
-        block_sums = torch.zeros(_tiles(tile, *shape), 3, device=device)
+        block_sums = scales.new_zeros(_tiles(tile, *shape), 3)
         pairs_kernel[(_tiles(tile, *shape),)](
             row.features, column.features, row.inverse, column.inverse, row.labels, column.labels,
             row.on_positive, row.on_other, row.lse2, row.pull2,

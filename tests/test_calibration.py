@@ -111,6 +111,34 @@ def test_a_module_in_half_precision_keeps_its_calibration(dtype):
     assert torch.equal(term.to(dtype).noise_ratios, ratio[None])
 
 
+def test_a_module_built_under_another_default_dtype_keeps_its_calibration():
+    features = labelled_features(6, 20, 8, 3, dtype=torch.float32)
+    measured = mim4dd.NCELoss(noise_ratio="calibrated")
+    measured(*features)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        loaded = mim4dd.NCELoss(noise_ratio="calibrated")
+    finally:
+        torch.set_default_dtype(before)
+    loaded.load_state_dict(measured.state_dict())
+    assert torch.equal(loaded.noise_ratio, measured.noise_ratio)
+
+
+def test_training_may_come_after_a_calibration_in_inference_mode():
+    a, k, la, lk = labelled_features(6, 20, 8, 3)
+    for loss, name in (
+        (mim4dd.NCELoss(noise_ratio="calibrated"), "noise_ratio"),
+        (mim4dd.MutualInformation(), "noise_ratios"),
+    ):
+        with torch.inference_mode():
+            loss(a, k, la, lk)
+        ratio = getattr(loss, name)
+        assert not ratio.is_inference()
+        ratio.copy_(2 * ratio)  # as DDP does, which sends the buffers of the first rank to the others
+        loss(a.clone().requires_grad_(), k, la, lk).backward()
+
+
 def test_nothing_is_calibrated_inside_a_transform():
     a, k, la, lk = labelled_features(6, 20, 8, 3)
     for loss in (mim4dd.NCELoss(noise_ratio="calibrated"), mim4dd.MutualInformation()):

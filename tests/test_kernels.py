@@ -70,6 +70,22 @@ def test_half_precision(path, form, dtype):
     check(form, *problem(20, 75, [48], dtype))
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("form", ONE_OF_EACH, ids=str)
+def test_the_default_dtype_changes_nothing(path, form, default):
+    arguments = (form, *problem(6, 9, [16]), (True,) * 3)
+    expected = kernels.contrast(*arguments)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        actual = kernels.contrast(*arguments)
+    finally:
+        torch.set_default_dtype(before)
+    for ours, wish in zip(actual, expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, wish)
+
+
 @pytest.mark.parametrize("label_dtype", [torch.int32, torch.int64])
 def test_labels_of_any_value(path, label_dtype):
     scales, anchor_labels, key_labels, *features = problem(9, 33, [16], label_dtype=label_dtype)

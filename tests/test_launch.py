@@ -37,6 +37,19 @@ def test_autotune_keeps_its_choice_on_disk(monkeypatch, tmp_path):
     check(FORMS[4], *problem(4, 9, [16]))
 
 
+def test_autotune_searches_for_other_gradients_anew(monkeypatch, tmp_path):
+    """Without gradients the table of their products is searched by the clock's noise."""
+    monkeypatch.setenv("MIM4DD_CACHE", str(tmp_path))
+    monkeypatch.setenv("MIM4DD_AUTOTUNE", "1")
+    monkeypatch.setattr(autotune, "_seconds", lambda *_: 1.0)
+    wanted = [(False, False, False), (False, True, False), (True, True, True)]
+    for form in (FORMS[2], FORMS[3]):  # the second is symmetric
+        for each in wanted:
+            kernels.contrast(form, *problem(4, 9, [16]), each)
+    (file,) = tmp_path.glob("*.json")
+    assert len(json.loads(file.read_text())) == 2 * len(wanted)
+
+
 def test_autotune_leaves_a_damaged_file_or_one_of_another_table_alone(monkeypatch, tmp_path):
     monkeypatch.setenv("MIM4DD_CACHE", str(tmp_path))
     cpu = torch.device("cpu")

@@ -6,11 +6,12 @@ from functools import partial
 import pytest
 import torch
 from conftest import FORMS, labelled_leaves
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import mim4dd
-from mim4dd.losses import reference
+from mim4dd.losses import contrastive, reference
 
 nce = partial(mim4dd.nce_loss, temperature=0.3, noise_ratio=2.0, negatives=5.0)
 
@@ -27,6 +28,22 @@ def test_compiles_once_for_all_numbers():
         torch.testing.assert_close(compiled(temperature), loss(temperature))
     with pytest.raises(Exception, match="expected a positive number"):
         compiled(-0.3)
+
+
+def test_numbers_that_change_are_not_compiled_for_one_by_one():
+    """As of a temperature that falls: first for the number, then once for all others."""
+    a, k, la, lk = labelled_leaves(6, 9, 8)
+    engine = CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+    losses = [
+        lambda t: mim4dd.nce_loss(a, k, la, lk, temperature=0.3, noise_ratio=t),
+        lambda t: mim4dd.info_nce_loss(a, k, la, lk, temperature=t),
+    ]
+    for graphs, loss in zip((2, 4), losses, strict=True):
+        compiled = torch.compile(loss, fullgraph=True, backend=engine)
+        for step in range(1, 12):
+            torch.testing.assert_close(compiled(1 / step), loss(1 / step))
+        assert engine.frame_count == graphs
 
 
 @pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
@@ -58,6 +75,18 @@ def test_the_formula_compiles(form):
     actual, expected = torch.compile(loss, fullgraph=True)(a, k), loss(a, k)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad(actual, (a, k)), torch.autograd.grad(expected, (a, k)))
+
+
+def test_a_compiled_call_asks_the_device_when_it_runs(monkeypatch):
+    """What a GPU can do is not known while a call is traced, which so takes it for fused."""
+    a, k, la, lk = labelled_leaves(6, 9, 16)
+    obstacles = ["it is an old one"]
+    monkeypatch.setattr(contrastive, "kernel_obstacle", lambda *_: obstacles[0])
+    options = "nce", 3.0, False, False, "fused", [False, True, True]
+    scales = torch.tensor([[0.3], [2.0]])
+    loss = torch.ops.mim4dd.contrastive(scales, la, lk, [a, k], *options)[0]
+    expected = mim4dd.nce_loss(a, k, la, lk, temperature=0.3, noise_ratio=2.0, negatives=3.0)
+    assert torch.equal(loss[0], expected)
 
 
 def test_compiled_calls_name_bad_input():

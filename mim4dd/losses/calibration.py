@@ -95,8 +95,15 @@ class Calibrated(nn.Module):
         So whether it has been measured is told by its shape, without a look at the device. Loading a state
         dict restores either state.
         """
-        self.register_buffer(name, torch.empty(0))
+        self.register_buffer(name, torch.empty(0, dtype=torch.float32))
         self.register_load_state_dict_pre_hook(partial(_take_shape, name))
+
+    def keep(self, name: str, measured: Tensor) -> None:
+        """Assign what has been measured, from now on a constant."""
+        if not torch.compiler.is_compiling() and measured.is_inference():
+            with torch.inference_mode(False):  # training may come after it
+                measured = measured.clone()
+        setattr(self, name, measured)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         before = dict(self._buffers)

@@ -57,7 +57,7 @@ class NCELoss(Calibrated):
     def forward(self, anchors: Tensor, keys: Tensor, anchor_labels: Tensor, key_labels: Tensor) -> Tensor:
         """Return the loss, a scalar; arguments and errors as in `nce_loss`."""
         if isinstance(self.noise_ratio, Tensor) and not self.noise_ratio.numel():
-            self.noise_ratio = calibrated_noise_ratio(
+            ratio = calibrated_noise_ratio(
                 anchors,
                 keys,
                 anchor_labels,
@@ -66,6 +66,7 @@ class NCELoss(Calibrated):
                 negatives=self.negatives,
                 exclude_self=self.exclude_self,
             )
+            self.keep("noise_ratio", ratio)
         return nce_loss(
             anchors,
             keys,

@@ -228,7 +228,7 @@ class MutualInformation(Calibrated):
                 calibrated_noise_ratio(*pair, *labels, temperature=self.temperature, negatives=self.negatives)
                 for pair in zip(synthetic, real, strict=True)
             ]
-            self.noise_ratios = torch.stack(measured)
+            self.keep("noise_ratios", torch.stack(measured))
         if len(self.noise_ratios) != len(real):
             raise ValueError(
                 f"mim4dd.MutualInformation: noise_ratios holds those of {len(self.noise_ratios)} layers, and "
