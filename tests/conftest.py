@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -64,6 +65,35 @@ def finished(tmp_path_factory):
     done = command(*QUICK, "--ipc", "2", "--baselines", "random", "kmeans", "base", "full", cwd=where)
     assert done.returncode == 0, done.stderr
     return where / "runs" / "digits-dm-ipc2-0", done
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Runs that cost nothing: `score` says what each is worth; the settings of those run are returned."""
+    from mim4dd.config_json import to_json
+    from mim4dd.studies import cells
+
+    ran = []
+
+    def use(score):
+        def run(experiment, folder, checkpoint):
+            config, accuracy = experiment.config, score(experiment.config)
+            ran.append(config)
+            others = {name: {"accuracy_mean": accuracy / 2} for name in config.eval.eval_archs}
+            outcome = {
+                "accuracy_mean": accuracy,
+                "num_networks": 1,
+                "seconds": {"distill": 3.0, "evaluate": 1.0},
+                "cross_architecture": others,
+                "config": to_json(config),
+            }
+            (folder / "result.json").write_text(json.dumps(outcome))
+            return outcome
+
+        monkeypatch.setattr(cells, "run", run)
+        return ran
+
+    return use
 
 
 def pixels(count: int, *shape: int, seed: int = 0) -> np.ndarray:

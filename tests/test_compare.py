@@ -10,7 +10,6 @@ from commands import npz
 from PIL import Image
 
 from mim4dd import compare
-from mim4dd.config_json import to_json
 from mim4dd.distill import DivergenceError
 from mim4dd.errors import InputError
 from mim4dd.experiment import Experiment
@@ -54,33 +53,6 @@ def facts(out):
 
 def bytes_of(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture
-def scored(monkeypatch):
-    """Runs that cost nothing: `score` says what each is worth; the settings of those run are returned."""
-    ran = []
-
-    def use(score):
-        def run(experiment, folder, checkpoint):
-            ran.append(experiment.config)
-            accuracy = score(experiment.config)
-            outcome = {
-                "accuracy_mean": accuracy,
-                "num_networks": 1,
-                "seconds": {"distill": 3.0, "evaluate": 1.0},
-                "cross_architecture": {
-                    a: {"accuracy_mean": accuracy / 2} for a in experiment.config.eval.eval_archs
-                },
-                "config": to_json(experiment.config),
-            }
-            (folder / "result.json").write_text(json.dumps(outcome))
-            return outcome
-
-        monkeypatch.setattr(cells, "run", run)
-        return ran
-
-    return use
 
 
 def test_arms_of_a_seed_share_start_and_networks(without_updates):

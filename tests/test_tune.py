@@ -11,7 +11,6 @@ from commands import parse
 
 from mim4dd import compare, tune
 from mim4dd.config import MimConfig
-from mim4dd.config_json import to_json
 from mim4dd.data import load
 from mim4dd.experiment import Experiment
 from mim4dd.options import read
@@ -28,30 +27,8 @@ def peak(config) -> float:
     return 0.45 + gain + 0.01 * config.seed + 0.02 * (bool(mim.mim_weight) and mim.mim_layers == "last")
 
 
-@pytest.fixture
-def scored(monkeypatch):
-    """Runs that cost nothing: `score` says what each is worth; the settings of those run are returned."""
-    ran = []
-
-    def use(score=peak):
-        def fake(prepared, folder, checkpoint):
-            outcome = {
-                "accuracy_mean": score(prepared.config),
-                "seconds": {"distill": 1.0, "evaluate": 1.0},
-                "config": to_json(prepared.config),
-            }
-            ran.append(prepared.config)
-            (folder / "result.json").write_text(json.dumps(outcome))
-            return outcome
-
-        monkeypatch.setattr(cells, "run", fake)
-        return ran
-
-    return use
-
-
 def test_the_base_starts_where_the_trials_do(tmp_path, scored):
-    ran = scored()
+    ran = scored(peak)
     arguments = ["--trials", "1", "--seeds", "0", "--mim-pairs", "cluster", "--init", "real"]
     assert tune.main([*QUICK, *arguments, "--out", str(tmp_path / "out")]) == 0
     assert [bool(config.mim.mim_weight) for config in ran] == [False, True]
@@ -71,7 +48,7 @@ def written(out):
 
 
 def test_the_best_is_found_and_run_accepts_it(tmp_path, scored, capsys):
-    ran = scored()
+    ran = scored(peak)
     out = tmp_path / "out"
     arguments = ["--method", "dsa", "--ipc", "2", "--trials", "20", "--mim-symmetric", "--out", str(out)]
     assert tune.main([*QUICK, *arguments]) == 0
@@ -108,7 +85,7 @@ def test_the_best_is_found_and_run_accepts_it(tmp_path, scored, capsys):
 
 
 def test_the_default_settings_are_tried_first_as_far_as_they_are_searched(tmp_path, scored):
-    ran = scored()
+    ran = scored(peak)
     arguments = [*QUICK, "--ipc", "10", "--trials", "1", "--seeds", "0", "--mim-pairs", "cluster"]
     default = parse([*QUICK, "--ipc", "10", "--mim-pairs", "cluster"]).mim
     assert tune.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
@@ -125,7 +102,7 @@ def test_all_that_is_searched_is_reported():
 
 
 def test_poor_trials_are_given_up_early(tmp_path, scored):
-    scored()
+    scored(peak)
     out = tmp_path / "out"
     assert tune.main([*QUICK, "--trials", "20", "--out", str(out)]) == 0
     trials = written(out)["found"]["trials"]
@@ -153,7 +130,7 @@ def test_a_poor_trial_that_ran_on_all_seeds_is_complete(tmp_path, scored):
 
 
 def test_the_seed_of_the_search_decides_what_is_tried(tmp_path, scored):
-    ran = scored()
+    ran = scored(peak)
     for seed in ("0", "1"):
         arguments = ["--trials", "2", "--seeds", "4", "--seed", seed, "--out", str(tmp_path / seed)]
         assert tune.main([*QUICK, *arguments]) == 0
@@ -166,8 +143,8 @@ def test_the_seed_of_the_search_decides_what_is_tried(tmp_path, scored):
         assert values == [float(f"{value:.3g}") for value in values], "three digits"
 
 
-def test_a_search_cut_off_goes_on_as_if_it_had_not_been(tmp_path, scored, monkeypatch, capsys):
-    ran = scored()
+def test_a_search_cut_off_goes_on_as_if_it_had_not_been(tmp_path, scored, capsys):
+    ran = scored(peak)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     arguments = [*QUICK, "--trials", "12", "--seeds", "0", "1"]
     assert tune.main([*arguments, "--out", str(whole)]) == 0
@@ -179,13 +156,12 @@ def test_a_search_cut_off_goes_on_as_if_it_had_not_been(tmp_path, scored, monkey
             raise KeyboardInterrupt
         return peak(config)
 
-    with monkeypatch.context():
-        scored(interrupt)
-        assert tune.main([*arguments, "--out", str(cut)]) == 130
+    scored(interrupt)
+    assert tune.main([*arguments, "--out", str(cut)]) == 130
     assert "trials are finished; run the same command again to continue" in capsys.readouterr().err
     before = written(cut)["found"]["trials"]
     assert 6 <= len(before) < 13
-    scored()
+    scored(peak)
     assert tune.main([*arguments, "--out", str(cut)]) == 0
     assert written(cut)["found"] == written(whole)["found"]
     assert len(ran) == runs, "nothing was run twice"
@@ -196,7 +172,7 @@ def test_a_search_cut_off_goes_on_as_if_it_had_not_been(tmp_path, scored, monkey
 
 
 def test_other_settings_are_refused(tmp_path, scored, capsys):
-    scored()
+    scored(peak)
     arguments = [*QUICK, "--trials", "1", "--out", str(tmp_path / "out")]
     assert tune.main(arguments) == 0
     for other in (["--seeds", "5"], ["--iterations", "3"], ["--weights", "1", "2"], ["--seed", "1"]):
@@ -338,7 +314,7 @@ def test_without_optuna(tmp_path, monkeypatch, capsys):
 
 
 def test_a_damaged_journal_is_named_and_its_runs_are_not_lost(tmp_path, scored, capsys):
-    ran = scored()
+    ran = scored(peak)
     out = tmp_path / "out"
     arguments = [*QUICK, "--trials", "2", "--seeds", "0", "--out", str(out)]
     assert tune.main(arguments) == 0
