@@ -84,17 +84,7 @@ def test_every_method_beats_random_images(tmp_path, method, term):
 @pytest.mark.parametrize("method", METHODS)
 def test_small_images_and_soft_labels_go_with_every_method(tmp_path, method, capsys):
     out = tmp_path / "a"
-    options = [
-        "--factor",
-        "2",
-        "--soft-labels",
-        "--method",
-        method,
-        "--mim-weight",
-        "1",
-        "--baselines",
-        "random",
-    ]
+    options = f"--factor 2 --soft-labels --method {method} --mim-weight 1 --baselines random".split()
     assert run.main([*QUICK, "--eval-epochs", "40", *options, "--out", str(out)]) == 0
     result = json.loads((out / "result.json").read_text())
     synthetic = SyntheticSet.load(out / "synthetic.safetensors")

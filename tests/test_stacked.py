@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import digits_problem
 
-from mim4dd import evaluation, networks, stacked
+from mim4dd import augment, evaluation, networks, stacked
 from mim4dd.data import load
 from mim4dd.networks.flat import flatten, unflatten, unflatten_all
 from mim4dd.networks.memory import per_image
@@ -14,7 +14,6 @@ from mim4dd.stacked import Stack
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
-DSA = "color_crop_cutout_flip_scale_rotate"
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
@@ -29,7 +28,7 @@ def test_a_stack_is_trained_as_its_networks_are_alone(soft, device):
         for k in range(3)
     ]
     network = networks.create("convnet", 1, 10, (8, 8), width=8, device=device).double()
-    protocol = evaluation.Protocol(epochs=6, augmentation=DSA, batch=16)
+    protocol = evaluation.Protocol(epochs=6, augmentation=augment.DSA, batch=16)
 
     def trained(group):
         stack = Stack.initialised(network, [generator(0, f"network/{k}", device) for k in group])
@@ -66,7 +65,7 @@ def test_the_score_does_not_depend_on_how_many_are_trained_at_once(architecture,
         (real.batch(index := real.sample(1, generator(k, "x")).flatten()), real.labels[index])
         for k in range(3)
     ]
-    protocol = evaluation.Protocol(epochs=5, augmentation=DSA, architecture=architecture, width=8)
+    protocol = evaluation.Protocol(epochs=5, augmentation=augment.DSA, architecture=architecture, width=8)
     sizes = []
     train = evaluation._train
     monkeypatch.setattr(

@@ -186,21 +186,8 @@ def test_the_test_set_is_never_looked_at(tmp_path, monkeypatch):
     """A real search, small, with a test set that cannot be used."""
     monkeypatch.setattr(cells, "_load", lambda *arguments: (load(*arguments)[0], None))
     out = tmp_path / "out"
-    arguments = [
-        "--trials",
-        "1",
-        "--seeds",
-        "0",
-        "--projections",
-        "random",
-        "--mim-loss",
-        "nce",
-        "--noise-ratios",
-        "2",
-        "--out",
-        str(out),
-    ]
-    assert tune.main([*QUICK, *arguments]) == 0
+    searched = ["--mim-loss", "nce", "--projections", "random", "--noise-ratios", "2"]
+    assert tune.main([*QUICK, "--trials", "1", "--seeds", "0", *searched, "--out", str(out)]) == 0
     found = written(out)["found"]
     assert all(0 <= trial["accuracies"]["0"] <= 1 for trial in found["trials"])
     assert (found["trials"][1]["mim"]["mim_projection"], found["trials"][1]["mim"]["mim_noise_ratio"]) == (
