@@ -1,7 +1,10 @@
-"""How results are compared, and what must not change them: memory left unset, the number of threads."""
+"""How results are compared, at what precision, and what must not change them: unset memory, threads."""
 
 import pytest
 import torch
+
+# Of augmented images and their gradients. In half precision one rounding may come out differently.
+IMAGE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4, floor: float = 0.0) -> None:
@@ -14,6 +17,19 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4,
         scale = (expected.double().abs().max() + floor).clamp_min(1e-12)
         error = (actual.double() - expected.double()).abs().max() / scale
         assert error <= tolerance, f"relative error {error:.2e}"
+
+
+def close_images(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Assert that augmented images, or gradients by them, are equal up to the roundings of their dtype."""
+    tolerance = IMAGE_TOLERANCE[expected.dtype]
+    scale = max(1.0, expected.abs().max().item() if expected.numel() else 0.0)
+    torch.testing.assert_close(actual.cpu(), expected, atol=tolerance * scale, rtol=tolerance)
+
+
+@pytest.fixture(autouse=True)  # in the files that name it
+def exact(monkeypatch):
+    """float32 products of convolutions are in float32, also on a GPU."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture(autouse=True)  # in the files that name it

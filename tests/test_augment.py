@@ -6,7 +6,7 @@ import torch
 from conftest import close, params_with, random_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import same_on_any_threads
+from numerics import IMAGE_TOLERANCE, same_on_any_threads
 
 from mim4dd import augment
 from mim4dd.augment import AugmentParams
@@ -76,20 +76,13 @@ LAYOUTS = {
     "transposed": non_contiguous,
     "sliced": lambda x: torch.nn.functional.pad(x, (1, 2, 1, 1))[:, :, 1:-1, 1:-2],
 }
-# One rounding of the result, and of the gradient, may come out differently.
-TOLERANCES = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-4,
-    torch.bfloat16: 2.0**-7,
-    torch.float16: 2.0**-10,
-}
 
 
 @given(
     batch=st.integers(0, 5),
     channels=st.sampled_from([1, 3, 7]),
     size=st.tuples(st.integers(1, 17), st.integers(1, 17)) | st.just((65, 33)),
-    dtype=st.sampled_from(list(TOLERANCES)),
+    dtype=st.sampled_from(list(IMAGE_TOLERANCE)),
     layout=st.sampled_from(list(LAYOUTS)),
     strategy=st.sampled_from([*PARTS, "crop_flip", augment.DSA]),
     align_corners=st.booleans(),
@@ -105,9 +98,10 @@ def test_compiled_equals_reference(batch, channels, size, dtype, layout, strateg
         leaf = LAYOUTS[layout](x).requires_grad_()
         y = augment.apply(leaf, params, align_corners=align_corners, backend=backend)
         results.append((y, *torch.autograd.grad(y, leaf, LAYOUTS[layout](upstream))))
+    tolerance = IMAGE_TOLERANCE[dtype]
     for compiled, reference in zip(results[1], results[0], strict=True):
         assert compiled.dtype == reference.dtype == dtype
-        torch.testing.assert_close(compiled, reference, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+        torch.testing.assert_close(compiled, reference, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

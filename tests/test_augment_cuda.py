@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from numerics import IMAGE_TOLERANCE, close_images
 
 from bench import measure
 from mim4dd import augment, extension
@@ -11,7 +12,6 @@ from mim4dd import augment, extension
 DEVICE = "cuda"
 PARTS = augment.DSA.split("_")
 SHAPES = [(0, 3, 8, 8), (5, 1, 1, 1), (5, 3, 32, 32), (3, 7, 65, 33), (2, 3, 224, 224)]
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and extension.available("cuda")),
@@ -25,14 +25,8 @@ def drawn(strategy: str, rows: int, size: tuple[int, int]) -> tuple[augment.Augm
     return params, params.to(DEVICE)
 
 
-def close(result: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
-    assert result.dtype == expected.dtype
-    tolerance = TOLERANCES[dtype] * max(1.0, expected.abs().max().item() if expected.numel() else 0.0)
-    torch.testing.assert_close(result.cpu(), expected, atol=tolerance, rtol=TOLERANCES[dtype])
-
-
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("dtype", IMAGE_TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("strategy", [*PARTS, augment.DSA])
 def test_images_and_gradients_equal_the_reference(strategy, shape, dtype, memory_format):
@@ -43,7 +37,7 @@ def test_images_and_gradients_equal_the_reference(strategy, shape, dtype, memory
         y = augment.apply(leaf, params, backend="reference" if device == "cpu" else "fused")
         results.append((y.detach(), *torch.autograd.grad(y, leaf, upstream.to(device))))
     for expected, result in zip(*results, strict=True):
-        close(result, expected, dtype)
+        close_images(result, expected)
 
 
 @pytest.mark.parametrize("strategy", ["crop", "color", augment.DSA])
@@ -80,7 +74,7 @@ def test_bytes_rows_and_both_conventions_of_corners():
         )
         moved = {"rows": rows.to(DEVICE), "mean": mean.to(DEVICE), "std": std.to(DEVICE)}
         result = augment.apply(x.to(DEVICE), on_gpu, **moved, align_corners=align_corners, backend="fused")
-        close(result, expected, torch.float32)
+        close_images(result, expected)
 
 
 def test_gradients_once_and_twice():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from numerics import IMAGE_TOLERANCE, close_images
 
 from mim4dd import augment, extension
 
@@ -15,7 +16,6 @@ NAMESPACE = "mim4dd_on_cpu"
 STRATEGIES = [*augment.DSA.split("_"), "color_crop_cutout_flip", augment.DSA]
 # Of 1, 3, fewer and more than 4 channels; one block and several; sides that are no multiple of anything.
 SHAPES = [(5, 1, 1, 1), (30, 3, 4, 4), (5, 3, 32, 32), (2, 2, 9, 300), (3, 7, 65, 33), (2, 3, 130, 127)]
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason="the extension is not built")
 
@@ -54,13 +54,8 @@ def packed(params):
     return torch.cat([field.float().reshape(len(field), -1) for field in params.fields().values()], 1)
 
 
-def close(result, wanted, dtype):
-    tolerance = TOLERANCES[dtype] * max(1.0, wanted.abs().max().item())
-    torch.testing.assert_close(result, wanted, atol=tolerance, rtol=TOLERANCES[dtype])
-
-
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("dtype", IMAGE_TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_images_and_gradients_equal_the_reference(kernels, strategy, shape, dtype, memory_format):
@@ -80,7 +75,7 @@ def test_images_and_gradients_equal_the_reference(kernels, strategy, shape, dtyp
         expected(x, upstream, params), (x, upstream), (False, True), strict=True
     ):
         result, again = (kernels(given, fields, None, None, None, True, adjoint) for _ in range(2))
-        close(result, wanted, dtype)
+        close_images(result, wanted)
         assert torch.equal(result, again)
 
 
@@ -98,7 +93,7 @@ def test_gradients_of_pixels_that_many_outputs_sampled(kernels, channels):
         2, 4, channels, 11, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
     wanted = expected(x, upstream, augment.AugmentParams(**fields))[1]
-    close(kernels(upstream, [*fields.values()], None, None, None, True, True), wanted, torch.float64)
+    close_images(kernels(upstream, [*fields.values()], None, None, None, True, True), wanted)
 
 
 def test_pixels_that_lie_too_far_apart_for_an_int(kernels):
@@ -109,7 +104,7 @@ def test_pixels_that_lie_too_far_apart_for_an_int(kernels):
     params = augment.sample(augment.DSA, 1, 2, generator=random, mode="all")
     fields = [*params.fields().values()]
     result = kernels(x, fields, None, None, None, True, False)
-    close(result, kernels(x.contiguous(), fields, None, None, None, True, False), torch.float32)
+    close_images(result, kernels(x.contiguous(), fields, None, None, None, True, False))
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
@@ -122,7 +117,7 @@ def test_bytes_that_are_normalised_and_rows(kernels, channels, align_corners):
     options = {"rows": rows, "mean": mean, "std": std, "align_corners": align_corners}
     for fields in ([*params.fields().values()], [packed(params)]):
         result = kernels(x, fields, rows, mean, std, align_corners, False)
-        close(result, expected(x, None, params, **options)[0], torch.float32)
+        close_images(result, expected(x, None, params, **options)[0])
 
 
 def test_pixels_that_are_sampled_with_no_weight_are_not_read(kernels):

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from mim4dd.kernels import first_block, launch
 
-poisoned = numerics.poisoned  # a fixture
+exact, poisoned = numerics.exact, numerics.poisoned  # fixtures
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
 # Relative errors by dtype; half precision against the formula on the same rounded operands.
@@ -25,15 +25,6 @@ SHAPES = [
     (2, 3, 4, 4, 5, 2, 96),
     (1, 2, 2, 9, 6, 1, 64),
 ]
-
-
-@pytest.fixture(autouse=True)
-def exact():
-    """float32 products in float32."""
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def case(shape, dtype=torch.float32):
@@ -113,8 +104,8 @@ def test_half_precision(shape, dtype):
 
 
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[5]], ids=str)
-def test_tensor_float(shape):
-    torch.backends.cudnn.allow_tf32 = True
+def test_tensor_float(shape, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     x, weight, scale, bias, padding = case(shape)
     check(x, weight, scale, bias, padding, relu=False, pool=2, tolerance=5e-3, loose=1e-2)
 

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 from mim4dd.kernels import launch
 from mim4dd.kernels.grad_weight import TILES, grad_weight
 
-poisoned = numerics.poisoned  # a fixture
+exact, poisoned = numerics.exact, numerics.poisoned  # fixtures
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Relative errors by dtype: half precision is that of the same rounded maps, rounded; the interpreter cuts off
 # what bfloat16 does not hold.
@@ -26,12 +26,6 @@ SHAPES = [
     (1, 2, 8, 8, 33, 20),
     (9, 2, 16, 16, 8, 8),
 ]
-
-
-@pytest.fixture(autouse=True)
-def exact(monkeypatch):
-    """float32 products in float32."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture
@@ -54,9 +48,7 @@ def check(grad_y, x, groups, tolerance=None):
     assert found.is_contiguous(memory_format=torch.channels_last)
     shape = grad_y.shape[1], x.shape[1] // groups, 3, 3
     expected = torch.nn.grad.conv2d_weight(x.double(), shape, grad_y.double(), padding=1, groups=groups)
-    assert found.shape == expected.shape
-    error = (found.double() - expected).abs().max() / expected.abs().max()
-    assert error <= (tolerance or TOLERANCE[x.dtype]), f"relative error {error:.2e}"
+    numerics.close(found, expected, tolerance or TOLERANCE[x.dtype])
     return found
 
 

@@ -3,6 +3,7 @@
 Without a GPU what is put together runs on the CPU, its kernels in Triton's interpreter.
 """
 
+import numerics
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,14 +26,10 @@ from mim4dd.networks import by_torch, on_gpu
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason="the extension is not built")
 
+exact = numerics.exact  # a fixture
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-
-
-@pytest.fixture(autouse=True)
-def exact_convolutions(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def random(*sizes, seed=0):
