@@ -52,7 +52,7 @@ def scales_of(
 
 @kept(4096)  # more than any program has in use, but not every number of one that lowers its temperature
 def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if values and torch.compiler.is_compiling():  # by `torch.tensor` a number would be a constant of the graph
+    if values and torch.compiler.is_compiling():  # `torch.tensor` would make numbers constants
         one = torch.ones((), dtype=dtype, device=device)
         return torch.stack([one * value for value in values])
     return torch.tensor(values, dtype=dtype, device=device)

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import extension
+from ..derivatives import last
 from . import batching, on_gpu
+from .normalisation import TWICE
 from .precision import computed_in
 
 MOST_CHANNELS = 4
@@ -150,7 +151,7 @@ class _Backward(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @once_differentiable
+    @last(TWICE)
     def backward(
         ctx: Any,
         grad_grad_x: Tensor | None,

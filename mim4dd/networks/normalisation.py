@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import extension
+from ..derivatives import last
 from . import batching, on_gpu
 
 
@@ -57,6 +57,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool, p
     return F.avg_pool2d(out, 2) if pool == 2 else out
 
 
+TWICE = "compiled layers are differentiable twice, those of torch (install with MIM4DD_NO_EXT=1) more often"
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -111,7 +112,7 @@ class _Backward(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @once_differentiable
+    @last(TWICE)
     def backward(
         ctx: Any, grad_grad_x: Tensor, grad_grad_weight: Tensor, grad_grad_bias: Tensor
     ) -> tuple[Any, ...]:

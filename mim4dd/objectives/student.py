@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call, grad
 
+from ..derivatives import last
 from ..networks.flat import flatten, unflatten
 
 # Takes the images and targets of one step from all of them, differentiably.
@@ -31,7 +31,8 @@ def trajectory_distance(
     """Return ‖end - target‖² / ‖start - target‖², end being `start` after SGD on all the images, a scalar.
 
     It is the loss of MTT (CVPR 2022), on all images in every step. Differentiable in `images` and
-    `step_size`, once, or with `memory="unrolled"` any number of times.
+    `step_size`, once, or with `memory="unrolled"` as often as the gradient of the network is: through the
+    compiled layers once, too.
 
     Args:
         network: its parameters' names are the keys of `start`; its own values are not used. Whatever
@@ -138,7 +139,7 @@ class _Trajectory(torch.autograd.Function):
         return path[-1].clone()  # a new tensor even after no step at all: an output must not be an input
 
     @staticmethod
-    @once_differentiable
+    @last("a trajectory in constant memory is differentiable once: use memory='unrolled'")
     def backward(ctx: Any, adjoint: Tensor) -> tuple[Any, ...]:
         _, _, step = ctx.saved_tensors
         data = ctx.data
