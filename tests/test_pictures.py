@@ -83,6 +83,70 @@ def test_grey_modes_give_one_channel(tmp_path, mode):
     assert all(np.array_equal(image[0], cross) for image in train.images)
 
 
+def loaded(folder: Path, image, suffix: str = ".png", **options) -> torch.Tensor:
+    """What becomes of a picture saved like this: uint8 [C, H, W]."""
+    for name in ("train/a/0", "train/b/0", "test/a/0"):
+        path = (folder / name).with_suffix(suffix)
+        path.parent.mkdir(parents=True)
+        image.save(path, **options)
+    return load(str(folder))[0].images[0]
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_transparent_pictures_lie_on_white(tmp_path, mode):
+    from PIL import Image
+
+    grey, alpha = picture((10, 10), 0, grey=True), picture((10, 10), 1, grey=True)
+    alpha[:2], alpha[2:4] = 0, 255
+    bands = [*[grey] * (len(mode) - 1), alpha]
+    image = Image.merge(mode, [Image.fromarray(band) for band in bands])
+    expected = 255 + (grey - 255.0) * alpha / 255
+    found = loaded(tmp_path, image)
+    assert found.shape == (len(mode) - 1, 10, 10)
+    assert np.abs(found.numpy() - expected).max() <= 1
+    assert (found[:, :2] == 255).all()
+    assert np.array_equal(found[0, 2:4], grey[2:4])
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "suffix"),
+    [("1", 0, ".png"), ("L", 0, ".png"), ("P", 0, ".png"), ("P", 0, ".gif"), ("RGB", (0, 0, 0), ".png")],
+)
+def test_a_transparent_colour_is_white(tmp_path, mode, colour, suffix):
+    from PIL import Image
+
+    cross = Image.fromarray(np.eye(10, dtype=np.uint8) * 255).convert(mode)
+    found = loaded(tmp_path, cross, suffix, transparency=colour)
+    assert found.shape[0] == (1 if mode in ("1", "L") else 3)
+    assert (found == 255).all()
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+@pytest.mark.parametrize(("orientation", "turns"), [(3, 2), (6, 3), (8, 1)])
+def test_pictures_are_upright_as_their_exif_says(tmp_path, suffix, orientation, turns):
+    from PIL import Image
+
+    quarters = np.repeat(np.array([0, 80, 160, 240], np.uint8), 4).reshape(2, 8).repeat(4, axis=0)
+    image = Image.fromarray(quarters)
+    exif = image.getexif()
+    exif[0x112] = orientation
+    found = loaded(tmp_path, image, suffix, exif=exif)
+    assert np.abs(found[0].numpy() - np.rot90(quarters, turns).astype(float)).max() <= 8
+
+
+def test_a_damaged_exif_still_turns_a_picture(tmp_path):
+    """A number that is text elsewhere in it is nothing to refuse a picture for."""
+    from PIL import Image
+
+    image = Image.fromarray(picture((10, 10), 0))
+    exif = image.getexif()
+    exif[0x112], exif[0x11A] = 6, 72.0
+    damaged = exif.tobytes().replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x02")
+    assert damaged != exif.tobytes()
+    found = loaded(tmp_path, image, exif=damaged)
+    assert np.array_equal(found.permute(1, 2, 0), np.rot90(picture((10, 10), 0), 3))
+
+
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_deep_modes_are_refused(tmp_path, mode):
     from PIL import Image

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 TEST_NAMES = ("test", "val", "validation", "valid")  # the first one found is the test set
 GREY_MODES = ("1", "L", "LA")
+ALPHA_MODES = ("LA", "PA", "RGBA")
 ANNOTATIONS = "val_annotations.txt"  # Tiny ImageNet keeps its validation images in one folder and this table
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # converting these would clip them to 8 bits
 
@@ -167,7 +168,10 @@ def _hub_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ..
 
 
 def _decode(pictures: Iterable[tuple[str, bytes]], count: int, image_size: int | None) -> np.ndarray:
-    """`count` pairs (name, encoded picture) -> uint8 [count, C, H, W], C = 1 if every one is grey, else 3."""
+    """`count` pairs (name, encoded picture) -> uint8 [count, C, H, W], C = 1 if every one is grey, else 3.
+
+    Pictures are upright as their EXIF says, and on white where they are transparent.
+    """
     from PIL import Image, ImageOps
 
     images: np.ndarray = np.empty((0, 1, 0, 0), np.uint8)
@@ -177,7 +181,13 @@ def _decode(pictures: Iterable[tuple[str, bytes]], count: int, image_size: int |
                 raise InputError(
                     f"{name}: mode {file.mode}, more than 8 bits a pixel; save it as an 8-bit picture"
                 )
-            picture = file.convert("L" if file.mode in GREY_MODES else "RGB")
+            file.getexif()  # kept by Pillow; without its bytes, turning need not write it anew,
+            file.info.pop("exif", None)  # which fails where other parts of it are damaged
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode in ALPHA_MODES or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            picture = picture.convert("L" if file.mode in GREY_MODES else "RGB")
             if image_size:
                 picture = ImageOps.fit(picture, (image_size, image_size))
         pixels = np.asarray(picture).reshape(picture.height, picture.width, -1).transpose(2, 0, 1)
