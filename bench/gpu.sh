@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# On a CUDA machine with torch, Triton, pytest and pytest-benchmark: build from source, run the GPU tests, then
-# the benches of the loop, the augmentation and the losses; leave bench/results/<bench>-<device>.{json,md}.
+# On a CUDA machine with torch, Triton, numpy, safetensors, filelock, pytest and pytest-benchmark: build from source,
+# run the GPU tests, then the benches of losses, augmentation and loop; leave bench/results/<bench>-<device>.{json,md}.
 # Downloads nothing and ends within 9 minutes: a part that is cut off leaves what it has measured, and its table
 # names the rest. A failure fails the script, after everything else has run.
 #
-#   PYTHON=python3 bench/gpu.sh [tests] [loop] [augment] [losses] [profile]     (default: all of them)
+#   PYTHON=python3 bench/gpu.sh [tests] [losses] [augment] [loop] [profile]     (default: all of them)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -13,9 +13,9 @@ export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PWD/build/inductor}
 unset TRITON_INTERPRET
 mkdir -p build
 
-parts=" ${*:-tests loop augment losses profile} "
+parts=" ${*:-tests losses augment loop profile} "
 for part in $parts; do
-    case $part in tests | loop | augment | losses | profile) ;; *)
+    case $part in tests | losses | augment | loop | profile) ;; *)
         echo "bench/gpu.sh: there is no part $part; see the head of the script" >&2
         exit 2
         ;;
@@ -26,9 +26,9 @@ wanted() { [[ $parts == *" $1 "* ]]; }
 capability=$("$PYTHON" - <<'END'
 import sys
 try:
-    import pytest, pytest_benchmark, torch, triton
+    import filelock, numpy, pytest, pytest_benchmark, safetensors, torch, triton
 except ImportError as error:
-    sys.exit(f"bench/gpu.sh: {sys.executable}: {error}; set PYTHON to one with torch, triton, pytest, pytest-benchmark")
+    sys.exit(f"bench/gpu.sh: {sys.executable}: {error}; set PYTHON to one with all that this script's head names")
 if not torch.cuda.is_available():
     sys.exit("bench/gpu.sh: torch sees no CUDA device; run it on a machine with one, with a torch built for CUDA")
 print("%d%d" % torch.cuda.get_device_capability())
@@ -57,6 +57,7 @@ measure() {
     within "$@"
     status=$?
     [ $status -eq 0 ] || [ $status -eq 124 ] || failed=1
+    return $status
 }
 
 bench() {
@@ -64,6 +65,10 @@ bench() {
     wanted "$1" || return
     rm -f "$json"
     measure "$2" "$PYTHON" -m pytest -vv "bench/test_$1.py" --benchmark-enable --benchmark-json="$json" -k cuda
+    if [ $? -eq 124 ] && [ ! -s "$json" ]; then
+        echo "$1: the time was up before anything was measured"
+        return
+    fi
     "$PYTHON" -m bench.report "$json" || failed=1
 }
 
@@ -82,8 +87,8 @@ if wanted tests; then
     grep -E '^E  |FAILED|ERROR' $log | sort -u | head -50
     tail -n 1 $log
 fi
-bench loop 170
-bench augment 50
 bench losses 70
+bench augment 50
+bench loop 170
 wanted profile && measure 30 "$PYTHON" -m bench.profile --method dm
 exit $failed

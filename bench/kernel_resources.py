@@ -1,4 +1,4 @@
-"""What every launch configuration costs on sm_80 and sm_90, compiled here: no GPU needed.
+"""What every launch configuration costs on sm_80, sm_90 and sm_100, compiled here: no GPU needed.
 
     python -m bench.kernel_resources            a table
     python -m bench.kernel_resources --json     the same as JSON lines
@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -32,8 +32,8 @@ from triton.runtime.jit import JITFunction
 from mim4dd import kernels
 from mim4dd.losses.form import LossForm
 
-# Shared memory a program may have and the number of multiprocessors: A100 and H100.
-DEVICES = {80: (166_912, 108), 90: (232_448, 132)}
+# Shared memory a program may have and the number of multiprocessors: A100, H100 and B200.
+DEVICES = {80: (166_912, 108), 90: (232_448, 132), 100: (232_448, 148)}
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 LOSS_OF_SUMS = {sums: loss for loss, sums in LOG_SUMS.items()}
 INFO_NCE = ("info_nce", "info_nce_any")
@@ -137,15 +137,15 @@ def facts(
     }
 
 
-def rows(capability: int, precision: str) -> Iterator[dict]:
-    """Compile every table entry of a precision, with gradients to both sides."""
+def rows(capability: int, precision: str, tables: Sequence[str]) -> Iterator[dict]:
+    """Compile every entry of these tables for a precision, with gradients to both sides."""
     dtype = DTYPES[precision]
     torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
     labels = torch.zeros(64, dtype=torch.int64)
     scales = torch.ones(2, 1)
     seen = set()
-    for table_name, calls in CALLS.items():
-        table = launch.TABLES[table_name]
+    for table_name in tables:
+        table, calls = launch.TABLES[table_name], CALLS[table_name]
         pairs = 1 << 62 if table_name in ("DOTS", "PRODUCT") else 0
         for tile in table.get(precision, ()):
             features = torch.ones(64, tile.d if "NARROW" in table_name else 256, dtype=dtype)
@@ -226,11 +226,15 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--sm", type=int, nargs="+", default=[*DEVICES], choices=[*DEVICES])
     parser.add_argument("--precision", nargs="+", default=[*DTYPES], choices=[*DTYPES])
+    parser.add_argument(
+        "--tables", nargs="+", choices=[*CALLS], help="of the losses; default: all, and the layers"
+    )
     arguments = parser.parse_args()
     header = True
     for capability in arguments.sm:
         for precision in arguments.precision:
-            for row in chain(rows(capability, precision), layer_rows(capability, precision)):
+            layers = iter(()) if arguments.tables else layer_rows(capability, precision)
+            for row in chain(rows(capability, precision, arguments.tables or [*CALLS]), layers):
                 if arguments.json:
                     print(json.dumps(row), flush=True)
                     continue

@@ -140,17 +140,18 @@ def choose(
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """How products of `dtype` are formed: float32 follows `torch.set_float32_matmul_precision`."""
+    """How products of `dtype` are formed: float32 as torch's on CUDA."""
     if dtype != torch.float32:
         return "half"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # Not `get_float32_matmul_precision`, which raises where a program has set that of CUDA alone.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def precision_of_convolutions(dtype: torch.dtype) -> str:
-    """The same for convolutions: float32 as in torch's."""
+    """The same for convolutions."""
     if dtype != torch.float32:
         return "half"
-    # Not `allow_tf32`, which raises where a program has set the precision of convolutions alone.
+    # Likewise not `allow_tf32`.
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 

@@ -147,13 +147,13 @@ def pairs_kernel(
     )  # fmt: skip
     sums = SUMS + tl.program_id(0) * 3
     if SUM:
-        tl.store(sums, tl.sum(tl.sum(loss2, 1), 0) * LN2)
+        tl.store(sums, tl.sum(loss2) * LN2)
     if GRADIENT:
         # The cosine again from x, rather than kept: registers are what this kernel is short of.
         cosines = (x2 + tl.log2(tl.load(SCALES + 1))) * (tl.load(SCALES) * LN2)
         if BY_SCALES:
-            tl.store(sums + 1, tl.sum(tl.sum(slopes * cosines, 1), 0))
-            tl.store(sums + 2, tl.sum(tl.sum(slopes, 1), 0))
+            tl.store(sums + 1, tl.sum(slopes * cosines))
+            tl.store(sums + 2, tl.sum(slopes))
         scaled = slopes * (a_inverse * tl.load(GAIN))[:, None] * k_inverse[None, :]
         tl.store(
             SLOPES + rows.to(tl.int64)[:, None] * N + columns[None, :], scaled.to(SLOPES.dtype.element_ty),

@@ -20,7 +20,7 @@ from bench.test_loop import (
     test_the_trained_network_is_that_of_the_textbook,
     test_trajectory_matching_is_that_of_the_textbook,
 )
-from mim4dd import augment, extension, networks
+from mim4dd import augment, distill, extension, graph, networks
 from mim4dd.objectives import METHODS
 from mim4dd.seeding import generator
 
@@ -124,8 +124,20 @@ def test_the_profile_names_the_parts(method, monkeypatch, capsys, tmp_path):
     assert shares["rest"] < 40
     assert re.search(r"[\d.]+ GFLOP/s, \d+% of the 10 GFLOP/s of a square fp32 product", printed)
     assert all(part in trace.read_text() for part in PARTS[method])
-    assert profile.distill.distill.__name__ == "distill"
     assert profile.augment.apply.__name__ == "apply", "the names are taken off again"
+
+
+def test_the_profile_sees_the_parts_of_every_iteration_where_they_are_replayed(monkeypatch, tmp_path):
+    monkeypatch.setattr(distill, "replayed", graph.Replayed)
+    monkeypatch.setattr(graph, "_aside", lambda step, inputs, _: step(*inputs))
+    monkeypatch.setattr(graph, "_record", lambda *_: lambda: torch.zeros(1))  # nothing of it is seen
+    trace = tmp_path / "trace.json"
+    options = f"--width 8 --real-batch 8 --iterations 3 --device cpu --precision fp32 --trace {trace}"
+    monkeypatch.setattr("sys.argv", ["profile", *options.split()])
+    monkeypatch.setattr(profile, "matrix_rate", lambda *_: 1e10)
+    profile.main()
+    names = [event["name"] for event in json.loads(trace.read_text())["traceEvents"]]
+    assert names.count("forward synthetic") == names.count("update") == 3
 
 
 @pytest.mark.parametrize(
@@ -315,8 +327,11 @@ def test_gpu_script_runs_every_part_whatever_fails(tmp_path, failing, status, ex
     assert done.returncode == expected
     assert (f"FAILED {failing}::test_a" in done.stdout) == (failing != "nothing"), "what has failed is told"
     parts = re.findall(r"pip install|(?:tests|bench)/test_\w+|bench\.(?:report|profile)", log.read_text())
-    benches = ("loop", "augment", "losses")
+    benches = ("losses", "augment", "loop")
     after = [part for name in benches for part in (f"bench/test_{name}", "bench.report")]
+    if status == 124:  # before there was anything to report
+        after.remove("bench.report")
+        assert "losses: the time was up before anything was measured" in done.stdout
     tests = [f"tests/test_{name}" for name in GPU_TESTS]
     assert parts == ["pip install", *tests, *after, "bench.profile"]
     assert log.read_text().count(" -k cuda\n") == len(benches), "what is measured on a GPU, and no more"

@@ -60,6 +60,7 @@ def test_every_width_of_the_narrow_path(path, dtype, width):
 def test_parts_of_the_other_side_are_made_where_rows_are_few():
     assert narrow._steps(tiles=300, steps=300, slots=264) < 300  # else a second wave is mostly idle
     assert narrow._steps(tiles=2640, steps=300, slots=264) == 300
+    assert narrow._steps(tiles=2048, steps=2048, slots=264) == 2048  # not 7 gradients for 2 % of the time
     assert narrow._steps(tiles=1, steps=1000, slots=264) == 4
     assert narrow._steps(tiles=1, steps=1, slots=264) == 1
 

@@ -125,6 +125,13 @@ def test_autotune_searches_anew_for_other_sizes_and_dtypes(monkeypatch, tmp_path
     assert len(json.loads(file.read_text())) == 4
 
 
+@pytest.mark.parametrize(("setting", "precision"), [("tf32", "tf32"), ("ieee", "ieee")])
+def test_products_are_as_precise_as_torchs_on_cuda_alone(monkeypatch, setting, precision):
+    """After which torch refuses to tell the precision of all devices."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", setting)
+    assert launch.precision_of(torch.float32) == precision
+
+
 @pytest.mark.parametrize(
     ("setting", "precision"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")]
 )
