@@ -69,6 +69,29 @@ def test_folder_of_grey_and_colour(tmp_path, name):
     assert test.images.shape == (2, 3, 10, 10)
 
 
+def test_the_first_test_set_with_labels_is_read(tmp_path):
+    write_pictures(tmp_path / "train" / "a", 2)
+    write_pictures(tmp_path / "train" / "b", 2)
+    write_pictures(tmp_path / "test", 4)
+    for i, name in enumerate(("val", "valid")):
+        write_pictures(tmp_path / name / "b", 1, seed=20 + i)
+    assert np.array_equal(load(str(tmp_path))[1].images[0].permute(1, 2, 0), picture((10, 10), seed=20))
+    write_pictures(tmp_path / "test" / "unknown", 4)
+    assert load(str(tmp_path))[1].labels.tolist() == [1]
+
+
+@pytest.mark.parametrize("stray", [".cache/x.parquet", "._x.parquet", "x.parquet", "train/metadata.parquet"])
+def test_a_stray_parquet_file_hides_no_pictures(tmp_path, stray):
+    write_pictures(tmp_path / "train" / "a", 2)
+    write_pictures(tmp_path / "train" / "b", 2)
+    write_pictures(tmp_path / "test" / "b", 1)
+    (tmp_path / stray).parent.mkdir(exist_ok=True)
+    (tmp_path / stray).touch()
+    train, test = load(str(tmp_path))
+    assert train.labels.tolist() == [0, 0, 1, 1]
+    assert test.labels.tolist() == [1]
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA"])
 def test_grey_modes_give_one_channel(tmp_path, mode):
     from PIL import Image
@@ -181,6 +204,7 @@ def test_image_size_of_pictures(tmp_path):
 def test_folder_mistakes(tmp_path):
     from PIL import Image
 
+    (tmp_path / "._x.parquet").touch()
     with pytest.raises(InputError, match="no pictures; expected"):
         load(str(tmp_path))
     write_pictures(tmp_path / "train" / "a", 3)
@@ -270,6 +294,17 @@ def test_parquet_folder(tmp_path, train_names, test_name):
     assert test.labels.tolist() == [2, 1]
     assert np.array_equal(test.images[0].permute(1, 2, 0), picture((10, 10), 50))
     assert load(str(tmp_path), image_size=8)[0].image_size == (8, 8)
+
+
+def test_hidden_files_and_a_folder_of_pictures_are_no_part_of_a_parquet_folder(tmp_path):
+    write_parquet(tmp_path / "train" / "0000.parquet", 4, [0, 1, 2, 2])
+    write_parquet(tmp_path / "test" / "0000.parquet", 2, [2, 1])
+    (tmp_path / "train" / "._0000.parquet").touch()
+    (tmp_path / "test" / "._0000.parquet").touch()
+    write_pictures(tmp_path / "assets", 1)
+    train, test = load(str(tmp_path))
+    assert train.labels.tolist() == [0, 1, 2, 2]
+    assert test.labels.tolist() == [2, 1]
 
 
 def test_parquet_label_column(tmp_path):

@@ -71,7 +71,7 @@ def _read_path(dataset: str, data_dir: Path | None, image_size: int | None) -> r
     if data_dir is not None:
         raise InputError(f"--data-dir {data_dir} is for named sets, and {dataset} is a path; leave it out")
     if path.is_dir():
-        read = pictures.read_parquet if pictures.has_parquet(path) else pictures.read_folder
+        read = pictures.read_parquet if pictures.is_parquet(path) else pictures.read_folder
         return read(path, image_size)
     if path.suffix == ".npz":
         return readers.read_npz(path)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-TEST_NAMES = ("test", "val", "validation", "valid")  # the first one found is the test set
+TEST_NAMES = ("test", "val", "validation", "valid")  # the first one with labels is the test set
 GREY_MODES = ("1", "L", "LA")
 ALPHA_MODES = ("LA", "PA", "RGBA")
 ANNOTATIONS = "val_annotations.txt"  # Tiny ImageNet keeps its validation images in one folder and this table
@@ -25,8 +25,15 @@ DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # converting these w
 
 
 def read_folder(path: Path, image_size: int | None) -> Pair:
-    """Read `path/train/<class>/*` with `path/test|val|validation/<class>/*`, or `path/<class>/*` alone."""
-    root = path / "train" if (path / "train").is_dir() else path
+    """Read `path/train/<class>/*` with a test set `path/<name>/<class>/*`, or `path/<class>/*` alone.
+
+    The names of a test set are test, val, validation and valid. If there are several, the first one that has
+    labels is read: a folder of the training classes with pictures in it, or the table of Tiny ImageNet.
+
+    Raises:
+        InputError: pictures that cannot be read, of several sizes or without a class, or a class without any.
+    """
+    root = _root(path)
     classes = tuple(sorted(folder.name for folder in _folders(root)))
     if root == path and (reserved := next((name for name in TEST_NAMES if name in classes), None)):
         raise InputError(f"{path / reserved} is a test set only beside {path / 'train'}; rename one of them")
@@ -37,8 +44,14 @@ def read_folder(path: Path, image_size: int | None) -> Pair:
     candidates = [path / name for name in TEST_NAMES if root != path and (path / name).is_dir()]
     if not candidates:
         return train, None
-    labelled = [c for c in candidates if (c / ANNOTATIONS).is_file()]  # Tiny ImageNet's test has no labels
-    return _same_channels(train, _folder_part((labelled or candidates)[0], classes, image_size))
+    labelled = (  # Tiny ImageNet's test is not
+        c for c in candidates if (c / ANNOTATIONS).is_file() or any(k in classes for _, k in _pictures(c))
+    )
+    return _same_channels(train, _folder_part(next(labelled, candidates[0]), classes, image_size))
+
+
+def _root(path: Path) -> Path:
+    return path / "train" if (path / "train").is_dir() else path
 
 
 def _folders(path: Path) -> list[Path]:
@@ -49,18 +62,21 @@ def _hidden(file: Path) -> bool:
     return any(part.startswith(".") for part in file.parts)
 
 
+def _pictures(root: Path) -> Iterator[tuple[Path, str]]:
+    """The pictures in the class folders of `root`, with the name of their class."""
+    for folder in _folders(root):
+        for file in sorted(folder.rglob("*")):
+            if file.suffix.lower() in SUFFIXES and not _hidden(file.relative_to(folder)):
+                yield file, folder.name
+
+
 def _folder_part(root: Path, classes: tuple[str, ...], image_size: int | None) -> Raw:
     if (root / ANNOTATIONS).is_file():
         with reading(root / ANNOTATIONS, "table of file names and classes"):
             rows = [line.split("\t") for line in (root / ANNOTATIONS).read_text().splitlines()]
             files = [(root / "images" / row[0], row[1]) for row in rows]
     else:
-        files = [
-            (file, folder.name)
-            for folder in _folders(root)
-            for file in sorted(folder.rglob("*"))
-            if file.suffix.lower() in SUFFIXES and not _hidden(file.relative_to(folder))
-        ]
+        files = [*_pictures(root)]
     if not files:
         raise InputError(
             f"{root}: no pictures; expected {root}/<class>/<name> with one of {' '.join(SUFFIXES)}"
@@ -85,9 +101,8 @@ def read_parquet(path: Path, image_size: int | None) -> Pair:
     roots = (path, path / "data")
 
     def files(split: str) -> list[Path]:
-        return sorted(
-            f for root in roots for g in (f"{split}*.parquet", f"{split}/*.parquet") for f in root.glob(g)
-        )
+        found = [f for r in roots for g in (f"{split}*.parquet", f"{split}/*.parquet") for f in r.glob(g)]
+        return sorted(file for file in found if not _hidden(file.relative_to(path)))
 
     train = files("train")
     if not train:
@@ -100,9 +115,14 @@ def read_parquet(path: Path, image_size: int | None) -> Pair:
     return _same_channels(_parquet_part(train, image_size), _parquet_part(tests, image_size))
 
 
-def has_parquet(path: Path) -> bool:
-    """Whether the folder holds parquet files where `read_parquet` looks."""
-    return any(next(path.glob(g), None) for g in ("*.parquet", "*/*.parquet", "data/*/*.parquet"))
+def is_parquet(path: Path) -> bool:
+    """Whether the folder is one for `read_parquet`: of parquet files, and not of pictures of several classes.
+
+    Beside these, a parquet file holds something else; a single folder of pictures may be there to illustrate.
+    """
+    globs = ("*.parquet", "*/*.parquet", "data/*/*.parquet")
+    found = any(not _hidden(file.relative_to(path)) for g in globs for file in path.glob(g))
+    return found and len({name for _, name in _pictures(_root(path))}) < 2
 
 
 def _parquet_part(paths: list[Path], image_size: int | None) -> Raw:
