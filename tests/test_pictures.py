@@ -229,7 +229,9 @@ def test_folder_mistakes(tmp_path):
     with pytest.raises(InputError, match="more than 8 bits"):
         load(str(tmp_path))
     write_pictures(tmp_path / "oblong" / "a", 5, (10, 12))
-    with pytest.raises(InputError, match=r"images of 12x10; expected square ones \(--image-size"):
+    with pytest.raises(
+        InputError, match=r"oblong.*: 12x10 pixels; expected square pictures, as --image-size"
+    ):
         load(str(tmp_path / "oblong"))
 
 
@@ -288,6 +290,7 @@ def test_parquet_folder(tmp_path, train_names, test_name):
     for i, name in enumerate(train_names):
         write_parquet(tmp_path / name, 4, [0, 1, 2, 2], columns=("image", "labels"), seed=10 * i)
     write_parquet(tmp_path / test_name, 2, [2, 1], columns=("image", "labels"), seed=50)
+    write_pictures(tmp_path / "assets", 1)
     train, test = load(str(tmp_path))
     assert train.labels.tolist() == [0, 1, 2, 2] * len(train_names)
     assert np.array_equal(train.images[-1].permute(1, 2, 0), picture((10, 10), 10 * len(train_names) - 7))
@@ -296,12 +299,11 @@ def test_parquet_folder(tmp_path, train_names, test_name):
     assert load(str(tmp_path), image_size=8)[0].image_size == (8, 8)
 
 
-def test_hidden_files_and_a_folder_of_pictures_are_no_part_of_a_parquet_folder(tmp_path):
+def test_hidden_parquet_files_are_skipped(tmp_path):
     write_parquet(tmp_path / "train" / "0000.parquet", 4, [0, 1, 2, 2])
     write_parquet(tmp_path / "test" / "0000.parquet", 2, [2, 1])
     (tmp_path / "train" / "._0000.parquet").touch()
     (tmp_path / "test" / "._0000.parquet").touch()
-    write_pictures(tmp_path / "assets", 1)
     train, test = load(str(tmp_path))
     assert train.labels.tolist() == [0, 1, 2, 2]
     assert test.labels.tolist() == [2, 1]

@@ -145,7 +145,7 @@ def test_shrinking_averages():
         ({"y_train": np.arange(9) % 2}, r"10 images but labels of shape \(9,\)"),
         ({"y_train": np.eye(10, dtype=int)}, r"10 images but labels of shape \(10, 10\)"),
         ({"x_train": pixels(10, 12, 16, 3)}, "expected square images"),
-        ({"x_train": pixels(10, 12, 16)}, "images of 16x12; expected square"),
+        ({"x_train": pixels(10, 12, 16)}, "images of 16x12; expected square ones$"),
         ({"x_train": pixels(10, 7, 7, 3)}, "images of 7x7; expected at least 8x8"),
         ({"x_train": pixels(10, 8, 8, 8)}, "may be .N, H, W, C. or .N, C, H, W."),
         ({"x_train": pixels(10, 144)}, r"shape \(10, 144\); expected"),

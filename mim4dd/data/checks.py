@@ -23,9 +23,7 @@ def check(raw: Raw) -> None:
         raise InputError(f"{source}: images of type {images.dtype}; expected uint8 or float")
     height, width = images.shape[2:]
     if height != width:
-        raise InputError(
-            f"{source}: images of {width}x{height}; expected square ones (--image-size crops pictures)"
-        )
+        raise InputError(f"{source}: images of {width}x{height}; expected square ones")
     if height < SMALLEST:
         raise InputError(f"{source}: images of {width}x{height}; expected at least {SMALLEST}x{SMALLEST}")
     largest = float(np.finfo(np.float32).max)

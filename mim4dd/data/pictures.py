@@ -222,6 +222,11 @@ def _decode(pictures: Iterable[tuple[str, bytes]], count: int, image_size: int |
         if len(pixels) > images.shape[1]:  # the first colour picture after grey ones
             images = np.repeat(images, 3, axis=1)
         images[i] = pixels  # a grey picture among coloured ones fills all three channels
+    height, width = images.shape[2:]
+    if height != width:
+        raise InputError(
+            f"{name}: {width}x{height} pixels; expected square pictures, as --image-size crops them"
+        )
     return images
 
 
