@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mim4dd import augment, data
 from mim4dd.data import ImageSet, load, named
+from mim4dd.data.whitening import Whitening
 from mim4dd.errors import InputError
 
 
@@ -32,8 +33,10 @@ def test_properties():
     assert len(images) == 5
     assert (images.num_classes, images.channels, images.image_size) == (2, 5, (9, 9))
     assert images.to("cpu").class_names == images.class_names
-    meta = images.to("meta")
-    assert {t.device.type for t in (meta.images, meta.labels, meta.mean, meta.std)} == {"meta"}
+    assert images.to("meta").whitening is None
+    meta = images.whitened(Whitening.fit(images.images)).to("meta")
+    tensors = meta.images, meta.labels, meta.mean, meta.std, meta.whitening.mean, meta.whitening.matrix
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
 def test_batch_is_normalised_and_keeps_leading_shape():

@@ -61,7 +61,7 @@ class ImageSet:
     def to(self, device: torch.device | str) -> ImageSet:
         """The same set on another device."""
         moved = {name: getattr(self, name).to(device) for name in ("images", "labels", "mean", "std")}
-        return replace(self, **moved)
+        return replace(self, **moved, whitening=self.whitening and self.whitening.to(device))
 
     def batch(self, index: Tensor) -> Tensor:
         """Normalised images float32 [..., C, H, W] for an index [...]; gathered first, then converted."""
