@@ -24,6 +24,7 @@ FORMAT = "mim4dd-synthetic-1"
 IMAGES = "synthetic.safetensors"  # in the folder of a run
 TENSORS = ("images", "labels", "mean", "std")
 OPTIONAL = ("soft_labels",)
+DTYPES = {"images": torch.float32, "labels": torch.int64, "soft_labels": torch.float32}
 WHITENING = ("mean", "matrix")
 FACTS = ("class_names", "factor", "network_lr")
 
@@ -63,9 +64,10 @@ class SyntheticSet:
     def __post_init__(self) -> None:
         if self.images.ndim != 4:
             raise _wrong(f"images are {list(self.images.shape)}, expected [n, C, H, W]")
-        for name, dtype in (("images", torch.float32), ("labels", torch.int64)):
-            if (found := getattr(self, name).dtype) != dtype:
-                raise _wrong(f"{name} are {found}, expected {dtype}")
+        for name, dtype in DTYPES.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.dtype != dtype:
+                raise _wrong(f"{name} are {tensor.dtype}, expected {dtype}")
         channels = self.images.shape[1]
         for name in ("mean", "std"):
             values = getattr(self, name)
@@ -73,8 +75,7 @@ class SyntheticSet:
                 found = f"{values.dtype} {list(values.shape)}"
                 raise _wrong(f"{name} is {found}, expected floats [{channels}]: one per channel")
         if self.labels.shape != self.images.shape[:1]:
-            found = list(self.labels.shape)
-            raise _wrong(f"labels are {found}, expected [{len(self.images)}]: one per image")
+            raise _wrong(f"labels are {list(self.labels.shape)}, expected [{len(self)}]: one per image")
         classes = len(self.class_names)
         if self.labels.device.type == "cpu":  # a look at others would wait for their device
             wrong = self.labels[(self.labels < 0) | (self.labels >= classes)]
@@ -140,14 +141,15 @@ class SyntheticSet:
 
     def save(self, path: str | Path) -> None:
         """Write one .safetensors file, whole or not at all."""
-        facts = {**self.metadata, **{name: getattr(self, name) for name in FACTS}}
+        facts = {name: getattr(self, name) for name in FACTS} | {"metadata": self.metadata}
         if self.network_lr is not None:
             facts["network_lr"] = float(self.network_lr)  # JSON knows no numbers of numpy
         # Copies: safetensors refuses tensors that share memory, as mean and std may.
         whole = torch.contiguous_format
-        tensors = {name: tensor.clone(memory_format=whole).cpu() for name, tensor in self._tensors().items()}
+        tensors = self._tensors()
         if self.whitening:
-            tensors |= {f"whitening.{name}": getattr(self.whitening, name).cpu() for name in WHITENING}
+            tensors |= {f"whitening.{name}": getattr(self.whitening, name) for name in WHITENING}
+        tensors = {name: tensor.clone(memory_format=whole).cpu() for name, tensor in tensors.items()}
         with atomic(Path(path)) as temporary:
             save_file(tensors, temporary, {"format": FORMAT, "facts": json.dumps(facts)})
 
@@ -177,7 +179,8 @@ class SyntheticSet:
             facts = json.loads(header["facts"])
             own = {name: facts.pop(name) for name in FACTS}
             own["class_names"] = tuple(own["class_names"])
-            return cls(**tensors, **own, metadata=facts, whitening=whitening)
+            metadata = facts.get("metadata", facts)  # older files have it among their own facts
+            return cls(**tensors, **own, metadata=metadata, whitening=whitening)
         except FileNotFoundError as error:
             raise InputError(f"{path}: no such file; expected a synthetic.safetensors of mim4dd") from error
         except (SafetensorError, OSError, KeyError, ValueError) as error:

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mim4dd.data import ImageSet, load
+from mim4dd.data.whitening import Whitening
 from mim4dd.errors import InputError
 from mim4dd.seeding import generator
 from mim4dd.synthetic import SyntheticSet, decode, encode, initialise, select_kmeans
@@ -26,7 +28,7 @@ def test_round_trip(tmp_path, digits):
         start.class_names,
         start.mean,
         start.std,
-        {"seed": 3, "config": {"a": [1]}},
+        {"seed": 3, "config": {"a": [1]}, "factor": "of the user", "metadata": 1},
         factor=2,
         soft_labels=torch.rand(80, 10),
         network_lr=0.02,
@@ -36,8 +38,29 @@ def test_round_trip(tmp_path, digits):
     for name in ("images", "labels", "mean", "std", "soft_labels"):
         assert torch.equal(getattr(read, name), getattr(written, name))
     assert read.class_names == digits.class_names
-    assert read.metadata == {"seed": 3, "config": {"a": [1]}}
+    assert read.metadata == written.metadata
     assert (read.factor, read.network_lr) == (2, 0.02)
+
+
+def test_a_file_with_metadata_among_its_own_facts_is_read(tmp_path, digits):
+    whole, path = tmp_path / "set.safetensors", tmp_path / "older.safetensors"
+    initialise(digits, 1, "real", generator(0, "init")).save(whole)
+    facts = {"dataset": "digits", "config": {}, "class_names": "0123456789", "factor": 1, "network_lr": 0.5}
+    header = {"format": "mim4dd-synthetic-1", "facts": json.dumps(facts)}
+    save_file(load_file(whole), path, header)
+    read = SyntheticSet.load(path)
+    assert read.metadata == {"dataset": "digits", "config": {}}
+    assert (read.class_names, read.factor, read.network_lr) == (digits.class_names, 1, 0.5)
+
+
+@pytest.mark.parametrize("views", [lambda m: (m[0], m), lambda m: (torch.zeros(64), m.T)])
+def test_whitening_of_views_is_saved(tmp_path, digits, views):
+    mean, matrix = views(torch.rand(64, 64))
+    start = initialise(digits, 1, "real", generator(0, "init"))
+    replace(start, whitening=Whitening(mean, matrix)).save(tmp_path / "set.safetensors")
+    read = SyntheticSet.load(tmp_path / "set.safetensors").whitening
+    assert torch.equal(read.mean, mean)
+    assert torch.equal(read.matrix, matrix)
 
 
 def test_one_tensor_for_mean_and_std_and_a_number_of_numpy_are_saved(tmp_path, digits):
@@ -106,6 +129,10 @@ def test_soft_labels_that_do_not_fit_are_refused(tmp_path, digits):
             "images are torch.float64, expected torch.float32",
         ),
         (lambda images, labels: {"labels": labels.int()}, "labels are torch.int32, expected torch.int64"),
+        (
+            lambda images, labels: {"soft_labels": torch.eye(10).int()[labels]},
+            "soft_labels are torch.int32, expected torch.float32",
+        ),
         (
             lambda images, labels: {"mean": torch.zeros(3)},
             r"mean is torch.float32 \[3\], expected floats \[1\]",
