@@ -7,7 +7,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -36,36 +36,41 @@ def seconds(call: Callable[[], object], device: Device) -> float:
     return time.perf_counter() - start
 
 
+Calls = Mapping[str, Callable[[], object]]
+
+
+def rounds_within(budget: float, calls: Calls, device: Device) -> int:
+    """How many rounds of all calls take `budget` seconds, from 5 to 20."""
+    return min(20, max(5, int(budget / sum(seconds(call, device) for call in calls.values()))))
+
+
 def in_turn(
     benchmark: BenchmarkFixture,
-    calls: dict[str, Callable[[], object]],
+    calls: Calls,
     device: Device,
-    budget: float,
-    ready: Callable[[str], object],
+    rounds: int,
+    ready: Callable[[str], object] = lambda _: None,
 ) -> dict[str, float]:
-    """Median seconds of each call, ours being the first, in 5 to 20 rounds of all that take `budget` seconds.
+    """Median seconds of each call, the first being the benchmark's own; `ready(name)` before each is untimed.
 
-    `ready(name)` is called before each, untimed.
+    In every round each has its turn, so that a machine that slows down slows all of them.
     """
-    ours, *others = calls
+    first, *others = calls
     times: dict[str, list[float]] = {name: [] for name in calls}
 
-    # Before each round of ours, so that a machine that slows down slows all of them.
     def time_the_others() -> None:
         for name in others:
             ready(name)
             times[name].append(seconds(calls[name], device))
-        ready(ours)
+        ready(first)
         synchronise(device)
 
     def timed() -> None:
-        calls[ours]()
+        calls[first]()
         synchronise(device)
 
-    one_round = seconds(time_the_others, device) + seconds(timed, device)
-    times = {name: [] for name in calls}
-    benchmark.pedantic(timed, setup=time_the_others, rounds=min(20, max(5, int(budget / one_round))))
-    times[ours] = benchmark.stats.stats.data
+    benchmark.pedantic(timed, setup=time_the_others, rounds=rounds)
+    times[first] = benchmark.stats.stats.data
     return {name: statistics.median(measured) for name, measured in times.items()}
 
 

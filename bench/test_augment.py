@@ -116,5 +116,6 @@ def test_augment(benchmark, device, passes, shape, op):
 
     repeated = {name: functools.partial(several, call) for name, call in calls.items()}
     # A first call of each is not timed: it finds in the caches what the one before it left there.
-    medians = measure.in_turn(benchmark, repeated, device, SECONDS[device], lambda name: calls[name]())
+    rounds = measure.rounds_within(SECONDS[device], repeated, device)
+    medians = measure.in_turn(benchmark, repeated, device, rounds, lambda name: calls[name]())
     benchmark.extra_info["seconds"] = {name: median / CALLS for name, median in medians.items()}

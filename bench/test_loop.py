@@ -3,18 +3,21 @@
     python -m pytest bench/test_loop.py --benchmark-enable --benchmark-json=loop.json
     python -m bench.report loop.json
 
-A group is one step: `textbook`, then ours in float32 and, where the hardware has it, in bfloat16; and the
-other way to do it: networks of the evaluation `stacked` or `alone`, and on a GPU `launched`, that is without
-CUDA graphs, a trajectory that keeps the graph of one step only (`constant`), or a network that inductor has
-`compiled`. First, in float32 and without augmentation, both must give the same loss and the same gradient
-from the same weights. On a GPU a step is timed with a synchronisation.
+A case is one step, its versions measured in turn: `textbook`, then ours in float32 and, where the hardware
+has it, in bfloat16; and the other way to do it: networks of the evaluation `stacked` or `alone`, and on a GPU
+`launched`, that is without CUDA graphs, a trajectory that keeps the graph of one step only (`constant`), or a
+network that inductor has `compiled`. First, in float32 and without augmentation, both must give the same loss
+and the same gradient from the same weights. On a GPU a step is timed with a synchronisation.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from bench import baselines, measure
 from bench.problems import STRATEGY, real_images, synthetic_images
 from bench.steps import NETWORKS, OURS, STEP_SIZE, TEXTBOOK, problem, setting, trajectory
 from mim4dd import evaluation, graph, networks, stacked
+from mim4dd.data import ImageSet
 from mim4dd.networks import blocks, convolution, precision
 from mim4dd.objectives import METHODS, Problem, base, distribution, gradient, trajectory_distance
 from mim4dd.seeding import generator
@@ -34,22 +38,27 @@ ROUNDS = {"cpu": 2, "cuda": 10}
 EVALUATIONS = {"cpu": 2, "cuda": 1}
 
 
-def versions(device: str) -> list[str]:
-    names = ["textbook", "fp32"]
+def versions(device: str, step: str) -> list[str]:
     best = precision.resolve("auto", torch.device(device))
-    return names if best == "fp32" else [*names, best]
-
-
-def other_ways(device: str) -> list[tuple[str, str]]:
-    """Steps, and how they are not done without being told to."""
+    names = ["textbook", "fp32", *([] if best == "fp32" else [best])]
+    # How it is not done without being told to.
     if device == "cpu":
-        return [("evaluation", "fp32 stacked")]
-    return [
-        ("evaluation", "fp32 alone"),
-        ("mtt", f"{precision.resolve('auto', torch.device(device))} constant"),
-        *((step, "fp32 launched") for step in OURS),
-        ("dm", "fp32 compiled"),
-    ]
+        return [*names, *(["fp32 stacked"] if step == "evaluation" else [])]
+    others = {"evaluation": ["fp32 alone"], "mtt": [f"{best} constant"], "dm": ["fp32 compiled"]}
+    return [*names, *others.get(step, []), "fp32 launched"]
+
+
+def way(name: str, device: str) -> AbstractContextManager[object]:
+    """The context in which a version is what its name says."""
+    if name.endswith("launched"):
+        return mock.patch.object(graph, "WARM_UP", math.inf)
+    if name.endswith("constant"):
+        return mock.patch.object(Problem, "graphs_kept", return_value=0)
+    if name.endswith("compiled"):
+        return mock.patch.object(base, "create", compiled)
+    if name.endswith(("stacked", "alone")):
+        return mock.patch.dict(stacked.AT_ONCE, {device: NETWORKS if name.endswith("stacked") else 1})
+    return nullcontext()
 
 
 def compiled(*arguments: Any, **options: Any) -> networks.Network:
@@ -164,34 +173,28 @@ def test_trajectory_matching_is_that_of_the_textbook(device, small):
     close(ours.grad, plain.images.grad, 1e-9)
 
 
-CASES = [
-    *((device, step, name) for device in DEVICES for step in OURS for name in versions(device)),
-    *((device, *way) for device in DEVICES for way in other_ways(device)),
-]
+def version(step: str, name: str, real: ImageSet, device: str) -> Callable[[], None]:
+    """The step as a version does it, called once where that takes long only then."""
+    of = problem(real, "none" if step == "dc" else STRATEGY, name)
+    assert of.chunk  # worked out with a copy of the network, which would have the features of a compiled one
+    with way(name, device):
+        call = (TEXTBOOK if name == "textbook" else OURS)[step](of, synthetic_images(of))
+
+    def done() -> None:
+        with way(name, device):
+            call()
+
+    if (step, name) != ("evaluation", "textbook"):  # long enough to warm up by itself
+        done()
+    return done
 
 
-@pytest.mark.parametrize(("device", "step", "name"), CASES)
-def test_loop(benchmark, device, step, name, monkeypatch):
+@pytest.mark.parametrize("step", OURS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_loop(benchmark, device, step):
     if benchmark.disabled:
         pytest.skip("only the equality is tested where nothing is timed")
-    benchmark.group = f"{device} {step}"
-    of = problem(real_images(6000, device), "none" if step == "dc" else STRATEGY, name)
-    if name.endswith("launched"):
-        monkeypatch.setattr(graph, "WARM_UP", math.inf)
-    elif name.endswith("constant"):
-        monkeypatch.setattr(Problem, "graphs_kept", lambda *_: 0)
-    elif name.endswith("compiled"):
-        assert of.chunk  # worked out with a copy of the network, which would have the features of this one
-        monkeypatch.setattr(base, "create", compiled)
-    elif name.endswith(("stacked", "alone")):
-        monkeypatch.setitem(stacked.AT_ONCE, device, NETWORKS if name.endswith("stacked") else 1)
-    call = (TEXTBOOK if name == "textbook" else OURS)[step](of, synthetic_images(of))
-
-    def timed() -> None:
-        call()
-        measure.synchronise(device)
-
+    real = real_images(6000, device)
+    calls = {name: version(step, name, real, device) for name in versions(device, step)}
     rounds = EVALUATIONS[device] if step == "evaluation" else ROUNDS[device]
-    # A textbook evaluation is long enough to warm up by itself.
-    warm = step == "evaluation" and name == "textbook"
-    benchmark.pedantic(timed, rounds=rounds, warmup_rounds=0 if warm else 1)
+    benchmark.extra_info["seconds"] = measure.in_turn(benchmark, calls, device, rounds)

@@ -162,9 +162,8 @@ def test_losses(benchmark, case):
     for name in others:
         assert losses[name] == pytest.approx(losses[ours], rel=1e-2), name
     peaks = {name: measure.extra_peak(call, case.device) for name, call in calls.items()}
-    medians = measure.in_turn(
-        benchmark, calls, case.device, SECONDS[case.device], lambda _: measure.cool(case.device)
-    )
+    rounds = measure.rounds_within(SECONDS[case.device], calls, case.device)
+    medians = measure.in_turn(benchmark, calls, case.device, rounds, lambda _: measure.cool(case.device))
     benchmark.extra_info |= {
         **asdict(case),
         **least_work(case),
