@@ -22,7 +22,7 @@ from .objectives import METHODS
 from .options import plain, read
 from .presets import with_presets
 from .studies import compare_report
-from .studies.cells import BaselineCell, Cell, differences, outcome_in, rehearse
+from .studies.cells import BaselineCell, Cell, differences, outcome_in, refuse_other_images, rehearse
 from .studies.compare_settings import Comparison
 from .studies.compare_table import COLUMNS, REAL, Arm, in_order, rows
 
@@ -42,15 +42,20 @@ def compare(comparison: Comparison) -> int:
     """
     plan, folder, shared = cells(comparison), comparison.folder, comparison.shared()
     found = {key: outcome for key, cell in plan.items() if (outcome := cell.found())}
-    _refuse_others(folder, shared)
-    outcomes = _earlier(folder) | found
+    outcomes = _earlier(folder, shared, comparison) | found
     for method in comparison.methods:
         runs = (cell.config for (arm, _), cell in plan.items() if arm.name == method)
         rehearse(max(runs, key=lambda c: (c.distill.ipc, c.mim.mim_weight)))
     make_folder(folder, comparison.data.dataset)
-    every = plan.keys() | outcomes.keys()
-    arms = in_order(arm for arm, _ in (*plan, *outcomes))
-    compare_report.write(folder, arms, outcomes, len(every), shared)
+
+    def report() -> list[Arm]:
+        outcomes.update(_earlier(folder, shared, comparison))  # of another process, meanwhile
+        every = plan.keys() | outcomes.keys()
+        arms = in_order(arm for arm, _ in every)
+        compare_report.write(folder, arms, outcomes, len(every), shared)
+        return arms
+
+    arms = report()
     if found:
         console.print(f"{len(found)} of {len(plan)} cells are in {folder}/ already", soft_wrap=True)
     to_run = [key for key in plan if key not in found]
@@ -58,11 +63,12 @@ def compare(comparison: Comparison) -> int:
         title = f"Cell {k + 1} of {len(plan)}: {arm}, {arm.ipc} per class, seed {seed}"
         console.print(f"{title}{time_left(plan, outcomes)}", style="bold", soft_wrap=True)
         try:
-            outcomes[arm, seed] = plan[arm, seed].run()
+            cell = plan[arm, seed]
+            outcomes[arm, seed] = cell.found() or cell.run()
         except KeyboardInterrupt:
             complain(f"{k} of {len(plan)} cells are finished; run the same command again to continue")
             raise
-        compare_report.write(folder, arms, outcomes, len(every), shared)
+        arms = report()
     table = rows(arms, outcomes)
     print_table(
         "Mean ± standard deviation over seeds; difference to weight 0, paired by seed, with 95 % interval",
@@ -130,24 +136,27 @@ def _settings(shared: Config, method: str, weight: float | str, ipc: int, seed: 
     return with_presets(config)
 
 
-def _refuse_others(folder: Path, shared: dict[str, Any]) -> None:
+def _earlier(folder: Path, shared: dict[str, Any], comparison: Comparison) -> dict[Key, dict[str, Any]]:
+    """Return the outcomes of all cells in the folder of a comparison, also of those not asked for now.
+
+    Raises:
+        InputError: they are of other settings or images.
+    """
     path = folder / "compare.json"
     if not path.exists():
-        return
+        return {}  # nobody can say with what settings they were run
     try:
         settings = json.loads(path.read_text())["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a comparison of mim4dd ({error!r}); give another --out") from error
     if others := differences(settings, shared):
         raise InputError(f"{folder} holds a comparison with other settings: {others}; give another --out")
-
-
-def _earlier(folder: Path) -> dict[Key, dict[str, Any]]:
-    """Return the outcomes of all cells in the folder of a comparison, also of those not asked for now."""
-    if not (folder / "compare.json").exists():
-        return {}  # nobody can say with what settings they were run
-    found = [outcome for path in sorted((folder / "cells").glob("*")) if (outcome := outcome_in(path))]
-    return {(Arm.of(outcome), outcome["config"]["seed"]): outcome for outcome in found}
+    found = {}
+    for cell in sorted((folder / "cells").glob("*")):
+        if outcome := outcome_in(cell):
+            refuse_other_images(cell, outcome, comparison)
+            found[Arm.of(outcome), outcome["config"]["seed"]] = outcome
+    return found
 
 
 def time_left(plan: Mapping[Key, Cell], outcomes: Mapping[Key, dict[str, Any]]) -> str:

@@ -36,7 +36,8 @@ def test_a_run_of_other_settings_is_refused(options, difference):
 def test_where_and_how_it_was_asked_for_is_no_other_setting():
     sizes = "--iterations 5 --real-batch 4 --width 8 --num-eval 1 --eval-epochs 2 --init real"
     sizes += " --num-experts 1 --expert-snapshots 6 --expert-batches 6 --max-start 3 --student-steps 5"
-    there = parse(["--precision", "fp32", "--out", "there", "--overwrite", *sizes.split()])
+    elsewhere = ["--out", "there", "--overwrite", "--memory-budget", "2"]
+    there = parse(["--precision", "fp32", *elsewhere, *sizes.split()])
     refuse_others(Path("there"), to_json(there), settings(sizes))
 
 

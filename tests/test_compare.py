@@ -112,6 +112,29 @@ def test_finished_cells_are_not_run_again(finished, monkeypatch, capsys):
     assert facts(finished) == before
 
 
+def test_a_comparison_goes_on_with_another_memory_budget(finished, monkeypatch):
+    monkeypatch.setattr(cells.Cell, "run", lambda self: pytest.fail(f"{self.folder} was run again"))
+    assert compare.main([*QUICK, *GRID, "--out", str(finished), "--memory-budget", "2"]) == 0
+
+
+def test_two_comparisons_at_once_share_a_table_and_their_cells(tmp_path, scored, capsys):
+    """The other one begins and ends in the middle of the first cell of ours."""
+    out = tmp_path / "out"
+    command = [*QUICK, "--methods", "dm", "--mim-weights", "0", "5", "--baselines", "--out", str(out)]
+
+    def score(config):
+        if config.seed == 0 and not ran:
+            assert compare.main([*command, "--seeds", "1", "2"]) == 0
+        return 0.5
+
+    ran = scored(score)
+    assert compare.main([*command, "--seeds", "0", "1"]) == 0
+    assert len(ran) == 6, "nothing was run twice"
+    assert facts(out)["cells"] == 6
+    assert [len(row["accuracies"]) for row in facts(out)["rows"]] == [3, 3]
+    assert "50.00 ± 0.00 │ 3 " in capsys.readouterr().out.split("Wrote compare.md")[1]
+
+
 def test_more_of_anything_adds_to_what_is_there(finished, scored):
     ran = scored(lambda config: 0.5)
     more = ["--methods", "dsa", "dm", "--mim-weights", "5", "0", "7", "--ipcs", "1", "--seeds", "1", "0"]
@@ -185,7 +208,7 @@ def test_results_of_other_images_are_refused(tmp_path, capsys):
     assert compare.main(command) == 0
     npz(path, x_train=np.full((40, 12, 12, 3), 7, np.uint8))
     cells._load.cache_clear()  # as a new process begins
-    for seeds in (["0"], ["0", "1"]):
+    for seeds in (["0"], ["0", "1"], ["1"]):
         assert compare.main([*command[:-1], *seeds]) == 2
         assert f"holds a run on other images of {path}; give another --out" in capsys.readouterr().err
     npz(path)

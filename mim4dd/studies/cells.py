@@ -57,12 +57,7 @@ class Cell:
                 raise InputError(f"{self.folder / IMAGES} is not of a mim4dd run; remove its folder")
         if facts is not None:
             refuse_others(self.folder, facts["config"], self.config)
-            data = facts.get("data")  # older ones do not tell
-            if data and data != _fingerprint(self.config):
-                raise InputError(
-                    f"{self.folder} holds a run on other images of {self.config.data.dataset}; give another "
-                    "--out, or remove that folder"
-                )
+            refuse_other_images(self.folder, facts, self.config)
         return outcome
 
     def run(self) -> dict[str, Any]:
@@ -89,7 +84,7 @@ class Cell:
 
     def _write(self, name: str, outcome: dict[str, Any]) -> dict[str, Any]:
         config = to_json(resolved(self.config))
-        outcome = {**outcome, "data": _fingerprint(self.config), "version": __version__, "config": config}
+        outcome = {**outcome, "data": fingerprint(self.config), "version": __version__, "config": config}
         write(self.folder / name, json.dumps(outcome, indent=2))
         return outcome
 
@@ -167,8 +162,12 @@ def outcome_in(folder: Path) -> dict[str, Any] | None:
     return outcome
 
 
-def _fingerprint(config: Config) -> str:
-    """That of the training images that the settings name."""
+def fingerprint(config: Config) -> str:
+    """Return that of the training images that the settings name.
+
+    Raises:
+        InputError: they cannot be loaded.
+    """
     train, _ = _load(config.data.dataset, config.data.data_dir, config.data.image_size)
     return train.fingerprint
 
@@ -195,13 +194,29 @@ def refuse_others(folder: Path, settings: dict[str, Any], config: Config) -> Non
         )
 
 
+def refuse_other_images(folder: Path, facts: dict[str, Any], config: Config) -> None:
+    """Check that a run whose `facts` were found in `folder` was on the training images that `config` names.
+
+    Raises:
+        InputError: it was not.
+    """
+    data = facts.get("data")  # older ones do not tell
+    if data and data != fingerprint(config):
+        raise InputError(
+            f"{folder} holds a run on other images of {config.data.dataset}; give another --out, or remove "
+            "that folder"
+        )
+
+
 def differences(there: dict[str, Any], here: dict[str, Any], irrelevant: Sequence[str] = ()) -> str:
     """Return the first few settings of a file that are not those of now, for people; "" if there are none.
 
-    A setting that came later than the file had its default there.
+    A setting that came later than the file had its default there. The memory budget may differ: all draws are
+    the same with another one, and results change in their last bits at most.
     """
     default, there, here = (_flat(settings) for settings in (to_json(Config()), there, here))
     there = {name: there.get(name, default.get(name)) for name in {**here, **there}}
+    irrelevant = ("memory_budget", *irrelevant)
     others = [n for n in there if n not in irrelevant and there[n] != here.get(n)]
     shown = ", ".join(f"{name} {there[name]} (now {here.get(name)})" for name in others[:3])
     return shown + (", ..." if others[3:] else "")
