@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from .files import make_folder
 from .options import read, recast
 from .presets import with_presets
 from .seeding import generator
-from .studies.cells import Cell, differences, rehearse
+from .studies.cells import Cell, differences, fingerprint, refuse_other_images, rehearse
 from .studies.tune_report import Trial, describe, show, write
 from .studies.tune_settings import CHOICES, RANGES, SEARCHED, Tuning, check_tuning
 
@@ -61,10 +62,8 @@ class Search:
             )
         name = f"tune-{name_of(tuning.data.dataset)}-{tuning.distill.method}-ipc{tuning.distill.ipc}"
         self.folder = make_folder(tuning.out or Path("runs") / name, tuning.data.dataset)
-        self.study = _study(
-            self.folder,
-            {"base": to_json(base), "seeds": [*tuning.seeds], "seed": tuning.seed, **tuning.space()},
-        )
+        settings = {"base": to_json(base), "seeds": [*tuning.seeds], "seed": tuning.seed, **tuning.space()}
+        self.study = _study(self.folder, settings, base)
         self.seconds: list[float] = []  # of every run so far
 
     def run(self) -> None:
@@ -188,13 +187,20 @@ class Search:
         }
 
 
-def _study(folder: Path, settings: dict[str, Any]) -> optuna.Study:
-    """Return the study kept in `folder`, a new one if there is none."""
+def _study(folder: Path, settings: dict[str, Any], base: Config) -> optuna.Study:
+    """Return the study kept in `folder`, a new one if there is none.
+
+    Raises:
+        InputError: it is damaged, or of other settings or images.
+    """
     import optuna
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    settings = {**settings, "data": fingerprint(base)}
     log = folder / "trials.log"
+    if log.exists() and not (lines := log.read_bytes()).endswith(b"\n"):
+        os.truncate(log, lines.rfind(b"\n") + 1)  # a full disk cut the last; that trial is made again
     try:
         study = optuna.create_study(
             study_name="mim4dd",
@@ -203,11 +209,15 @@ def _study(folder: Path, settings: dict[str, Any]) -> optuna.Study:
             pruner=optuna.pruners.MedianPruner(n_startup_trials=UNPRUNED),
             load_if_exists=True,
         )
+        there = study.user_attrs.get("settings", settings)
+        refuse_other_images(folder, there, base)
+        if others := differences({**there, "data": settings["data"]}, settings):
+            raise InputError(f"{folder} holds a search with other settings: {others}; give another --out")
+        study.set_user_attr("settings", settings)  # finds damage in the last line, too
+    except InputError:
+        raise
     except (ValueError, KeyError) as error:
         raise InputError(f"{log} is damaged ({error}); remove it: finished runs are found again") from error
-    if others := differences(study.user_attrs.get("settings", settings), settings):
-        raise InputError(f"{folder} holds a search with other settings: {others}; give another --out")
-    study.set_user_attr("settings", settings)
     return study
 
 

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import math
+import re
 import sys
 
+import numpy as np
 import pytest
 import torch
-from commands import parse
+from commands import npz, parse
 
 from mim4dd import compare, tune
 from mim4dd.config import MimConfig
@@ -165,7 +167,7 @@ def test_a_search_cut_off_goes_on_as_if_it_had_not_been(tmp_path, scored, capsys
     assert tune.main([*arguments, "--out", str(cut)]) == 0
     assert written(cut)["found"] == written(whole)["found"]
     assert len(ran) == runs, "nothing was run twice"
-    assert tune.main([*arguments, "--out", str(cut)]) == 0
+    assert tune.main([*arguments, "--memory-budget", "2", "--out", str(cut)]) == 0
     assert len(ran) == runs
     assert tune.main([*arguments, "--trials", "13", "--out", str(cut)]) == 0
     assert written(cut)["found"]["trials"][:13] == written(whole)["found"]["trials"]
@@ -180,6 +182,22 @@ def test_other_settings_are_refused(tmp_path, scored, capsys):
         assert tune.main([*arguments, *other]) == 2
         assert "holds a search with other settings: " in capsys.readouterr().err
         assert (tmp_path / "out" / "tune.json").read_bytes() == before
+
+
+def test_a_search_on_other_images_is_refused(tmp_path, scored, capsys):
+    scored(peak)
+    path, log = tmp_path / "data.npz", tmp_path / "out" / "trials.log"
+    arguments = [*QUICK, "--dataset", npz(path), "--seeds", "0", "--out", str(tmp_path / "out")]
+    assert tune.main([*arguments, "--trials", "1"]) == 0
+    npz(path, x_train=np.full((40, 12, 12, 3), 7, np.uint8))
+    cells._load.cache_clear()  # as a new process begins
+    for trials in ("1", "2"):
+        assert tune.main([*arguments, "--trials", trials]) == 2
+        assert f"holds a run on other images of {path}; give another --out" in capsys.readouterr().err
+    older, count = re.subn(',"data":"[0-9a-f]{16}"', "", log.read_text())
+    assert count == 1
+    log.write_text(older)
+    assert tune.main([*arguments, "--trials", "2"]) == 0, "where nothing is known of the images"
 
 
 def test_the_test_set_is_never_looked_at(tmp_path, monkeypatch):
@@ -298,6 +316,19 @@ def test_without_optuna(tmp_path, monkeypatch, capsys):
         "the package optuna is missing; pip install --no-build-isolation -e '.[tune]'"
         in capsys.readouterr().err
     )
+
+
+def test_a_journal_whose_end_a_full_disk_cut_off_goes_on(tmp_path, scored):
+    ran = scored(peak)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    arguments = [*QUICK, "--trials", "2", "--seeds", "0"]
+    for out in (whole, cut):
+        assert tune.main([*arguments, "--out", str(out)]) == 0
+    log = cut / "trials.log"
+    log.write_text(log.read_text()[:-20])
+    assert tune.main([*arguments, "--out", str(cut)]) == 0
+    assert len(ran) == 6, "nothing was run again"
+    assert written(cut)["found"] == written(whole)["found"]
 
 
 def test_a_damaged_journal_is_named_and_its_runs_are_not_lost(tmp_path, scored, capsys):
