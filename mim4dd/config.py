@@ -50,7 +50,7 @@ class DistillConfig:
             kmeans, or real with --preset paper.
         real_batch: Real images per class and iteration; default: 128, with --preset paper 256.
         image_lr: Learning rate of the images; default: 1 for dm, 100 for mtt, 0.1 for the others; at fifty or
-            more images per class, unless --preset is paper, 5 for dm and 0.5 for ncfm.
+            more images per class, unless --preset is paper, 5 for dm and 0.5 for dsa and ncfm.
         image_momentum: Momentum of the images' updates.
         network: Architecture that is matched and evaluated: convnet, convnet-bn, mlp, lenet, alexnet, vgg11
             or resnet18.
@@ -79,8 +79,8 @@ class MimConfig:
 
     Attributes:
         mim_weight: Its weight; 0 leaves it out. Default for info-nce: 300 for dm (100 from ten images per
-            class on, 30 from fifty on); 1000 for dc, dsa and ncfm (300 for ncfm from fifty on); 1 for mtt at
-            one image per class, else 0.
+            class on, 30 from fifty on); 1000 for dc, dsa and ncfm (300 for dsa and ncfm from fifty on); 1 for
+            mtt at one image per class, else 0.
         mim_loss: info-nce: classify each real image by its similarity to the synthetic ones. nce: the
             published term, which scores every pair of a real and a synthetic image.
         mim_networks: Networks whose features it compares: its own, briefly trained on the current synthetic

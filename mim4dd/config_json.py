@@ -6,12 +6,14 @@ import dataclasses
 import json
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from .config import Config
 from .errors import InputError, unknown
+
+T = TypeVar("T")
 
 
 def to_json(config: Config) -> dict[str, Any]:
@@ -21,10 +23,11 @@ def to_json(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=str))
 
 
-def read_config(path: Path) -> Config:
+def read_config(path: Path, kind: type[T]) -> T:
     """Read settings from a JSON file of `to_json`'s form, or from a result.json that holds one as "config".
 
-    Where that result was written is not taken over.
+    They become a `kind`, `Config` or a subclass, whose defaults hold for what the file does not give. Where
+    that result was written is not taken over.
 
     Raises:
         InputError: no such file, not JSON, an unknown setting, or a value that it cannot have.
@@ -35,10 +38,8 @@ def read_config(path: Path) -> Config:
         raise InputError(f"--config {path} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise InputError(f"--config {path} is not JSON ({error})") from error
-    config = from_json(
-        settings.get("config", settings) if isinstance(settings, dict) else settings, str(path)
-    )
-    return dataclasses.replace(config, out=None, overwrite=False)
+    given = settings.get("config", settings) if isinstance(settings, dict) else settings
+    return dataclasses.replace(_from_json(Config, given, str(path), kind), out=None, overwrite=False)
 
 
 def from_json(settings: Any, source: str) -> Config:
@@ -47,7 +48,7 @@ def from_json(settings: Any, source: str) -> Config:
     Raises:
         InputError: an unknown setting, a value that it cannot have, or no settings at all.
     """
-    return _from_json(Config, settings, source)
+    return _from_json(Config, settings, source, Config)
 
 
 def _checked(name: str, value: Any, kind: Any, where: str) -> Any:
@@ -65,17 +66,18 @@ def _checked(name: str, value: Any, kind: Any, where: str) -> Any:
         raise InputError(f"{where}: {name} is {json.dumps(value)}, expected {expected}") from error
 
 
-def _from_json(kind: Any, settings: Any, where: str) -> Any:
+def _from_json(kind: Any, settings: Any, where: str, made: Any) -> Any:
+    """Return settings of JSON, checked as those of `kind`, as `made`: `kind` or a subclass."""
     if not isinstance(settings, dict):
         raise InputError(f"{where}: expected an object of settings, got {settings!r}")
-    types = typing.get_type_hints(kind)
+    types, into = typing.get_type_hints(kind), typing.get_type_hints(made)
     values = {}
     for name, value in settings.items():
         if name not in types:
             raise unknown(f"setting in {where}:", name, types)
         if dataclasses.is_dataclass(types[name]):
-            value = _from_json(types[name], value, where)
+            value = _from_json(types[name], value, where, into[name])
         else:
             value = _checked(name, value, types[name], where)
         values[name] = value
-    return kind(**values)
+    return made(**values)

@@ -13,6 +13,7 @@ import tyro
 
 from .config import Config
 from .config_json import read_config
+from .files import expanded
 
 T = TypeVar("T")
 Hidden = tyro.conf.Suppress[tyro.conf.Fixed[T]]  # a setting that is no option of this command line
@@ -24,7 +25,7 @@ def read(kind: type[T], prog: str, arguments: Sequence[str] | None) -> T:
     Under it lies the file that --config names.
 
     Raises:
-        InputError: the file cannot be read, or holds something else.
+        InputError: the file cannot be read, or holds something else; or ~name in a path is no user.
         SystemExit: what tyro does on --help and on unknown options (with 2).
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -34,7 +35,7 @@ def read(kind: type[T], prog: str, arguments: Sequence[str] | None) -> T:
         kind,
         prog=prog,
         args=arguments,
-        default=recast(kind, read_config(path.expanduser())) if path else kind(),
+        default=read_config(expanded(path), kind) if path else kind(),
         config=(tyro.conf.OmitArgPrefixes,),
     )
     return _at_home(settings)
@@ -45,7 +46,7 @@ def _at_home(settings: T) -> T:
     values: dict[str, Any] = {}
     for name, value in vars(settings).items():
         if isinstance(value, Path):
-            values[name] = value.expanduser()
+            values[name] = expanded(value)
         elif dataclasses.is_dataclass(value):
             values[name] = _at_home(value)
     return dataclasses.replace(settings, **values) if values else settings  # type: ignore[type-var]

@@ -99,6 +99,13 @@ def test_the_default_settings_are_tried_first_as_far_as_they_are_searched(tmp_pa
     assert 0.2 <= tried.mim_temperature <= 1
 
 
+def test_a_file_that_gives_no_split_leaves_the_one_of_the_search(tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text('{"data": {"zca": true}, "distill": {"iterations": 7}}')
+    tuning = read(tune.Tuning, "tune", ["--config", str(path)])
+    assert (tuning.data.validation, tuning.data.zca, tuning.distill.iterations) == (0.1, True, 7)
+
+
 def test_all_that_is_searched_is_reported():
     assert set(tune_report.SETTINGS) == set(tune_settings.SEARCHED.values())
 
