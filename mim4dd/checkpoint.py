@@ -16,7 +16,7 @@ from .config import Config
 from .config_json import from_json, to_json
 from .data import NAMES
 from .errors import InputError
-from .files import atomic
+from .files import atomic, expanded
 
 FORMAT = "mim4dd-state-1"
 STATE = "state.safetensors"  # in the folder of a run
@@ -94,7 +94,7 @@ def _anywhere(config: Config) -> Config:
     """Return the settings with paths that mean the same in every working directory."""
     data, trajectory = config.data, config.trajectory
     if data.dataset not in NAMES:
-        data = dataclasses.replace(data, dataset=str(Path(data.dataset).expanduser().absolute()))
+        data = dataclasses.replace(data, dataset=str(expanded(data.dataset).absolute()))
     if data.data_dir:
         data = dataclasses.replace(data, data_dir=data.data_dir.absolute())
     if trajectory.experts:

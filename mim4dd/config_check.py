@@ -11,6 +11,7 @@ from .networks import ARCHITECTURES
 from .objectives import METHODS
 
 FLOAT32_MAX = 3.4e38
+COUNT_MAX = 2**31  # of anything; a size in memory that is too large is told by torch
 
 
 def check(config: Config) -> None:
@@ -27,6 +28,7 @@ def check(config: Config) -> None:
         raise unknown("network", config.distill.network, ARCHITECTURES)
     check_architectures(config.eval.eval_archs)
     at_least = {
+        "--image-size": (config.data.image_size, 1),
         "--ipc": (config.distill.ipc, 1),
         "--factor": (config.distill.factor, 1),
         "--iterations": (config.distill.iterations, 0),
@@ -45,8 +47,9 @@ def check(config: Config) -> None:
         "--mim-projection-size": (config.mim.mim_projection_size, 1),
     }
     for option, (value, least) in at_least.items():
-        if value is not None and not least <= value < FLOAT32_MAX:
-            raise InputError(f"{option} is {value}, expected a number of at least {least}")
+        most = FLOAT32_MAX if option == "--mim-weight" else COUNT_MAX
+        if value is not None and not least <= value < most:
+            raise InputError(f"{option} is {value}, expected a number of at least {least} and below {most}")
     above_zero = {
         "--image-lr": config.distill.image_lr,
         "--student-lr": config.trajectory.student_lr,

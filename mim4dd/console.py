@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import (
@@ -33,7 +33,9 @@ console = _Console(highlight=False, markup=False)
 
 def complain(message: str) -> None:
     """Tell what went wrong, apart from the output."""
-    sys.stderr.write(f"mim4dd: {message}\n")
+    with suppress(OSError):  # what cannot be told changes no exit code
+        if sys.stderr:  # which may be closed
+            sys.stderr.write(f"mim4dd: {message}\n")
 
 
 def about(seconds: float) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import extras  # noqa: F401 - before all that needs them
 from .config import Config, EvalConfig
-from .config_check import check_architectures
+from .config_check import COUNT_MAX, check_architectures
 from .config_json import from_json
 from .console import complain, on_architectures, print_table
 from .data import ImageSet, load
@@ -18,7 +18,7 @@ from .devices import pick_device
 from .errors import InputError
 from .evaluation import OnNetwork, Protocol, Score, evaluate
 from .exits import guarded
-from .files import write
+from .files import expanded, write
 from .networks.precision import Precision, configure, resolve
 from .runner import score_facts
 from .synthetic import IMAGES, SyntheticSet
@@ -55,7 +55,7 @@ def score_saved(
     Raises:
         InputError: options that cannot be meant, no set of a run, or other data than it was made from.
     """
-    path, out = path.expanduser(), out and out.expanduser()
+    path, out, data_dir = expanded(path), out and expanded(out), data_dir and expanded(data_dir)
     path = path / IMAGES if path.is_dir() else path
     wanted = EvalConfig(eval_archs=eval_archs).eval_archs
     _check(wanted, num_eval, eval_epochs, out)
@@ -95,8 +95,8 @@ def _check(architectures: tuple[str, ...], num_eval: int, eval_epochs: int | Non
         InputError: naming the option.
     """
     for option, value in (("--num-eval", num_eval), ("--eval-epochs", eval_epochs)):
-        if value is not None and value < 1:
-            raise InputError(f"{option} is {value}, expected at least 1")
+        if value is not None and not 1 <= value < COUNT_MAX:
+            raise InputError(f"{option} is {value}, expected at least 1 and below {COUNT_MAX}")
     if out and out.exists():
         raise InputError(f"--out {out} exists already; name a new file")
     if out and not out.absolute().parent.is_dir():

@@ -18,8 +18,7 @@ from . import extras
 from .console import complain
 from .distill import DivergenceError
 from .errors import InputError
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk or a quota
+from .files import FULL
 
 
 def guarded(command: Callable[[], int | None]) -> int:
@@ -53,6 +52,9 @@ def guarded(command: Callable[[], int | None]) -> int:
         complain(str(error))
         return 1
     except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # of any option with a path
+            complain(str(error))
+            return 2
         if isinstance(error, OSError) and error.errno not in FULL:
             raise
         complain(f"a file could not be written ({error}); free some space: files saved earlier are unchanged")
@@ -91,4 +93,6 @@ def _termination_interrupts() -> Iterator[None]:
 
 def _out_of_memory(error: Exception) -> bool:
     kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "DefaultCPUAllocator: can't allocate" in str(error)
+    # The second is said of more than 2^63 bytes.
+    said = ("DefaultCPUAllocator: can't allocate", "Storage size calculation overflowed")
+    return isinstance(error, kinds) or any(text in str(error) for text in said)

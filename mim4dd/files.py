@@ -1,5 +1,6 @@
 """Where files go, and writing them so that nobody ever sees half of one."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from .errors import InputError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk or a quota
 LOCK = ".lock"  # in the folder of a run for as long as it lasts, and after one that was killed
 
 
@@ -30,16 +32,28 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file, whole or not at all; text as UTF-8, with ? for what is none in the path of some data."""
     with atomic(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with a ~ or ~user that it begins with expanded.
+
+    Raises:
+        InputError: nobody knows where that user's home is.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{path}: there is no such user, or none with a home folder") from error
 
 
 def cache_folder() -> Path:
     """Return where data, experts and launch configurations are kept: $MIM4DD_CACHE, or the user's cache."""
     own = os.environ.get("MIM4DD_CACHE")
     if own:
-        return Path(own).expanduser()
+        return expanded(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mim4dd"
 
 
@@ -47,13 +61,17 @@ def make_folder(folder: Path, dataset: str) -> Path:
     """Create the folder of --out, if it is not there yet, and return it.
 
     Raises:
-        InputError: it cannot be written, or lies among the pictures of the data set.
+        InputError: it cannot be written, is not UTF-8, or lies among the pictures of the data set.
     """
-    data = Path(dataset).expanduser()
+    data = expanded(dataset)
     if data.is_dir() and folder.resolve().is_relative_to(data.resolve()):
         raise InputError(
             f"--out {folder} lies in {dataset}, where it would count as a class from now on; give another"
         )
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"--out {folder} is not UTF-8; give another") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -68,7 +86,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Keep other processes from running in `folder` for as long as the block lasts.
 
     Raises:
-        InputError: another process is running there.
+        InputError: another process is running there, or it cannot be written.
     """
     lock = FileLock(folder / LOCK, timeout=0)
     try:
@@ -80,6 +98,10 @@ def exclusive(folder: Path) -> Iterator[None]:
     except NotImplementedError:  # a file system without locks, as some of clusters are
         yield
         return
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise InputError(f"{folder} cannot be written ({error.strerror})") from error
     try:
         yield
     finally:

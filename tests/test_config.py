@@ -74,13 +74,13 @@ def test_json_round_trip(tmp_path):
     ):
         path = tmp_path / "settings.json"
         path.write_text(json.dumps(content))
-        assert config_json.read_config(path) == original
+        assert config_json.read_config(path, Config) == original
 
 
 def test_partial_files_keep_the_defaults(tmp_path):
     path = tmp_path / "settings.json"
     path.write_text('{"distill": {"ipc": 3}, "seed": 9}')
-    assert config_json.read_config(path) == dataclasses.replace(
+    assert config_json.read_config(path, Config) == dataclasses.replace(
         Config(), distill=DistillConfig(ipc=3), seed=9
     )
 
@@ -107,9 +107,9 @@ def test_bad_files_are_named(tmp_path, content, message):
     path = tmp_path / "settings.json"
     path.write_text(content)
     with pytest.raises(InputError, match=message):
-        config_json.read_config(path)
+        config_json.read_config(path, Config)
     with pytest.raises(InputError, match=r"cannot be read \(No such file"):
-        config_json.read_config(tmp_path / "missing.json")
+        config_json.read_config(tmp_path / "missing.json", Config)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +118,7 @@ def test_bad_files_are_named(tmp_path, content, message):
         ({"distill": DistillConfig(method="dmm")}, "unknown method 'dmm', did you mean dm"),
         ({"distill": DistillConfig(network="convnett")}, "unknown network 'convnett', did you mean convnet"),
         ({"distill": DistillConfig(ipc=0)}, "--ipc is 0, expected a number of at least 1"),
+        ({"distill": DistillConfig(width=2**31)}, "--width is 2147483648, expected .* below 2147483648"),
         ({"distill": DistillConfig(iterations=-1)}, "--iterations is -1"),
         ({"distill": DistillConfig(image_lr=float("nan"))}, "--image-lr is nan, expected a positive number"),
         ({"distill": DistillConfig(image_lr=1e300)}, "--image-lr is 1e\\+300, expected a positive number"),
@@ -190,6 +191,12 @@ def test_the_defaults_are_what_the_help_says():
     assert [term_and_lr(m, 1) for m in methods] == [(300, 1), (1000, 0.1), (1000, 0.1), (1, 100), (1000, 0.1)]
     assert [term_and_lr(m, 10)[0] for m in methods] == [100, 1000, 1000, 0, 1000]
     assert [term_and_lr(m, 50) for m in ("dm", "dsa", "ncfm")] == [(30, 5), (300, 0.5), (300, 0.5)]
+    lower, higher = (
+        " and ".join(m for m in methods if term_and_lr(m, 50)[k] == v) for k, v in ((0, 300), (1, 0.5))
+    )
+    helps = [" ".join(kind.__doc__.split()) for kind in (MimConfig, DistillConfig)]
+    assert f"(300 for {lower} from fifty on)" in helps[0]
+    assert f"5 for dm and 0.5 for {higher}." in helps[1]
 
 
 def test_the_defaults_of_options_without_a_preset():

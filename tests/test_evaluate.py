@@ -185,6 +185,10 @@ def test_evaluate_scores_a_saved_set(finished, capsys):
     ("arguments", "message"),
     [
         (["--num-eval", "0"], "--num-eval is 0, expected at least 1"),
+        (["--num-eval", "9" * 20], "--num-eval is 99999999999999999999, expected at least 1 and below"),
+        (["--out", "x" * 300], "File name too long"),
+        (["--out", "~nobody-at-all/x"], "~nobody-at-all/x: there is no such user"),
+        (["--data-dir", "~nobody-at-all"], "~nobody-at-all: there is no such user"),
         (["--eval-archs", "mpl"], "unknown architecture in --eval-archs: 'mpl', did you mean mlp"),
         (["--device", "toaster"], "--device toaster is not available here"),
     ],
@@ -200,6 +204,8 @@ def test_evaluate_refuses_files_and_data_that_do_not_fit(finished, tmp_path, cap
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
     assert main([str(tmp_path / "bad.safetensors")]) == 2
     assert "not a readable synthetic set" in capsys.readouterr().err
+    assert main(["~nobody-at-all/out"]) == 2
+    assert "there is no such user" in capsys.readouterr().err
     other = npz(tmp_path / "other.npz")
     assert main([str(folder / "synthetic.safetensors"), "--dataset", other]) == 2
     assert "give --dataset the data it was made from" in capsys.readouterr().err

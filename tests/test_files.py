@@ -1,5 +1,6 @@
 """Where files go, and that they are whole."""
 
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,6 +57,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("result.json", "new")]
 
 
+def test_a_text_with_what_is_not_utf8_is_written(tmp_path):
+    write(tmp_path / "file", "±, caf\udce9")
+    assert (tmp_path / "file").read_text("utf-8") == "±, caf?"
+
+
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
 def test_a_file_may_be_read_by_whom_the_user_lets(tmp_path, mask, mode):
     before = os.umask(mask)
@@ -85,4 +91,17 @@ def test_one_process_at_a_time_runs_in_a_folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr(FileLock, "acquire", unsupported)
     with exclusive(tmp_path), exclusive(tmp_path):  # where a file system has no locks, there is none
+        pass
+
+
+def test_a_run_in_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    def fail(lock):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(FileLock, "acquire", fail)
+    number = errno.EROFS
+    with pytest.raises(InputError, match=rf"{tmp_path} cannot be written \(Read-only"), exclusive(tmp_path):
+        pass
+    number = errno.ENOSPC
+    with pytest.raises(OSError, match="No space left"), exclusive(tmp_path):  # told as of any other file
         pass

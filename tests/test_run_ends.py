@@ -1,6 +1,7 @@
 """How a run ends that cannot go on: divergence, too little room, interruption; and what it leaves."""
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -16,13 +17,15 @@ from safetensors import SafetensorError
 from mim4dd import run, runner
 from mim4dd.checkpoint import Checkpoint
 from mim4dd.distill import Progress
+from mim4dd.errors import InputError
 from mim4dd.exits import guarded
 from mim4dd.experiment import Experiment
 from mim4dd.synthetic import SyntheticSet
 
 
-def test_too_little_memory_is_told(tmp_path, capsys):
-    assert run.main([*QUICK, "--width", "100000000", "--out", str(tmp_path / "out")]) == 1
+@pytest.mark.parametrize("width", ["100000000", "2000000000"])  # as bytes, the second is no number of 64 bits
+def test_too_little_memory_is_told(tmp_path, capsys, width):
+    assert run.main([*QUICK, "--width", width, "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("mim4dd: out of memory (")
     assert "take less with --memory-budget" in error
@@ -169,6 +172,19 @@ def test_output_without_unicode_or_none_at_all_does_not_end_a_run(tmp_path):
     shell = f"{sys.executable} -m mim4dd.run {' '.join(QUICK)} --num-eval 0 --out {tmp_path}/closed >&-"
     done = subprocess.run(shell, shell=True, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_message_that_cannot_be_written_leaves_the_exit_code(monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def refuse():
+        raise InputError("it is wrong")
+
+    for stream in (None, Full()):  # the first is closed, as by 2>&-
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert guarded(refuse) == 2
 
 
 def test_output_that_nobody_reads_ends_quietly():

@@ -1,8 +1,11 @@
 """Before a run does any work: what it refuses, and which folder it takes or overwrites."""
 
 import errno
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import torch
 from commands import QUICK, command, files, npz, parse
 from conftest import write_pictures
 
-from mim4dd import run, runner
+from mim4dd import evaluate, run, runner
 from mim4dd.experiment import Experiment
 from mim4dd.files import LOCK, cache_folder, exclusive
 from mim4dd.synthetic import SyntheticSet
@@ -97,6 +100,14 @@ def test_a_folder_is_free_once_a_run_that_saved_nothing_was_killed_in_it(tmp_pat
         (["--dataset", "mnist", "--data-dir", "nowhere"], "not found in nowhere"),
         (["--dataset", "./nothing.npz"], "no such file or folder"),
         (["--ipc", "0"], "--ipc is 0, expected a number of at least 1"),
+        (["--num-eval", "9" * 20], "--num-eval is 99999999999999999999, expected a number of at least 0 and"),
+        (["--image-size", "9" * 20], "--image-size is 99999999999999999999, expected a number"),
+        (["--out", "~nobody-at-all/x"], "~nobody-at-all/x: there is no such user"),
+        (["--dataset", "~nobody-at-all"], "~nobody-at-all: there is no such user"),
+        (["--method", "mtt", "--experts", "~nobody-at-all"], "~nobody-at-all: there is no such user"),
+        (["--out", "x" * 300], "File name too long"),
+        (["--dataset", "x" * 300], "File name too long"),
+        (["--out", os.fsdecode(b"caf\xe9")], "is not UTF-8; give another"),
         (["--factor", "3"], "--factor 3 does not divide images of 8x8"),
         (["--ipc", "1000"], "fewer than the 1000 asked for"),
         (["--ipc", "1000", "--mim-pairs", "cluster"], "fewer than the 1000 asked for"),
@@ -146,6 +157,18 @@ def test_unwritable_out(tmp_path, capsys):
     assert run.main([*QUICK, "--out", str(tmp_path / "file"), "--overwrite"]) == 2
     assert "file is a file; give a folder" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_name_of_the_data_may_be_any(tmp_path, monkeypatch):
+    """Also one in another encoding, which no result can hold."""
+    data = Path(os.fsdecode(b"caf\xe9"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("cats", "dogs"):
+        write_pictures(data / name, 5)
+    assert run.main([*QUICK, "--num-eval", "0", "--dataset", str(data)]) == 0
+    folder = Path("runs") / "caf\ufffd-dm-ipc1-0"
+    assert json.loads((folder / "result.json").read_text())["dataset"] == "caf\ufffd"
+    assert evaluate.main([str(folder), "--num-eval", "1", "--eval-epochs", "1"]) == 0, "the data are found"
 
 
 def test_out_is_not_to_become_a_class(tmp_path, monkeypatch, capsys):

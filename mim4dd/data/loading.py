@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError, unknown
+from ..files import expanded
 from . import named, pictures, readers
 from .checks import SMALLEST, check, check_alike, checked_class_names
 from .image_set import ImageSet
@@ -63,7 +65,7 @@ def load(
 
 
 def _read_path(dataset: str, data_dir: Path | None, image_size: int | None) -> readers.Pair:
-    path = Path(dataset).expanduser()
+    path = expanded(dataset)
     if not path.exists():
         if "/" in dataset or "\\" in dataset or path.suffix in (".npz", ".parquet"):
             raise InputError(f"{dataset}: no such file or folder; check the path")
@@ -94,7 +96,11 @@ def _unscaled(raw: Raw, class_names: tuple[str, ...]) -> ImageSet:
 
 def name_of(dataset: str) -> str:
     """Return a data set's name, as shown to people and in file names: of a path, the last part."""
-    path = Path(dataset).expanduser()
+    path = expanded(dataset)
     if path.is_dir():
-        return path.resolve().name  # whole: a dot in a folder's name starts no suffix
-    return path.resolve().stem if path.exists() else dataset
+        name = path.resolve().name  # whole: a dot in a folder's name starts no suffix
+    elif path.exists():
+        name = path.resolve().stem
+    else:
+        name = dataset
+    return os.fsencode(name).decode(errors="replace")  # UTF-8, whatever it is on the disk
