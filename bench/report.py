@@ -23,7 +23,7 @@ ABOUT = {
     "the bytes at the copy rate if that is longer, over the time taken. Memory: the peak above the inputs.",
     "augment": "Milliseconds (median), and how many times as fast as the textbook. Copy: the time to copy as "
     "many bytes, and its share of the time of the fused, on a GPU of the op alone, both as a CUDA graph.",
-    "loop": "IPC 10, 256 real images a class, ten classes of 1x28x28, width 128. Seconds of a step (median, the "
+    "loop": "IPC 10, 256 real images a class, ten classes of 1x28x28, width 128. Seconds of a step (median, "
     "versions in turn), and how many times as fast as the textbook.",
 }
 
