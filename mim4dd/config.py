@@ -80,7 +80,8 @@ class MimConfig:
     Attributes:
         mim_weight: Its weight; 0 leaves it out. Default for info-nce: 300 for dm (100 from ten images per
             class on, 30 from fifty on); 1000 for dc, dsa and ncfm (300 for dsa and ncfm from fifty on); 1 for
-            mtt at one image per class, else 0.
+            mtt at one image per class, else 0. For nce: 100 for dm (1 from ten images per class on), and for
+            dsa at one, else 0; on digits a tenth of that. At 0 there is no term.
         mim_loss: info-nce: classify each real image by its similarity to the synthetic ones. nce: the
             published term, which scores every pair of a real and a synthetic image.
         mim_networks: Networks whose features it compares: its own, briefly trained on the current synthetic
@@ -152,7 +153,7 @@ class Config:
             papers in both: the start of dc (published: --init noise), the learning rate of the images of
             mtt (published: 1000), ncfm (only its distance, at 1024 frequencies instead of 4096), and the
             term (published: --mim-loss nce --mim-networks base).
-        quick: Smoke test in seconds: the smallest value of every option not given.
+        quick: Smoke test in seconds: the smallest of every size not given. Its accuracies mean nothing.
         config: JSON file of settings, such as an earlier result.json; command-line options override it. A
             result.json sets every option, so with another --method also give --image-lr, --augmentation
             and --mim-weight.

@@ -42,7 +42,7 @@ def score_saved(
 
     Args:
         path: a run's folder, or its synthetic.safetensors.
-        eval_archs: of convnet, convnet-bn, mlp, lenet, alexnet, vgg11, resnet18; default: the run's.
+        eval_archs: of convnet, convnet-bn, mlp, lenet, alexnet, vgg11, resnet18; default: its --network.
         dataset: the real data, where they are not where the run found them: a name or a path.
         data_dir: folder of the files of a named set.
         num_eval: networks trained per architecture.

@@ -40,7 +40,7 @@ class TrajectoryConfig:
 
     Attributes:
         experts: Folder to keep them in, or one file of experts to use as it is, however they were trained;
-            default: ~/.cache/mim4dd/experts.
+            default: experts in $MIM4DD_CACHE, or ~/.cache/mim4dd.
         num_experts: How many to train.
         expert_snapshots: Snapshots of each, beside the one before training.
         expert_batches: Batches of 256 images between two snapshots; 0: an epoch.

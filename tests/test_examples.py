@@ -15,11 +15,13 @@ MARK = "  # mim4dd"
 
 def test_own_objective(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    objective, use = re.findall(r"```python\n(.*?)```", (ROOT / "docs/objectives.md").read_text(), re.S)
+    page = (ROOT / "docs/objectives.md").read_text()
+    objective, use, students = re.findall(r"```python\n(.*?)```", page, re.S)
     body = objective[objective.index("class ") :].strip()
     assert len(body.splitlines()) <= 20
     names = {}
-    assert "mim4dd." not in re.sub(r"from mim4dd\.\w+ import", "", objective + use), "imports are explicit"
+    code = objective + use + students
+    assert "mim4dd." not in re.sub(r"from mim4dd\.\w+ import", "", code), "imports are explicit"
     exec(objective, names)
     exec(use, names)
     saved = SyntheticSet.load("digits.safetensors")
@@ -31,6 +33,8 @@ def test_own_objective(tmp_path, monkeypatch):
         return evaluate(lambda _: pair, names["test"], protocol, num_networks=2, seed=0).mean
 
     assert accuracy(saved) > accuracy(names["start"]) + 0.1
+    exec(students, names)
+    assert accuracy(names["distilled"]) > accuracy(names["start"]) + 0.1
 
 
 def test_five_lines_in_a_textbook_loop():
