@@ -77,8 +77,12 @@ class CMakeBuild(build_ext):
             )
 
 
-if os.environ.get("MIM4DD_NO_EXT") == "1":
-    setup()
-else:
+names = []
+if os.environ.get("MIM4DD_NO_EXT") != "1":
     names = ["mim4dd._C", *(["mim4dd._C_cuda"] if wants_cuda() else [])]
-    setup(ext_modules=[Extension(name, sources=[]) for name in names], cmdclass={"build_ext": CMakeBuild})
+if "editable_wheel" in sys.argv:
+    # What an earlier build left there would be imported all the same.
+    for old in Path(__file__).parent.glob("mim4dd/_C*.so"):
+        if f"mim4dd.{old.name.split('.')[0]}" not in names:
+            old.unlink()
+setup(ext_modules=[Extension(name, sources=[]) for name in names], cmdclass={"build_ext": CMakeBuild})

@@ -15,16 +15,18 @@ def _load(name: str) -> ModuleType | None:
     except (ImportError, OSError, RuntimeError) as error:
         # An older glibc, or a torch without the symbols it was built against, ends in an ImportError; a torch
         # that refuses to register the operators may end in one of the others.
+        where, using = ("for augmentation on a GPU, ", " and torch's nvcc") if name == "_C_cuda" else ("", "")
         warnings.warn(
-            f"mim4dd: the compiled extension {name} cannot be loaded ({error}); the slower PyTorch reference "
-            "runs instead. Build it with: pip install --no-build-isolation -e .",
+            f"mim4dd: the compiled extension {name} cannot be loaded ({error}); {where}the slower PyTorch "
+            f"reference runs instead. Build it with: pip install --no-build-isolation -e .{using}",
             stacklevel=3,
         )
         return None
 
 
 _C = _load("_C")
-_C_cuda = _load("_C_cuda") if _C is not None and torch.version.cuda else None
+# By the count, which does not start CUDA in this process: a fork could not use it any more.
+_C_cuda = _load("_C_cuda") if _C is not None and torch.version.cuda and torch.cuda.device_count() else None
 
 
 def available(device: str = "cpu") -> bool:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
 import pybind11
@@ -169,6 +170,59 @@ def test_where_it_cannot_be_built_the_build_says_what_to_do(tmp_path, missing, n
     assert "pip install 'setuptools>=77' cmake ninja pybind11" in done.stderr
     assert "MIM4DD_NO_EXT=1 installs without it" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of what the package is built from, and how to call a hook of its build there."""
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("mim4dd", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+
+    def call(hook, **environment):
+        program = f"from setuptools import build_meta; build_meta.{hook}('dist')"
+        command = [sys.executable, "-c", program]
+        environment = {**os.environ, **environment}
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+
+    (tmp_path / "dist").mkdir()
+    return tmp_path, call
+
+
+def test_the_archive_of_the_sources_holds_what_a_build_takes(copied):
+    folder, call = copied
+    call("build_sdist", MIM4DD_CUDA="0")
+    (archive,) = folder.glob("dist/*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+    assert {"CMakeLists.txt", "setup.py", "kernels/wide.py", *sources} <= names
+
+
+def test_an_installation_without_the_extension_leaves_no_older_one(copied):
+    folder, call = copied
+    for name in ("_C", "_C_cuda"):
+        (folder / f"mim4dd/{name}.cpython-311.so").touch()
+    call("build_editable", MIM4DD_NO_EXT="1")
+    assert not [*folder.glob("mim4dd/*.so")]
+
+
+def test_the_cuda_half_is_missed_only_where_there_is_a_gpu():
+    program = """
+import sys, torch
+torch.version.cuda, torch.cuda.device_count = "13.0", lambda: int(sys.argv[1])
+import mim4dd
+"""
+    told = []
+    for count in ("0", "1"):
+        command = [sys.executable, "-c", program, count]
+        told.append(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stderr)
+    if extension.available("cuda") or not extension.available():
+        pytest.skip("it is built, or nothing is")
+    assert "_C_cuda" not in told[0]
+    assert "_C_cuda cannot be loaded" in told[1]
+    assert "for augmentation on a GPU" in told[1]
 
 
 def test_what_is_installed_has_the_version_of_the_package():

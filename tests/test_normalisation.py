@@ -113,6 +113,26 @@ def test_batched_by_vmap():
     torch.testing.assert_close(actual, expected)
 
 
+def test_channels_and_statistics_of_any_strides():
+    x, weight, bias = case((3, 4, 4, 4))
+    own = [torch.stack([value, value + 1], 1)[:, 0].requires_grad_() for value in (weight, bias)]
+    assert not own[0].is_contiguous()
+    ours, expected = (
+        derivatives(lambda *i: instance_norm(*i, EPS, relu=True, pool=2), [leaf, *channels], 2)
+        for channels in (own, [weight.requires_grad_(), bias.requires_grad_()])
+        for leaf in (x.clone().requires_grad_(),)
+    )
+    for actual, wanted in zip(ours, expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_the_jacobian_of_one_image_is_that_of_one_of_two():
+    network = ConvNet(1, 3, width=32, depth=2, image_size=(8, 8))
+    x = torch.randn(2, 1, 8, 8, generator=generator(0, "jacobian"))
+    both = torch.func.jacrev(network)(x)
+    torch.testing.assert_close(torch.func.jacrev(network)(x[:1])[0, :, 0], both[0, :, 0])
+
+
 def test_bad_arguments_are_named():
     x, weight, bias = case((2, 3, 4, 4), torch.float32)
     for call, message in (

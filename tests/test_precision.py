@@ -173,6 +173,13 @@ def test_a_small_budget_changes_the_chunks_and_not_the_loss(method):
     close(losses[2], losses[0])
 
 
+@pytest.mark.parametrize("computing", ["fp32", "bf16"])
+def test_integers_are_no_images(computing):
+    network = networks.create("convnet", 1, 3, (8, 8), width=32, precision=computing)
+    with pytest.raises(RuntimeError, match="Byte"):
+        network(torch.ones(2, 1, 8, 8, dtype=torch.uint8))
+
+
 def test_autocast_of_the_caller_is_left_alone():
     with torch.autocast("cpu", torch.bfloat16), precision.autocast("fp32", CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16

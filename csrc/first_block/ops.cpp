@@ -33,7 +33,7 @@ class Block {
         int64_t padding, bool relu, int64_t pool) {
     require(x.dim() == 4 && weight.dim() == 2 && weight.size(0) == 9 * x.size(1) && x.size(1) > 0 &&
                 weight.size(0) <= mim4dd::kMostTaps,
-            "x must be [batch, in, height, width] with 1 to 4 channels, weight [9 in, out]");
+            "x must have the channels that the weight is for, 1 to 4: [batch, in, height, width] and [9 in, out]");
     dtype_ = x.scalar_type();
     require(dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16, "x must be float32 or bfloat16");
     call.half = dtype_ == ScalarType::BFloat16;

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../channels_last.h"
@@ -57,7 +58,8 @@ class Norm {
   Tensor per_image() const { return torch::stable::new_empty(x_, {call_.batch, call_.channels}, sums()); }
 
   static const Tensor& checked(const Tensor& x) {
-    require(x.dim() == 4 && x.size(2) > 0 && x.size(3) > 0, "x must be [batch, channels, height, width]");
+    require(x.dim() == 4 && x.size(2) > 0 && x.size(3) > 0,
+            "x must be [batch, channels, height, width], at least one pixel high and wide");
     return x;
   }
 
@@ -66,15 +68,13 @@ class Norm {
     require(t.dim() == 4 && t.scalar_type() == x_.scalar_type() && t.size(0) == call_.batch &&
                 t.size(1) == call_.channels && t.size(2) == call_.height / pool && t.size(3) == call_.width / pool,
             "a gradient must have the dtype of x and its own shape");
-    kept_.push_back(channels_last(t));
-    return kept_.back().const_data_ptr();
+    return keep(channels_last(t));
   }
 
-  const void* per_image(const Tensor& t) const {
-    require(t.dim() == 2 && t.size(0) == call_.batch && t.size(1) == call_.channels && t.is_contiguous() &&
-                t.scalar_type() == sums(),
-            "statistics must be contiguous [batch, channels], float64 where x is, else float32");
-    return t.const_data_ptr();
+  const void* per_image(const Tensor& t) {
+    require(t.dim() == 2 && t.size(0) == call_.batch && t.size(1) == call_.channels && t.scalar_type() == sums(),
+            "statistics must be [batch, channels], float64 where x is, else float32");
+    return keep(torch::stable::contiguous(t));
   }
 
   void run() const {
@@ -97,10 +97,15 @@ class Norm {
     return mim4dd::empty_channels_last(sizes, x_.scalar_type());
   }
 
-  const void* per_channel(const Tensor& t) const {
-    require(t.dim() == 1 && t.size(0) == call_.channels && t.is_contiguous() && t.scalar_type() == sums(),
-            "weight and bias must be contiguous [channels], float64 where x is, else float32");
-    return t.const_data_ptr();
+  const void* per_channel(const Tensor& t) {
+    require(t.dim() == 1 && t.size(0) == call_.channels && t.scalar_type() == sums(),
+            "weight and bias must be [channels], float64 where x is, else float32");
+    return keep(torch::stable::contiguous(t));
+  }
+
+  const void* keep(Tensor t) {
+    kept_.push_back(std::move(t));
+    return kept_.back().const_data_ptr();
   }
 };
 

@@ -54,9 +54,9 @@ def apply(
         backend: "reference", "fused" (compiled), or None for the best that is built.
 
     Returns:
-        A new tensor [B, C, H, W] of the images' dtype (float32 for uint8) and memory format. To avoid a
-        device synchronisation, the op on CUDA fills an image with NaN if its parameters are not finite or its
-        row is out of range; on the CPU that is an error.
+        A new tensor [B, C, H, W] of the images' dtype (float32 for uint8) and, fused, of their memory format.
+        To avoid a device synchronisation, the op on CUDA fills an image with NaN if its parameters are not
+        finite or its row is out of range; on the CPU that is an error.
 
     Raises:
         ValueError: wrong type, rank, size, dtype, device or number of rows; params, mean or std that require

@@ -69,7 +69,8 @@ def computed_in(x: Tensor) -> torch.dtype:
     """Return the dtype in which a convolution of x computes: its own, or autocast's."""
     device = x.device.type
     casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if casts and x.dtype != torch.float64 else x.dtype
+    cast = casts and x.is_floating_point() and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast else x.dtype
 
 
 def configure(precision: str) -> None:
