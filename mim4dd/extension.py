@@ -15,10 +15,10 @@ def _load(name: str) -> ModuleType | None:
     except (ImportError, OSError, RuntimeError) as error:
         # An older glibc, or a torch without the symbols it was built against, ends in an ImportError; a torch
         # that refuses to register the operators may end in one of the others.
-        where, using = ("for augmentation on a GPU, ", " and torch's nvcc") if name == "_C_cuda" else ("", "")
+        what = "augmentation and networks" if name == "_C" else "augmentation on a GPU"
         warnings.warn(
-            f"mim4dd: the compiled extension {name} cannot be loaded ({error}); {where}the slower PyTorch "
-            f"reference runs instead. Build it with: pip install --no-build-isolation -e .{using}",
+            f"mim4dd: the compiled extension {name} cannot be loaded ({error}); for {what}, the slower "
+            "PyTorch reference runs instead. Build it with: pip install --no-build-isolation -e .",
             stacklevel=3,
         )
         return None
