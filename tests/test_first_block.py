@@ -211,7 +211,7 @@ def test_what_does_not_fit_is_refused():
     taps = weight.flatten(1).t().contiguous()
     block = torch.ops.mim4dd.first_block
     for wrong, message in (
-        ((x[:, :2], taps, scale, bias), "weight .9 in, out."),
+        ((x[:, :2], taps, scale, bias), "the channels that the weight is for"),
         ((x, taps[:, :40], scale[:40], bias[:40]), "multiple of 32"),
         ((x[..., :6], taps, scale, bias), "at least 8 pixels"),
         ((x, taps, scale[:32], bias), "the shape that belongs"),
