@@ -174,7 +174,7 @@ def test_trajectory_matching_is_that_of_the_textbook(device, small):
 
 
 def version(step: str, name: str, real: ImageSet, device: str) -> Callable[[], None]:
-    """The step as a version does it, called once where that takes long only then."""
+    """The step as a version does it, after a first call, which takes longer than the others."""
     of = problem(real, "none" if step == "dc" else STRATEGY, name)
     assert of.chunk  # worked out with a copy of the network, which would have the features of a compiled one
     with way(name, device):
