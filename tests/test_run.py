@@ -1,8 +1,10 @@
 """The command lines as a user meets them."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +53,15 @@ def test_result_holds_what_is_promised(finished):
     information = result["mutual_information"]
     assert information["cap"] == pytest.approx(np.log(10))
     assert all(-1 < information[when] <= information["cap"] for when in ("before", "after"))
+
+
+def test_every_field_of_a_result_is_explained(finished):
+    folder, _ = finished
+    table = (Path(__file__).parents[1] / "docs/runs.md").read_text().partition("## result.json")[2]
+    explained = {
+        name for row in re.findall(r"^\| (`[^|]*)", table, re.M) for name in re.findall(r"`(\w+)`", row)
+    }
+    assert explained == json.loads((folder / "result.json").read_text()).keys()
 
 
 def test_saved_set_is_ready_to_use(finished):
