@@ -149,10 +149,8 @@ class Config:
         out: Folder of the results; default: runs/<dataset>-<method>-ipc<n>-<seed>, or the next free name.
         overwrite: Replace what --out holds already.
         preset: short: minutes on a laptop. paper: the sizes of the published protocols (20,000 iterations of
-            dm, 256 real images a class, width 128, 1000 epochs), for a GPU. Four things differ from the
-            papers in both: the start of dc (published: --init noise), the learning rate of the images of
-            mtt (published: 1000), ncfm (only its distance, at 1024 frequencies instead of 4096), and the
-            term (published: --mim-loss nce --mim-networks base).
+            dm, 256 real images a class, width 128, 1000 epochs), for a GPU. What is not as published even
+            then, such as the term and most settings of mtt and ncfm, is listed in docs/runs.md.
         quick: Smoke test in seconds: the smallest of every size not given. Its accuracies mean nothing.
         config: JSON file of settings, such as an earlier result.json; command-line options override it. A
             result.json sets every option, so with another --method also give --image-lr, --augmentation

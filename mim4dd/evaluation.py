@@ -27,7 +27,7 @@ OnNetwork = Callable[[float], None]
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a network is trained on a synthetic set (DSA's protocol).
+    """How a network is trained on a synthetic set (DSA's protocol but for an epoch, see docs/runs.md).
 
     Attributes:
         epochs: the learning rate falls to a tenth after half of them.

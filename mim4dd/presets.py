@@ -84,7 +84,7 @@ def with_presets(config: Config) -> Config:
     image_lr = at(method.image_lr, 1 if preset is PAPER else ipc)
     if preset is PAPER:
         iterations = method.iterations(ipc * config.distill.factor**2)
-        epochs = PAPER.eval_epochs if parts_of(augmentation or "none") else 300  # as published
+        epochs = PAPER.eval_epochs if parts_of(augmentation or "none") else 300  # as dc has it
         preset = dataclasses.replace(PAPER, iterations=iterations, eval_epochs=epochs)
     weight = at(method.mim_weights[config.mim.mim_loss], ipc)
     if config.mim.mim_loss == "nce" and config.data.dataset == "digits":

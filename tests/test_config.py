@@ -40,7 +40,7 @@ def test_given_settings_go_before_the_preset():
     assert given.mim.mim_weight == 0.0
     assert given.distill.width == presets.QUICK.width
     fifty = [settings(preset=p, distill=DistillConfig(ipc=50)).distill.image_lr for p in ("short", "paper")]
-    assert fifty == [5.0, 1.0], "as published in the longer"
+    assert fifty == [5.0, 1.0], "as published for dm in the longer"
     plain = DistillConfig(augmentation="none")
     assert settings(preset="paper", distill=plain).eval.eval_epochs == 300, "as published"
     assert settings(preset="paper", distill=DistillConfig(method="dc")).eval.eval_epochs == 300

@@ -48,7 +48,7 @@ class Method:
 
     Attributes:
         objective: what it minimises.
-        image_lr: learning rate of the images, from each IPC on; the published one comes first.
+        image_lr: learning rate of the images, from each IPC on; `--preset paper` takes the first.
         augmented: whether it augments them.
         learns_targets: whether its loss depends on the images' targets, so that soft labels can be learned.
         iterations: updates of the images at an IPC, in the published protocol.
