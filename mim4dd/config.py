@@ -48,7 +48,8 @@ class DistillConfig:
         iterations: Update steps of the images; default: 200, with --preset paper as the method was published.
         init: Start from random real images, from those nearest to k-means centres, or from noise; default:
             kmeans, or real with --preset paper.
-        real_batch: Real images per class and iteration; default: 128, with --preset paper 256.
+        real_batch: Real images per class and iteration; default: 128, with --preset paper 256. A term through
+            networks of its own compares 64 at most.
         image_lr: Learning rate of the images; default: 1 for dm, 100 for mtt, 0.1 for the others; at fifty or
             more images per class, unless --preset is paper, 5 for dm and 0.5 for dsa and ncfm.
         image_momentum: Momentum of the images' updates.

@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 from .data import ImageSet
 from .data.clusters import image_for_each, kmeans_centres, members
+from .data.pixels import unit
 from .data.whitening import Whitening
 from .errors import InputError
 from .files import atomic
@@ -131,6 +132,18 @@ class SyntheticSet:
         """The images in true colours: float32 [n, C, H, W] in [0, 1]."""
         pixels = self.images * self.std[:, None, None] + self.mean[:, None, None]
         return (self.whitening.invert(pixels) if self.whitening else pixels).clamp(0, 1)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Return real images as networks trained on this set are to see them, whitened if the set is.
+
+        Args:
+            pixels: [n, C, H, W], uint8 or float32 in [0, 1], on the device of the set.
+
+        Returns:
+            Tensor float32 [n, C, H, W].
+        """
+        pixels = self.whitening.apply(pixels) if self.whitening else unit(pixels)
+        return (pixels - self.mean[:, None, None]) / self.std[:, None, None]
 
     def dataset(self) -> TensorDataset:
         """Return a torch Dataset of pairs: decoded image float32 [C, H, W], normalised, and its target.

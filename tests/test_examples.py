@@ -1,4 +1,4 @@
-"""The code in docs/objectives.md and examples/ runs and does what the text says."""
+"""The code in docs/objectives.md, docs/data.md and examples/ runs and does what the text says."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,9 @@ import torch
 from sklearn.datasets import load_digits
 
 from mim4dd import SyntheticSet
+from mim4dd.data import load
 from mim4dd.evaluation import Protocol, evaluate
+from mim4dd.synthetic import initialise
 
 ROOT = Path(__file__).parents[1]
 MARK = "  # mim4dd"
@@ -35,6 +37,22 @@ def test_own_objective(tmp_path, monkeypatch):
     assert accuracy(saved) > accuracy(names["start"]) + 0.1
     exec(students, names)
     assert accuracy(names["distilled"]) > accuracy(names["start"]) + 0.1
+
+
+def test_a_network_of_ones_own_on_a_distilled_set(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/digits-dm-ipc1-0")
+    folder.mkdir(parents=True)
+    train, _ = load("digits")
+    start = initialise(train, 1, "kmeans", torch.Generator().manual_seed(0))
+    start.save(folder / "synthetic.safetensors")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        names = {}
+        for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.S):
+            exec(code, names)
+    assert names["own"].batch(torch.arange(100)).mean().abs() < 0.01
+    assert float(re.findall(r"tensor\((.*)\)", capsys.readouterr().out)[0]) > 0.6
 
 
 def test_five_lines_in_a_textbook_loop():

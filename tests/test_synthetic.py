@@ -53,6 +53,17 @@ def test_a_file_with_metadata_among_its_own_facts_is_read(tmp_path, digits):
     assert (read.class_names, read.factor, read.network_lr) == (digits.class_names, 1, 0.5)
 
 
+@pytest.mark.parametrize("as_bytes", [True, False])
+@pytest.mark.parametrize("whiten", [True, False])
+def test_real_images_are_normalised_as_the_set_is(digits, whiten, as_bytes):
+    pixels = digits.images if as_bytes else digits.images / 255
+    real = replace(digits, images=pixels)
+    real = real.whitened(Whitening.fit(pixels)) if whiten else real
+    start = initialise(real, 1, "real", generator(0, "init"))
+    close(start.normalise(pixels), real.batch(torch.arange(len(real))), 1e-5)
+    close(start.normalise(start.pixels), start.images, 1e-4)
+
+
 @pytest.mark.parametrize("views", [lambda m: (m[0], m), lambda m: (torch.zeros(64), m.T)])
 def test_whitening_of_views_is_saved(tmp_path, digits, views):
     mean, matrix = views(torch.rand(64, 64))

@@ -2,5 +2,6 @@
 
 from .image_set import ImageSet
 from .loading import NAMES, load, name_of
+from .pixels import measure
 
-__all__ = ["NAMES", "ImageSet", "load", "name_of"]
+__all__ = ["NAMES", "ImageSet", "load", "measure", "name_of"]

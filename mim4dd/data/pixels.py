@@ -18,6 +18,11 @@ def full_scale(images: Tensor) -> int:
     return 255 if images.dtype == torch.uint8 else 1
 
 
+def unit(images: Tensor) -> Tensor:
+    """Return stored pixels as float32 in [0, 1]."""
+    return images.float() / full_scale(images)
+
+
 def to_unit(train: Tensor, test: Tensor, source: str) -> tuple[Tensor, Tensor]:
     """Return both sets [N, C, H, W] as float32 in [0, 1], or unchanged where both are uint8 and not masks.
 
@@ -74,7 +79,7 @@ def measure(images: Tensor) -> tuple[Tensor, Tensor]:
     for chunk in images.split(CHUNK):
         pixels = chunk.double()
         total += torch.stack([pixels.sum((0, 2, 3)), pixels.square_().sum((0, 2, 3))])
-    unit = full_scale(images)
-    mean, square = total / (images.numel() // images.shape[1]) / torch.tensor([[unit], [unit**2]])
+    full = full_scale(images)
+    mean, square = total / (images.numel() // images.shape[1]) / torch.tensor([[full], [full**2]])
     variance = (square - mean.square()).clamp(min=1e-12)  # a constant channel must not divide by 0
     return mean.float(), variance.sqrt().float()

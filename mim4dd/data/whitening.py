@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .pixels import full_scale
+from .pixels import unit
 
 EPSILON = 0.1  # added to the variances, as published
 CHUNK = 4096  # images taken at a time
@@ -37,7 +37,7 @@ class Whitening:
         square = torch.zeros(size, size, dtype=torch.float64, device=images.device)
         for chunk in images.split(CHUNK):
             # Around middle grey, so that the difference below does not cancel digits of float32 products.
-            pixels = _unit(chunk).flatten(1) - 0.5
+            pixels = unit(chunk).flatten(1) - 0.5
             total += pixels.sum(0, dtype=torch.float64)
             square += pixels.T @ pixels
         mean = total / len(images)
@@ -48,7 +48,7 @@ class Whitening:
 
     def apply(self, images: Tensor) -> Tensor:
         """Whiten images [n, C, H, W], uint8 or float32 in [0, 1]: float32 of the same shape."""
-        chunks = [(_unit(chunk).flatten(1) - self.mean) @ self.matrix for chunk in images.split(CHUNK)]
+        chunks = [(unit(chunk).flatten(1) - self.mean) @ self.matrix for chunk in images.split(CHUNK)]
         return torch.cat(chunks).view(images.shape)
 
     def invert(self, images: Tensor) -> Tensor:
@@ -56,7 +56,3 @@ class Whitening:
         return (
             torch.linalg.solve(self.matrix, images.flatten(1), left=False).add(self.mean).view(images.shape)
         )
-
-
-def _unit(images: Tensor) -> Tensor:
-    return images.float() / full_scale(images)
