@@ -64,7 +64,7 @@ def _gradient_tile(
     mask = in_own[:, None] & in_width[None, :]
     values = tl.load(OWN + offsets, mask=mask, other=0.0).to(tl.float32)
     outward = own_inverse / tl.load(SCALES + layer)
-    gradient = outward[:, None] * product - (outward * own_inverse * along)[:, None] * values
+    gradient = outward[:, None] * (product - (own_inverse * along)[:, None] * values)
     tl.store(OUT + offsets, gradient.to(OUT.dtype.element_ty), mask=mask)
 
 

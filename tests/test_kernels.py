@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 import numerics
 import pairs
-from conftest import FORMS
+from conftest import FORMS, close
 from mim4dd.kernels import launch, narrow, skinny
 from pairs import DEVICE, ONE_OF_EACH, agree, check, problem
 
@@ -194,9 +194,16 @@ def test_float16_holds_the_gradients_of_very_unequal_sides(path):
     check(LossForm("nce", symmetric=True), *problem(1000, 4, [16], torch.float16))
 
 
-def test_the_length_of_a_row_does_not_matter(path):
+@pytest.mark.parametrize("lengths", [(1e-19, 1e17), (1e17, 1e-19), (1e-17, 1e-17), (1e17, 1e17)], ids=str)
+@pytest.mark.parametrize("form", ONE_OF_EACH, ids=str)
+def test_the_length_of_a_row_does_not_matter(path, form, lengths):
+    """Not even where its square, divided by the temperature, leaves the range of float32."""
     scales, *labels, (a,), (k,) = problem(9, 33, [16])
-    check(FORMS[0], scales, *labels, [a * 1e-10], [k * 1e10])
+    scales[0] = 0.01
+    expected = kernels.contrast(form, scales, *labels, [a], [k], (True,) * 3)
+    found = kernels.contrast(form, scales, *labels, [a * lengths[0]], [k * lengths[1]], (True,) * 3)
+    for value, wish, length in zip(found, expected, (1.0, 1.0, *lengths), strict=True):
+        close(value * length, wish, 2e-5)
 
 
 def test_zero_features_in_float16(path):
