@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -67,8 +68,10 @@ class CMakeBuild(build_ext):
                 *shlex.split(os.environ.get("CMAKE_ARGS", "")),
             ]
             target_of = ["cmake", "--build", ".", "--target", ext.name.split(".")[-1]]
+            # The environment's own CMake and Ninja go first, also where it is not activated.
+            path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
             for command in (configure, target_of):
-                subprocess.run(command, cwd=build, check=True)
+                subprocess.run(command, cwd=build, env={**os.environ, "PATH": path}, check=True)
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
             sys.exit(
                 f"{ext.name} cannot be built ({error}); it needs torch, a C++20 compiler, and "

@@ -30,7 +30,7 @@ def real_images(
 
 def problem(real: ImageSet, ipc: int, **settings: Any) -> Problem:
     labels = torch.arange(real.num_classes, device=real.images.device).repeat_interleave(ipc)
-    return Problem(real=real, labels=labels, architecture="convnet", layers=(), seed=0, **settings)
+    return Problem(real=real, labels=labels, layers=(), seed=0, **{"architecture": "convnet", **settings})
 
 
 def synthetic_images(of: Problem) -> Tensor:

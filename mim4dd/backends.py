@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import torch
 
 HAS_TRITON = find_spec("triton") is not None
+HAS_KERNELS = find_spec(f"{__package__}.kernels") is not None  # not where Python runs in the sources
 
 
 def resolve(function: str, backend: str | None, obstacle: str | None) -> str:
@@ -28,6 +29,10 @@ def kernel_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
     """Return why the Triton kernels cannot run on tensors of this dtype and device, or None if they can."""
     if not HAS_TRITON:
         return "triton is not installed"
+    if not HAS_KERNELS:
+        return (
+            "mim4dd was imported from its sources, not as installed; leave their folder"
+        )
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the kernels have no {dtype}"
     if device.type == "cuda":

@@ -146,7 +146,7 @@ class Config:
         precision: What the networks compute in; auto: the fastest for a ConvNet. Weights, losses and
             distances are always float32.
         memory_budget: GiB of GPU memory that passes over real images may take, and the steps of mtt half as
-            much; default: half of what is free.
+            much; default: half of what is free. Batch normalisation takes its images at once all the same.
         out: Folder of the results; default: runs/<dataset>-<method>-ipc<n>-<seed>, or the next free name.
         overwrite: Replace what --out holds already.
         preset: short: minutes on a laptop. paper: the sizes of the published protocols (20,000 iterations of

@@ -10,7 +10,8 @@ from .errors import InputError, unknown
 from .networks import ARCHITECTURES
 from .objectives import METHODS
 
-FLOAT32_MAX = 3.4e38
+FLOAT32_MIN, FLOAT32_MAX = 1.18e-38, 3.4e38
+CALIBRATED_MIN = 1 / 80  # temperature; exp(1 / it), times the negatives, is a noise ratio of float32
 COUNT_MAX = 2**31  # of anything; a size in memory that is too large is told by torch
 
 
@@ -60,8 +61,8 @@ def check(config: Config) -> None:
         "--mim-layer-decay": config.mim.mim_layer_decay,
     }
     for option, number in above_zero.items():
-        if isinstance(number, int | float) and not 0 < number < FLOAT32_MAX:
-            raise InputError(f"{option} is {number}, expected a positive number")
+        if isinstance(number, int | float) and not FLOAT32_MIN <= number < FLOAT32_MAX:
+            raise InputError(f"{option} is {number}, expected a positive number of float32")
     if config.eval.num_eval == 0 and config.eval.eval_archs:
         raise InputError("--eval-archs needs --num-eval of at least 1, got 0")
     if not 0 <= config.distill.image_momentum < 1:
@@ -72,6 +73,12 @@ def check(config: Config) -> None:
         raise InputError(
             f"--mim-noise-ratio is {config.mim.mim_noise_ratio}, but only --mim-loss nce has one, and it is "
             f"{config.mim.mim_loss}"
+        )
+    calibrated = config.mim.mim_loss == "nce" and config.mim.mim_noise_ratio == "calibrated"
+    if calibrated and (config.mim.mim_temperature or 1) < CALIBRATED_MIN:
+        raise InputError(
+            f"--mim-temperature {config.mim.mim_temperature} is too low for a calibrated noise ratio: "
+            f"expected at least {CALIBRATED_MIN}, or a number for --mim-noise-ratio"
         )
     if config.data.zca and config.distill.factor > 1:
         raise InputError("--zca mixes all pixels of an image, --factor takes it apart: use one of them")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -71,7 +71,7 @@ def distill(
         InputError, RuntimeError: a state of another objective, add-on or device, as far as names and shapes
             tell.
     """
-    names = ["base", "mim"] if mutual_information else ["base"]
+    remedies = {"base": objective.remedy} | ({"mim": "--mim-weight"} if mutual_information else {})
     distillation = Distillation(objective, start, lr, momentum, mutual_information)
     if state is not None:
         distillation.restore(state)
@@ -79,7 +79,7 @@ def distill(
     for iteration in range(distillation.done.times + 1, iterations + 1):
         unread.append(distillation.update())
         if iteration % READ_EVERY == 0 or iteration == iterations:
-            means = _read(unread, names, iteration, distillation.learned)
+            means = _read(unread, remedies, iteration, distillation.learned)
             on_progress(Progress(iteration, means, distillation.synthetic, distillation.snapshot()))
             unread.clear()
     return distillation.synthetic if iterations else start
@@ -222,20 +222,27 @@ def _under(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {own.removeprefix(f"{name}."): value for own, value in state.items() if own.startswith(f"{name}.")}
 
 
-def _remedy(names: list[str]) -> str:
-    options = {"base": "--image-lr", "mim": "--mim-weight"}
-    return f"lower {' or '.join(options[name] for name in names)}"
+def _read(
+    unread: list[Tensor], remedies: Mapping[str, str], iteration: int, learned: list[Tensor]
+) -> dict[str, float]:
+    """Fetch the losses of the last iterations, all at once, and average them, if all is finite.
 
-
-def _read(unread: list[Tensor], names: list[str], iteration: int, learned: list[Tensor]) -> dict[str, float]:
-    """Fetch the losses of the last iterations, all at once, and average them, if all is finite."""
+    `remedies` names their terms, and for each the options to lower if it is not.
+    """
+    names = [*remedies]
     values = torch.stack(unread).tolist()
     for when, row in enumerate(values, iteration - len(values) + 1):
         wrong = {name: value for name, value in zip(names, row, strict=True) if not math.isfinite(value)}
         if wrong:  # all of them where it is the images that are not finite
             became = " and ".join(f"the {name} term became {value}" for name, value in wrong.items())
-            raise DivergenceError(f"{became} in iteration {when}; {_remedy([*wrong])}")
+            raise DivergenceError(f"{became} in iteration {when}; {_lower(remedies, wrong)}")
     if not all(bool(tensor.isfinite().all()) for tensor in learned):
-        raise DivergenceError(f"the images are not finite after iteration {iteration}; {_remedy(names)}")
+        raise DivergenceError(
+            f"the images are not finite after iteration {iteration}; {_lower(remedies, names)}"
+        )
     columns = zip(*values, strict=True)
     return {name: sum(column) / len(values) for name, column in zip(names, columns, strict=True)}
+
+
+def _lower(remedies: Mapping[str, str], names: Iterable[str]) -> str:
+    return f"lower {' or '.join(remedies[name] for name in names)}"

@@ -8,6 +8,14 @@ from types import ModuleType
 
 import torch
 
+_untold: list[str] = []
+
+
+def tell() -> None:
+    """Warn, once, of what is not built. Whoever takes only the losses, which do without, need not hear it."""
+    while _untold and not torch.compiler.is_compiling():
+        warnings.warn(_untold.pop(), stacklevel=3)
+
 
 def _load(name: str) -> ModuleType | None:
     try:
@@ -16,11 +24,12 @@ def _load(name: str) -> ModuleType | None:
         # An older glibc, or a torch without the symbols it was built against, ends in an ImportError; a torch
         # that refuses to register the operators may end in one of the others.
         what = "augmentation and networks" if name == "_C" else "augmentation on a GPU"
-        warnings.warn(
+        _untold.append(
             f"mim4dd: the compiled extension {name} cannot be loaded ({error}); for {what}, the slower "
-            "PyTorch reference runs instead. Build it with: pip install --no-build-isolation -e .",
-            stacklevel=3,
+            "PyTorch reference runs instead. Build it with: pip install --no-build-isolation -e ."
         )
+        if not isinstance(error, ModuleNotFoundError):  # it is built, to no use
+            tell()
         return None
 
 
@@ -38,5 +47,5 @@ def obstacle(device: torch.device) -> str | None:
     """Return why the extension's operators cannot run on this device, or None if they can."""
     if available(device.type):
         return None
-    why = f"not compiled for {device.type}" if available() else "not built; see the warning at import"
+    why = f"not compiled for {device.type}" if available() else "not built; see the warning"
     return f"the extension is {why}"

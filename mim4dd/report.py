@@ -22,37 +22,46 @@ SIDE = 64  # pixels an image is at least shown with
 GAP = 4
 TITLE = 18  # pixels of a class name's line
 ROW = 10  # images side by side
+PIXELS = 1 << 23  # of all images that are drawn, about
 FONT = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"  # with more letters than Pillow's own
 RESULT = "result.json"
 FILES = (RESULT, "report.html", "images.png")
 
 
 def picture(synthetic: SyntheticSet) -> Image.Image:
-    """Draw all images in true colours, the images of a class side by side under its name.
+    """Draw the images in true colours, those of a class side by side under its name.
 
-    Images of one channel are grey, of three colour; of any other number the first is shown.
+    Of very many images only the first of each class are drawn, or those of the first classes alone, and a
+    line below says so. Images of one channel are grey, of three colour; of any other number the first is
+    shown.
     """
     zoom = max(1, -(-SIDE // synthetic.images.shape[-1]))
-    ipc = len(synthetic) // len(synthetic.class_names)
-    strips = synthetic.pixels.unflatten(0, (len(synthetic.class_names), ipc))
+    side = synthetic.images.shape[-1] * zoom
+    most = max(1, PIXELS // side**2)
+    names, all_of_class = synthetic.class_names[:most], len(synthetic) // len(synthetic.class_names)
+    ipc = min(all_of_class, max(1, most // len(names)))
+    strips = synthetic.pixels.unflatten(0, (-1, all_of_class))[: len(names), :ipc]
     channels = strips if strips.shape[2] == 3 else strips[:, :, :1].expand(-1, -1, 3, -1, -1)
     pixels = (channels * 255).round().byte().permute(0, 1, 3, 4, 2).cpu()
-    side = pixels.shape[2] * zoom
     columns = min(ipc, ROW)
     lines = -(-ipc // ROW)  # of images in a class
-    across = max(1, min(ROW // columns, len(synthetic.class_names)))
+    across = max(1, min(ROW // columns, len(names)))
     width, height = columns * (side + GAP) + GAP, lines * (side + GAP) + TITLE + GAP
-    rows = -(-len(synthetic.class_names) // across)
-    canvas = Image.new("RGB", (across * width + GAP, rows * height + GAP), "white")
+    rows = -(-len(names) // across)
+    whole = len(names) * ipc == len(synthetic)
+    canvas = Image.new("RGB", (across * width + GAP, rows * height + (GAP if whole else TITLE)), "white")
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.truetype(FONT, TITLE - 6)
-    for c, name in enumerate(synthetic.class_names):
+    for c, name in enumerate(names):
         left, top = c % across * width + GAP, c // across * height + GAP
         draw.text((left, top), _fitting(name, font, width - GAP), "black", font)
         for k in range(ipc):
             tile = Image.fromarray(pixels[c, k].numpy()).resize((side, side), Image.Resampling.NEAREST)
             x, y = left + k % ROW * (side + GAP), top + TITLE + k // ROW * (side + GAP)
             canvas.paste(tile, (x, y))
+    if not whole:
+        note = f"{len(names) * ipc} of {len(synthetic)} images"
+        draw.text((GAP, rows * height), _fitting(note, font, canvas.width - GAP), "black", font)
     return canvas
 
 

@@ -135,6 +135,11 @@ def test_bad_files_are_named(tmp_path, content, message):
         ({"mim": MimConfig(mim_weight=float("inf"))}, "--mim-weight is inf, expected a number of at least 0"),
         ({"mim": MimConfig(mim_weight=-2.0)}, "--mim-weight is -2.0, expected a number of at least 0"),
         ({"mim": MimConfig(mim_temperature=0.0)}, "--mim-temperature is 0.0"),
+        (
+            {"mim": MimConfig(mim_temperature=1e-40)},
+            "is 1e-40, expected a positive number of float32",
+        ),
+        ({"mim": MimConfig(mim_loss="nce", mim_temperature=0.01)}, "0.01 is too low for a calibrated noise"),
         ({"mim": MimConfig(mim_noise_ratio=2.0)}, "only --mim-loss nce has one, and it is info-nce"),
         ({"mim": MimConfig(mim_layers="first")}, "--mim-layers is 'first', expected all, last or indices"),
         ({"eval": EvalConfig(eval_epochs=0)}, "--eval-epochs is 0, expected a number of at least 1"),

@@ -3,18 +3,22 @@
 import dataclasses
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
+from allocations import allocated_at_most
 from commands import npz
 from conftest import labels_of, pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mim4dd import augment, data
-from mim4dd.data import ImageSet, load, named
+from mim4dd.data import ImageSet, image_set, load, named
 from mim4dd.data.whitening import Whitening
 from mim4dd.errors import InputError
+
+SEEDS = st.integers(0, 2**31)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -78,9 +82,19 @@ def test_augmented_is_the_batch_augmented():
     torch.testing.assert_close(stored.augmented(torch.arange(4), one_each), expected, atol=1e-5, rtol=1e-5)
 
 
+# By a key for each place of a table, and by one for each image, as where a class is far larger than the rest.
+uneven = pytest.mark.parametrize("uneven", [image_set.UNEVEN, 0])
+
+
+@uneven
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 30), st.integers(0, 2**31))
-def test_sample_draws_evenly_from_the_right_class(counts, per_class, seed):
+@given(counts=st.lists(st.integers(1, 12), max_size=6, min_size=1), per_class=st.integers(1, 30), seed=SEEDS)
+def test_sample_draws_evenly_from_the_right_class(uneven, counts, per_class, seed):
+    with patch.object(image_set, "UNEVEN", uneven):
+        check_sample(counts, per_class, seed)
+
+
+def check_sample(counts, per_class, seed):
     images = make_set(*counts, size=8, channels=1)
     index = images.sample(per_class, seeded(seed))
     assert index.shape == (len(counts), per_class)
@@ -92,7 +106,9 @@ def test_sample_draws_evenly_from_the_right_class(counts, per_class, seed):
         assert (drawn > 0).sum() == min(count, per_class)
 
 
-def test_sample_is_random_uniform_and_reproducible():
+@uneven
+def test_sample_is_random_uniform_and_reproducible(uneven, monkeypatch):
+    monkeypatch.setattr(image_set, "UNEVEN", uneven)
     images = make_set(6, 20)
     assert torch.equal(images.sample(4, seeded(1)), images.sample(4, seeded(1)))
     assert not torch.equal(images.sample(4, seeded(1)), images.sample(4, seeded(2)))
@@ -111,9 +127,28 @@ def test_sample_from_an_empty_class():
         images.sample(1, seeded())
 
 
+def test_a_large_class_does_not_make_the_others_slow():
+    counts = torch.tensor([100_000, *[10] * 999])
+    labels = torch.arange(1000).repeat_interleave(counts)
+    images = ImageSet(
+        torch.zeros(len(labels), 1, 1, 1), labels, tuple(map(str, range(1000))), *torch.eye(2, 1)
+    )
+    images.sample(20, seeded())  # finds the members of each class
+    assert allocated_at_most(lambda: images.sample(20, seeded()), "cpu") < 50 * len(labels)
+    assert allocated_at_most(lambda: images.split(0.2, seeded()), "cpu") < 4 * 1000 * 100_000
+
+
+@uneven
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.floats(0.01, 0.99), st.integers(0, 2**31))
-def test_split_is_stratified(counts, fraction, seed):
+@given(
+    counts=st.lists(st.integers(1, 12), min_size=1, max_size=6), fraction=st.floats(0.01, 0.99), seed=SEEDS
+)
+def test_split_is_stratified(uneven, counts, fraction, seed):
+    with patch.object(image_set, "UNEVEN", uneven):
+        check_split(counts, fraction, seed)
+
+
+def check_split(counts, fraction, seed):
     images = make_set(*counts, channels=1)
     held = [min(round((n * torch.tensor(fraction)).item()), n - 1) for n in counts]  # in float32, as there
     if not any(held):

@@ -6,7 +6,14 @@ import torch.nn.functional as F
 from conftest import digits_problem
 
 from mim4dd.distill import DivergenceError, distill
-from mim4dd.objectives import DistributionMatching, GradientMatching, Matched, MutualInformation, Objective
+from mim4dd.objectives import (
+    METHODS,
+    DistributionMatching,
+    GradientMatching,
+    Matched,
+    MutualInformation,
+    Objective,
+)
 from mim4dd.seeding import generator
 from mim4dd.synthetic import SyntheticSet, decode
 
@@ -120,6 +127,14 @@ def test_divergence_names_the_term_and_leaves_the_last_good_images(objective, te
         )
     assert all(look.synthetic.images.isfinite().all() for look in looks)
     assert [look.iteration for look in looks] == ([10] if term is None else [])
+
+
+def test_what_a_method_trains_along_may_be_what_is_to_be_lowered():
+    objective = Breaking()
+    objective.remedy = "--student-lr"
+    with pytest.raises(DivergenceError, match="lower --student-lr$"):
+        distill(objective, plain(torch.ones(3, 1, 8, 8)), iterations=20, lr=0.01, momentum=0.0)
+    assert "--student-lr" in METHODS["mtt"].objective.remedy
 
 
 def test_a_last_step_that_breaks_the_images_is_noticed():

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     "error",
     [
-        ImportError("No module named 'mim4dd._C'"),
+        ModuleNotFoundError("No module named 'mim4dd._C'"),
         ImportError("/lib/x86_64-linux-gnu/libc.so.6: version `GLIBC_2.38' not found (required by _C.so)"),
         ImportError("_C.so: undefined symbol: torch_call_dispatcher"),
         OSError("libtorch_cpu.so: cannot open shared object file"),
@@ -55,6 +55,26 @@ print(*(w.message for w in caught if "mim4dd" in str(w.message)), sep="\\n")
     assert len(warnings) == 1
     assert str(error) in warnings[0]
     assert "reference runs instead" in warnings[0]
+
+
+def test_losses_alone_need_no_extension_and_hear_of_none():
+    program = """
+import sys, warnings
+sys.modules["mim4dd._C"] = None  # ends in a ModuleNotFoundError
+warnings.simplefilter("error")
+import mim4dd, torch
+mim4dd.nce_loss(torch.ones(2, 3), torch.ones(2, 3), torch.arange(2), torch.arange(2))
+params = mim4dd.augment.AugmentParams.identity(1)
+mim4dd.augment.apply(torch.ones(1, 3, 4, 4), params, backend="reference")
+for use in (lambda: mim4dd.networks.create("mlp", 1, 10, 8), lambda: None):
+    try:
+        use()
+    except UserWarning as warning:
+        print(warning)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("cannot be loaded") == 1
 
 
 @pytest.mark.parametrize(
@@ -213,6 +233,7 @@ def test_the_cuda_half_is_missed_only_where_there_is_a_gpu():
 import sys, torch
 torch.version.cuda, torch.cuda.device_count = "13.0", lambda: int(sys.argv[1])
 import mim4dd
+mim4dd.networks.create("mlp", 1, 10, 8)
 """
     told = []
     for count in ("0", "1"):

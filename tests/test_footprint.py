@@ -1,12 +1,10 @@
 """What an update is said to take, before it begins, is about what it takes."""
 
 import dataclasses
-import gc
-import itertools
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from allocations import allocated_at_most
 
 from bench import problems
 from mim4dd import extension
@@ -16,20 +14,6 @@ from mim4dd.objectives import METHODS, MutualInformation, ThroughTermNetworks, T
 from mim4dd.objectives.footprint import of_term
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
-
-
-def allocated_at_most(step, device):
-    """Bytes that torch allocates at its peak beside what is there before."""
-    gc.collect()  # what other tests left would be freed meanwhile, and counted against it
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 def updates(objective, term=None):
@@ -73,6 +57,16 @@ def test_without_the_extension_it_takes_more(method, tmp_path, monkeypatch):
     objective = METHODS[method].objective(problem)
     objective.inner = 0
     check(objective, METHODS[method].footprint(problem), "cpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("method", ["dm", "dsa"])
+def test_batch_normalisation_takes_its_images_at_once(method, device, tmp_path):
+    settings = {"architecture": "convnet-bn", "precision": "fp32", "real_batch": 40 if method == "dm" else 4}
+    problem = problem_of(method, device, tmp_path, **settings)
+    objective = METHODS[method].objective(problem)
+    objective.inner = 0
+    check(objective, METHODS[method].footprint(problem), device)
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])

@@ -176,7 +176,7 @@ def test_shrinking_averages():
         ),
         (
             {"y_train": np.arange(10), "x_test": None, "y_test": None},
-            "has no test set, and of its 10 images .* too few to hold out 20%; use more images, or",
+            "has no test set, and of its 10 images .* too few to hold out 0.2 of each; .* images, or",
         ),
     ],
 )

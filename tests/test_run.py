@@ -226,6 +226,21 @@ def test_picture_shows_every_image_in_the_strip_of_its_class():
     assert places == [(22 + c // 2 * 90, 4 + c % 2 * 276 + k * 68) for c in range(3) for k in range(4)]
 
 
+@pytest.mark.parametrize(("most", "classes", "ipc"), [(11, 3, 3), (4, 3, 1), (2, 2, 1), (0, 1, 1)])
+def test_of_very_many_images_the_first_are_shown(monkeypatch, most, classes, ipc):
+    whole = picture("first", "second", "third")
+    monkeypatch.setattr(report, "PIXELS", most * report.SIDE**2)
+    image = picture("first", "second", "third")
+    assert image.width * image.height < whole.width * whole.height
+    shown = {colour for _, colour in image.getcolors(100_000)}
+    colours = [tuple(row) for row in (COLOURS * 255).round().int().tolist()]
+    assert [k for k, colour in enumerate(colours) if colour in shown] == [
+        4 * c + k for c in range(classes) for k in range(ipc)
+    ]
+    last = np.asarray(image)[-report.TITLE :]
+    assert (last < 128).any(), "a line says so"
+
+
 def test_class_names_may_have_letters_of_other_languages():
     font = ImageFont.truetype(report.FONT, 12)
     missing = bytes(font.getmask("\uffff"))

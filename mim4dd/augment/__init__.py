@@ -68,6 +68,8 @@ def apply(
     if not fused or torch.compiler.is_compiling():
         checks.check(images, params, rows, mean, std)
     if not fused:
+        if backend is None:
+            extension.tell()
         return reference.augment(images, params, rows, mean, std, align_corners)
     try:
         return op.augment(images, list(params.stored().values()), rows, mean, std, align_corners)

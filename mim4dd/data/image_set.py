@@ -15,6 +15,8 @@ from ..errors import InputError
 from .pixels import full_scale
 from .whitening import Whitening
 
+UNEVEN = 4  # a table [num_classes, largest class] may have so many places for every image
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -85,9 +87,9 @@ class ImageSet:
 
         A class with fewer images is cycled, so that its images occur equally often, give or take one.
         """
-        table, counts = self.class_index
-        shuffled = self._shuffled(min(per_class, table.shape[1]), generator)
-        slot = torch.arange(per_class, device=table.device) % counts[:, None]
+        counts, _ = self.class_index
+        shuffled = self._shuffled(min(per_class, self.largest_class), generator)
+        slot = torch.arange(per_class, device=counts.device) % counts[:, None]
         return shuffled.gather(1, slot)
 
     def check_enough(self, per_class: int) -> None:
@@ -96,7 +98,7 @@ class ImageSet:
         Raises:
             InputError: one has fewer; it names the class.
         """
-        counts = self.class_index[1]
+        counts, _ = self.class_index
         smallest = int(counts.argmin())
         if counts[smallest] < per_class:
             raise InputError(
@@ -112,23 +114,23 @@ class ImageSet:
         """
         if not 0 < fraction < 1:
             raise InputError(f"fraction {fraction}: expected a number between 0 and 1, the share to hold out")
-        table, counts = self.class_index
+        counts, _ = self.class_index
         held = torch.minimum((counts * fraction).round().long(), counts - 1)
         if not held.any():
             raise InputError(
-                f"{len(self)} images in {self.num_classes} classes: too few to hold out {fraction:.0%}; "
-                "use more images"
+                f"{len(self)} images in {self.num_classes} classes: too few to hold out {fraction:g} of "
+                "each; use a larger share or more images"
             )
-        shuffled = self._shuffled(table.shape[1], generator)
-        slot = torch.arange(table.shape[1], device=table.device)
-        chosen = slot < held[:, None]
-        others = (slot < counts[:, None]) & ~chosen
-        rest, held_out = (shuffled[mask].sort().values for mask in (others, chosen))
-        return self.subset(rest), self.subset(held_out)
+        shuffled = self._shuffled(int(held.max()), generator)
+        slot = torch.arange(shuffled.shape[1], device=counts.device)
+        held_out = shuffled[slot < held[:, None]].sort().values
+        rest = torch.ones(len(self), dtype=torch.bool, device=counts.device)
+        rest[held_out] = False
+        return self.subset(rest.nonzero().squeeze(1)), self.subset(held_out)
 
     @cached_property
     def class_index(self) -> tuple[Tensor, Tensor]:
-        """Images of each class, int64 [num_classes, largest count] padded with 0, and counts [num_classes].
+        """How many images each class has, int64 [num_classes], and all of them, class by class, int64 [N].
 
         Raises:
             InputError: a class is empty.
@@ -137,11 +139,12 @@ class ImageSet:
         if not counts.all():
             empty = self.class_names[int(counts.argmin())]
             raise InputError(f"class {empty!r} has no image in this set; add some or remove the class")
-        order = self.labels.argsort(stable=True)
-        slot = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[self.labels[order]]
-        table = order.new_zeros(self.num_classes, int(counts.max()))
-        table[self.labels[order], slot] = order
-        return table, counts
+        return counts, self.labels.argsort(stable=True)
+
+    @cached_property
+    def largest_class(self) -> int:
+        """How many images the largest class has."""
+        return int(self.class_index[0].max())
 
     def whitened(self, whitening: Whitening) -> ImageSet:
         """The same set with every image whitened."""
@@ -172,11 +175,20 @@ class ImageSet:
         return digest.hexdigest()[:16]
 
     def _shuffled(self, k: int, generator: torch.Generator) -> Tensor:
-        """`k` images of each class in random order, [num_classes, k]; smaller classes are padded with 0."""
-        table, counts = self.class_index
-        keys = torch.rand(table.shape, generator=generator, device=generator.device).to(table.device)
-        padding = torch.arange(table.shape[1], device=table.device) >= counts[:, None]
-        return table.gather(1, keys.masked_fill_(padding, -1).topk(k, dim=1).indices)
+        """`k` images of each class in random order, [num_classes, k]; of smaller classes the rest is any."""
+        counts, members = self.class_index
+        largest, device = self.largest_class, counts.device
+        if self.num_classes * largest <= UNEVEN * len(self):
+            shape = (self.num_classes, largest)
+            keys = torch.rand(shape, generator=generator, device=generator.device).to(device)
+            padding = torch.arange(largest, device=device) >= counts[:, None]
+            slot = keys.masked_fill_(padding, -1).topk(k, dim=1).indices
+        else:  # one key for each image, where a table would be mostly padding
+            keys = torch.rand(len(self), generator=generator, dtype=torch.float64, device=generator.device)
+            members = members[(self.labels[members] + keys.to(device)).argsort()]
+            slot = torch.arange(k, device=device).expand(self.num_classes, k)
+        first = counts.cumsum(0) - counts
+        return members[(first[:, None] + slot).clamp_max(len(self) - 1)]
 
     def subset(self, index: Tensor) -> ImageSet:
         """The images of `index`, int64 [n], without those they were before whitening."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..errors import InputError
 
-CHUNK = 4096  # images converted to floats at a time
+CHUNK = 4096  # images converted to floats at a time, at most
+CHUNK_PIXELS = 1 << 26
 UNIT_ENDS = 2  # floats that never exceed this cannot be of 0..255, or all images would be black
 OVERSHOOT = 1e-3  # rounding takes pixels beyond a bound by less than this share of it, even in float16
 
@@ -16,6 +19,11 @@ OVERSHOOT = 1e-3  # rounding takes pixels beyond a bound by less than this share
 def full_scale(images: Tensor) -> int:
     """Return what a stored pixel of full brightness is: 255 in uint8, 1 in floats."""
     return 255 if images.dtype == torch.uint8 else 1
+
+
+def chunks(images: Tensor) -> Sequence[Tensor]:
+    """Return images [N, C, H, W] in parts that are small as floats."""
+    return images.split(max(1, min(CHUNK, CHUNK_PIXELS // max(1, images[0].numel()))) if len(images) else 1)
 
 
 def unit(images: Tensor) -> Tensor:
@@ -67,7 +75,7 @@ def resized(images: Tensor, size: int) -> Tensor:
     if images.shape[-1] == size:
         return images
     parts = []
-    for chunk in images.split(CHUNK):
+    for chunk in chunks(images):
         part = interpolate(chunk.float(), size=(size, size), mode="bilinear", antialias=True)
         parts.append(part.round_().to(torch.uint8) if images.dtype == torch.uint8 else part)
     return torch.cat(parts)
@@ -76,7 +84,7 @@ def resized(images: Tensor, size: int) -> Tensor:
 def measure(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel, float32 [C], of pixels in [0, 1]."""
     total = torch.zeros(2, images.shape[1], dtype=torch.float64)
-    for chunk in images.split(CHUNK):
+    for chunk in chunks(images):
         pixels = chunk.double()
         total += torch.stack([pixels.sum((0, 2, 3)), pixels.square_().sum((0, 2, 3))])
     full = full_scale(images)

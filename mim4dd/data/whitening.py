@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .pixels import unit
+from .pixels import chunks, unit
 
 EPSILON = 0.1  # added to the variances, as published
-CHUNK = 4096  # images taken at a time
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Whitening:
         size = images[0].numel()
         total = torch.zeros(size, dtype=torch.float64, device=images.device)
         square = torch.zeros(size, size, dtype=torch.float64, device=images.device)
-        for chunk in images.split(CHUNK):
+        for chunk in chunks(images):
             # Around middle grey, so that the difference below does not cancel digits of float32 products.
             pixels = unit(chunk).flatten(1) - 0.5
             total += pixels.sum(0, dtype=torch.float64)
@@ -48,8 +47,8 @@ class Whitening:
 
     def apply(self, images: Tensor) -> Tensor:
         """Whiten images [n, C, H, W], uint8 or float32 in [0, 1]: float32 of the same shape."""
-        chunks = [(unit(chunk).flatten(1) - self.mean) @ self.matrix for chunk in images.split(CHUNK)]
-        return torch.cat(chunks).view(images.shape)
+        whitened = [(unit(chunk).flatten(1) - self.mean) @ self.matrix for chunk in chunks(images)]
+        return torch.cat(whitened).view(images.shape)
 
     def invert(self, images: Tensor) -> Tensor:
         """Return the pixels float32 [n, C, H, W] whose whitening is `images`."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from .. import extension
 from ..errors import unknown
 from ..sizes import ImageSize, check_counts
 from .convnet import ConvNet, depth_for
@@ -53,6 +54,7 @@ def create(
     """
     if precision not in COMPUTED:
         raise unknown("precision", precision, COMPUTED)
+    extension.tell()
     check_counts(channels=channels, num_classes=num_classes, width=width)
     if architecture not in ARCHITECTURES:
         raise unknown("architecture", architecture, ARCHITECTURES)

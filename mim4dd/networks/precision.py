@@ -46,11 +46,17 @@ def resolve(precision: Precision, device: torch.device) -> Precision:
 def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return _is_ampere(device)
-    return _has_amx() or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    return _has_amx() or _cpu_has("avx512_bf16")
 
 
 def _has_amx() -> bool:
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return _cpu_has("amx_bf16")
+
+
+def _cpu_has(feature: str) -> bool:
+    if not hasattr(torch.cpu, "get_capabilities"):  # as in torch 2.10
+        return False
+    return bool(torch.cpu.get_capabilities().get(feature))
 
 
 def _is_ampere(device: torch.device) -> bool:

@@ -19,7 +19,7 @@ from ..networks import CHUNK, Network, create
 from ..networks.memory import per_image
 from ..state import State
 
-STATISTICS_BATCH = 16  # real images per class that set the statistics of batch normalisation
+STATISTICS_PER_CLASS = 16  # real images per class that set the statistics of batch normalisation
 WEIGHTS_IN_A_GRAPH = 4  # times all weights, with their gradient and what both are cast to
 
 
@@ -95,6 +95,11 @@ class Problem:
         """How many bytes the weights of a network take."""
         return sum(weight.nbytes for weight in self.network().parameters())
 
+    @property
+    def statistics_batch(self) -> int:
+        """How many real images go through a network at once for the statistics of batch normalisation."""
+        return STATISTICS_PER_CLASS * self.real.num_classes
+
     def _at_once(self, *, gradients: bool) -> int:
         if self.memory is None:
             return CHUNK[self.real.images.device.type]
@@ -127,7 +132,7 @@ class Problem:
         tenth of the way to these images, which in a new network leaves them mostly at 0 and 1.
         """
         if network.batch_normalised:
-            index = self.real.sample(STATISTICS_BATCH, generator).flatten()
+            index = self.real.sample(STATISTICS_PER_CLASS, generator).flatten()
             norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
             momenta = [norm.momentum for norm in norms]
             # Not by `torch.optim.swa_utils.update_bn`, which waits for the device.
@@ -203,8 +208,10 @@ class Objective(ABC):
         generators: all that `match` draws from, if a GPU may record one match and replay it as the others:
             they are the same work, read no values on the host, and keep in place what lasts, see
             `mim4dd.graph.replayed`. None: it may not.
+        remedy: the options to lower if its loss is not finite any more.
     """
 
+    remedy: str = "--image-lr"
     trained: Sequence[dict[str, Any]] = ()
     generators: Sequence[torch.Generator] | None = None
 

@@ -17,12 +17,15 @@ FLOAT = 4  # bytes
 
 
 def of_features(problem: Problem, per_class: int | None = None) -> int:
-    """Features of `per_class` real images, chunk by chunk, and of the synthetic ones with their graph."""
+    """Features of `per_class` real images, chunk by chunk, then of the synthetic ones with their graph."""
     real, count = problem.real.num_classes * (per_class or problem.real_batch), len(problem.labels)
-    passing = min(problem.chunk, real) * problem.bytes_per_image(gradients=False)
+    at_once = min(problem.chunk, real)
+    if problem.network().batch_normalised:  # over all images together, or before that over some of each class
+        at_once = max(at_once, problem.statistics_batch) if per_class else real
+    passing = at_once * problem.bytes_per_image(gradients=False)
     synthetic = count * problem.bytes_per_image(gradients=True)
     kept = real * _numbers(problem, {len(problem.network().feature_sizes) - 1, *problem.layers})
-    return _images(problem, real + count) + FLOAT * kept + _compared(problem, real) + passing + synthetic
+    return _images(problem, real + count) + FLOAT * kept + _compared(problem, real) + max(passing, synthetic)
 
 
 def of_characteristic_functions(problem: Problem) -> int:
@@ -37,6 +40,8 @@ def of_gradients(problem: Problem) -> int:
     real, count = classes * problem.real_batch, len(problem.labels)
     at_once = problem.classes_at_once * problem.real_batch if on_gpu else problem.chunk
     passing = min(at_once, real) * problem.bytes_per_image(gradients=True, transformed=on_gpu)
+    if problem.network().batch_normalised:
+        passing = max(passing, problem.statistics_batch * problem.bytes_per_image(gradients=False))
     synthetic = count * problem.bytes_per_image(gradients=True, transformed=True)
     kept = 2 * classes * problem.weight_bytes + FLOAT * real * _numbers(problem, problem.layers)
     return _images(problem, real + count) + kept + _compared(problem, real) + max(passing, synthetic)

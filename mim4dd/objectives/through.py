@@ -26,7 +26,7 @@ class ThroughTermNetworks(Objective):
 
     def __init__(self, networks: TermNetworks, base: Objective, problem: Problem) -> None:
         self.networks, self.base, self.problem = networks, base, problem
-        self.trained = base.trained
+        self.remedy, self.trained = base.remedy, base.trained
         self.network = problem.network()
         self.draws = tuple(
             generator(problem.seed, f"mim/{purpose}", networks.weights.device)

@@ -91,6 +91,8 @@ class TrajectoryMatching(Objective):
     The steps' size is learned, as its logarithm, so that it stays positive.
     """
 
+    remedy = "--image-lr, --student-lr or --student-lr-rate"
+
     def __init__(self, problem: Problem) -> None:
         for _ in train_experts(problem):
             pass

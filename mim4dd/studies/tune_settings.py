@@ -83,7 +83,7 @@ class Tuning(Config):
     trials: int = 30
     seeds: tuple[int, ...] = (0, 1, 2)
     weights: tuple[float, float] = (1.0, 3000.0)
-    temperatures: tuple[float, float] = (0.01, 1.0)
+    temperatures: tuple[float, float] = (0.0125, 1.0)
     layers: tuple[str, ...] = ("all", "last")
     networks: tuple[Literal["synthetic", "real", "base"], ...] = ("synthetic",)
     noise_ratios: tuple[float | Literal["calibrated"], ...] = ("calibrated",)
@@ -131,6 +131,10 @@ def check_tuning(tuning: Tuning) -> None:
         raise InputError(f"--seeds is {' '.join(map(str, tuning.seeds))}, expected each seed once")
     for layers, ratio in itertools.product(tuning.layers, tuning.noise_ratios):
         mim = dataclasses.replace(
-            recast(MimConfig, tuning.mim), mim_weight=1.0, mim_layers=layers, mim_noise_ratio=ratio
+            recast(MimConfig, tuning.mim),
+            mim_weight=1.0,
+            mim_temperature=tuning.temperatures[0],
+            mim_layers=layers,
+            mim_noise_ratio=ratio,
         )
         check(tuning.run_settings(mim, tuning.seeds[0]))
