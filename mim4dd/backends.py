@@ -30,9 +30,7 @@ def kernel_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
     if not HAS_TRITON:
         return "triton is not installed"
     if not HAS_KERNELS:
-        return (
-            "mim4dd was imported from its sources, not as installed; leave their folder"
-        )
+        return "mim4dd was imported from its sources, not as installed; leave their folder"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the kernels have no {dtype}"
     if device.type == "cuda":

@@ -35,6 +35,8 @@ from .seeding import generator
 from .synthetic import SyntheticSet, initialise
 from .teacher import probabilities, teach
 
+Load = Callable[..., tuple[ImageSet, ImageSet]]  # as `mim4dd.data.load`
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -57,7 +59,7 @@ class Experiment:
     centres: Tensor | None = None
 
     @classmethod
-    def prepare(cls, config: Config, load: Callable[..., tuple[ImageSet, ImageSet]] = load) -> Experiment:
+    def prepare(cls, config: Config, load: Load = load) -> Experiment:
         """Load the data, by `mim4dd.data.load` or the like, and draw the images to start from.
 
         Raises:

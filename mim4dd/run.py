@@ -23,7 +23,7 @@ from .files import LOCK, make_folder
 from .options import plain, read
 from .presets import with_presets
 from .report import RESULT
-from .runner import run
+from .runner import prepared_experiment, run
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if settings.memory_budget is not None:
                 config = dataclasses.replace(config, memory_budget=settings.memory_budget)
                 check(config)
-            experiment = Experiment.prepare(config)
+            experiment = prepared_experiment(config)
         else:
-            experiment = Experiment.prepare(filled(plain(settings)))
+            experiment = prepared_experiment(filled(plain(settings)))
             folder, checkpoint = open_folder(experiment), None
         overwritten = None if checkpoint else saved_at(folder)
         try:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import __version__, report, scoring
 from .checkpoint import Checkpoint, remove_checkpoint
-from .config import settled
+from .config import Config, settled
 from .config_json import to_json
 from .console import (
     complain,
@@ -25,15 +25,22 @@ from .console import (
     steps,
     with_accuracy,
 )
+from .data import load
 from .devices import device_name
 from .distill import DivergenceError, Progress
 from .errors import InputError
 from .evaluation import Score
-from .experiment import Experiment
+from .experiment import Experiment, Load
 from .files import atomic, exclusive
 from .synthetic import IMAGES, SyntheticSet
 
 SAVE_EVERY = 60  # seconds between saves of a set in the making
+
+
+def prepared_experiment(config: Config, load: Load = load) -> Experiment:
+    """Return `Experiment.prepare` of these, under a spinner: large sets take minutes."""
+    with console.status("reading the images, and choosing those to start from"):
+        return Experiment.prepare(config, load)
 
 
 def run(experiment: Experiment, folder: Path, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
@@ -195,6 +202,8 @@ def evaluated(experiment: Experiment, recorder: Recorder) -> dict[str, Any]:
     synthetic = recorder.synthetic
     score, baselines = evaluations(experiment, synthetic)
     others = cross_architecture(experiment, synthetic, score)
+    with console.status("estimating the mutual information"):
+        information = experiment.information(synthetic)
     return {
         **recorder.saved.metadata,
         "network_lr": synthetic.network_lr,
@@ -202,7 +211,7 @@ def evaluated(experiment: Experiment, recorder: Recorder) -> dict[str, Any]:
         "baselines": {name: score_facts(other) for name, other in baselines.items()},
         "cross_architecture": {name: score_facts(other) for name, other in others.items()},
         "evaluated_on": experiment.evaluated_on,
-        "mutual_information": experiment.information(synthetic),
+        "mutual_information": information,
         "seconds": {
             "distill": round(distilled_at - recorder.began, 1),
             "evaluate": round(time.monotonic() - distilled_at, 1),

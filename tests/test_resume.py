@@ -125,7 +125,7 @@ def test_its_time_goes_on_too(cut_off):
 
 def test_a_resumed_run_takes_the_memory_it_is_given(cut_off, monkeypatch):
     asked, prepare = [], Experiment.prepare
-    monkeypatch.setattr(Experiment, "prepare", lambda c: asked.append(c.memory_budget) or prepare(c))
+    monkeypatch.setattr(Experiment, "prepare", lambda c, _: asked.append(c.memory_budget) or prepare(c))
     assert run.main(["--resume", str(cut_off), "--memory-budget", "2.5"]) == 0
     assert asked == [2.5]
 

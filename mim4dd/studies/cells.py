@@ -20,11 +20,11 @@ from ..data import load
 from ..devices import device_name
 from ..distill import DivergenceError
 from ..errors import InputError
-from ..experiment import Experiment, resolved
+from ..experiment import resolved
 from ..files import write
 from ..presets import with_presets
 from ..report import RESULT
-from ..runner import run, score_facts
+from ..runner import prepared_experiment, run, score_facts
 from ..synthetic import IMAGES, SyntheticSet
 
 FAILED = "failed.json"
@@ -80,7 +80,7 @@ class Cell:
                 checkpoint = Checkpoint.load(self.folder)
             except InputError as error:
                 complain(f"{error}; it starts again now")
-        return run(Experiment.prepare(self.config, _load), self.folder, checkpoint)
+        return run(prepared_experiment(self.config, _load), self.folder, checkpoint)
 
     def _write(self, name: str, outcome: dict[str, Any]) -> dict[str, Any]:
         config = to_json(resolved(self.config))
@@ -125,7 +125,7 @@ class BaselineCell(Cell):
         return cls(folder, with_presets(settings), baseline)
 
     def _outcome(self) -> dict[str, Any]:
-        experiment = Experiment.prepare(self.config, _load)
+        experiment = prepared_experiment(self.config, _load)
         began = time.monotonic()
         score = with_accuracy(
             f"evaluate ({self.baseline})",
@@ -179,7 +179,7 @@ def rehearse(config: Config) -> None:
         InputError: the data or the device do not go with the settings.
     """
     cheap = dataclasses.replace(config.distill, init="noise")
-    Experiment.prepare(dataclasses.replace(config, distill=cheap), _load)
+    prepared_experiment(dataclasses.replace(config, distill=cheap), _load)
 
 
 def refuse_others(folder: Path, settings: dict[str, Any], config: Config) -> None:
