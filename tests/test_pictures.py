@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import picture, write_pictures
 
-from mim4dd.data import load
+from mim4dd.data import load, pictures
 from mim4dd.errors import InputError
 
 
@@ -27,6 +27,19 @@ def test_folder(tmp_path):
     assert test.labels.tolist() == [0, 0, 1, 1]
     assert np.array_equal(train.images[5].permute(1, 2, 0), picture((10, 10), seed=11))
     assert np.array_equal(test.images[0].permute(1, 2, 0), picture((10, 10), seed=20))
+
+
+def test_pictures_are_in_order_however_many_are_decoded_ahead(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "AHEAD", 3)
+    write_pictures(tmp_path / "train/a", 8)
+    write_pictures(tmp_path / "test/a", 1)
+    train, _ = load(str(tmp_path))
+    for seed, image in enumerate(train.images):
+        assert np.array_equal(image.permute(1, 2, 0), picture((10, 10), seed))
+    (tmp_path / "train/a/6.png").write_text("no picture")
+    (tmp_path / "train/a/7.png").write_text("no picture")
+    with pytest.raises(InputError, match=r"6\.png: not a readable picture"):
+        load(str(tmp_path))
 
 
 def test_a_test_set_without_train_is_no_class(tmp_path):

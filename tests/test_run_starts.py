@@ -1,6 +1,7 @@
 """Before a run does any work: what it refuses, and which folder it takes or overwrites."""
 
 import errno
+import io
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 from commands import QUICK, command, files, npz, parse
 from conftest import write_pictures
+from rich.console import Console
 
 from mim4dd import evaluate, run, runner
 from mim4dd.experiment import Experiment
@@ -65,6 +67,14 @@ def test_a_full_disk_keeps_what_was_to_be_overwritten(tmp_path, monkeypatch, cap
     assert run.main([*arguments, "--seed", "5", "--overwrite"]) == 1
     assert "files saved earlier are unchanged" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_terminal_shows_what_is_waited_for(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    shown = io.StringIO()
+    monkeypatch.setattr(runner, "console", Console(file=shown, force_terminal=True))
+    runner.prepared_experiment(parse([*QUICK]))
+    assert "reading the images" in shown.getvalue()
 
 
 def test_two_runs_at_once_get_a_folder_each(tmp_path, monkeypatch):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +24,8 @@ TEST_NAMES = ("test", "val", "validation", "valid")  # the first one with labels
 GREY_MODES = ("1", "L", "LA")
 ALPHA_MODES = ("LA", "PA", "RGBA")
 ANNOTATIONS = "val_annotations.txt"  # Tiny ImageNet keeps its validation images in one folder and this table
+AHEAD = 256  # pictures decoded before the first of them is taken
+Decoded = tuple[str, np.ndarray]
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # converting these would clip them to 8 bits
 
 
@@ -188,35 +193,15 @@ def _hub_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ..
 
 
 def _decode(pictures: Iterable[tuple[str, bytes]], count: int, image_size: int | None) -> np.ndarray:
-    """`count` pairs (name, encoded picture) -> uint8 [count, C, H, W], C = 1 if every one is grey, else 3.
-
-    Pictures are upright as their EXIF says, and on white where they are transparent.
-    """
-    from PIL import Image, ImageOps
-
+    """`count` pairs (name, encoded picture) -> uint8 [count, C, H, W], C = 1 if every one is grey, else 3."""
     images: np.ndarray = np.empty((0, 1, 0, 0), np.uint8)
-    for i, (name, data) in enumerate(pictures):
-        with reading(name, "picture"), Image.open(io.BytesIO(data)) as file:
-            if file.mode in DEEP_MODES:
-                raise InputError(
-                    f"{name}: mode {file.mode}, more than 8 bits a pixel; save it as an 8-bit picture"
-                )
-            file.getexif()  # kept by Pillow; without its bytes, turning need not write it anew,
-            file.info.pop("exif", None)  # which fails where other parts of it are damaged
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode in ALPHA_MODES or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            picture = picture.convert("L" if file.mode in GREY_MODES else "RGB")
-            if image_size:
-                picture = ImageOps.fit(picture, (image_size, image_size))
-        pixels = np.asarray(picture).reshape(picture.height, picture.width, -1).transpose(2, 0, 1)
+    for i, (name, pixels) in enumerate(_in_threads(partial(_pixels, image_size), pictures)):
         if i == 0:
             images = np.empty((count, *pixels.shape), np.uint8)
         height, width = images.shape[2:]
-        if picture.size != (width, height):
+        if pixels.shape[1:] != (height, width):
             raise InputError(
-                f"{name}: {picture.width}x{picture.height} pixels, but {width}x{height} before it; "
+                f"{name}: {pixels.shape[2]}x{pixels.shape[1]} pixels, but {width}x{height} before it; "
                 "resize them all with --image-size"
             )
         if len(pixels) > images.shape[1]:  # the first colour picture after grey ones
@@ -228,6 +213,39 @@ def _decode(pictures: Iterable[tuple[str, bytes]], count: int, image_size: int |
             f"{name}: {width}x{height} pixels; expected square pictures, as --image-size crops them"
         )
     return images
+
+
+def _in_threads(
+    decode: Callable[[tuple[str, bytes]], Decoded], pictures: Iterable[tuple[str, bytes]]
+) -> Iterator[Decoded]:
+    """Decode the pictures in order, some of them ahead; Pillow lets other threads run meanwhile."""
+    pictures = iter(pictures)
+    with ThreadPoolExecutor() as pool:
+        while ahead := [*islice(pictures, AHEAD)]:
+            yield from pool.map(decode, ahead)
+
+
+def _pixels(image_size: int | None, encoded: tuple[str, bytes]) -> Decoded:
+    """Return a picture's name and uint8 [C, H, W]: upright as its EXIF says, on white where transparent."""
+    from PIL import Image, ImageOps
+
+    name, data = encoded
+    with reading(name, "picture"), Image.open(io.BytesIO(data)) as file:
+        if file.mode in DEEP_MODES:
+            raise InputError(
+                f"{name}: mode {file.mode}, more than 8 bits a pixel; save it as an 8-bit picture"
+            )
+        file.getexif()  # kept by Pillow; without its bytes, turning need not write it anew,
+        file.info.pop("exif", None)  # which fails where other parts of it are damaged
+        picture = ImageOps.exif_transpose(file)
+        if picture.mode in ALPHA_MODES or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = picture.convert("L" if file.mode in GREY_MODES else "RGB")
+        if image_size:
+            picture = ImageOps.fit(picture, (image_size, image_size))
+    pixels = np.asarray(picture).reshape(picture.height, picture.width, -1)
+    return name, pixels.transpose(2, 0, 1)
 
 
 def _same_channels(train: Raw, test: Raw) -> tuple[Raw, Raw]:
