@@ -31,14 +31,14 @@ def test_folder(tmp_path):
 
 def test_pictures_are_in_order_however_many_are_decoded_ahead(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "AHEAD", 3)
-    write_pictures(tmp_path / "train/a", 8)
-    write_pictures(tmp_path / "test/a", 1)
+    for name, count in (("train/a", 6), ("train/b", 2), ("test/a", 1)):
+        write_pictures(tmp_path / name, count, seed=6 * name.endswith("b"))
     train, _ = load(str(tmp_path))
     for seed, image in enumerate(train.images):
         assert np.array_equal(image.permute(1, 2, 0), picture((10, 10), seed))
-    (tmp_path / "train/a/6.png").write_text("no picture")
-    (tmp_path / "train/a/7.png").write_text("no picture")
-    with pytest.raises(InputError, match=r"6\.png: not a readable picture"):
+    for name in ("a/4.png", "b/0.png"):
+        (tmp_path / "train" / name).write_text("no picture")
+    with pytest.raises(InputError, match=r"a/4\.png: not a readable picture"):
         load(str(tmp_path))
 
 
