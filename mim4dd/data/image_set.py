@@ -87,7 +87,7 @@ class ImageSet:
 
         A class with fewer images is cycled, so that its images occur equally often, give or take one.
         """
-        counts, _ = self.class_index
+        counts, _, _ = self.class_index
         shuffled = self._shuffled(min(per_class, self.largest_class), generator)
         slot = torch.arange(per_class, device=counts.device) % counts[:, None]
         return shuffled.gather(1, slot)
@@ -98,7 +98,7 @@ class ImageSet:
         Raises:
             InputError: one has fewer; it names the class.
         """
-        counts, _ = self.class_index
+        counts, _, _ = self.class_index
         smallest = int(counts.argmin())
         if counts[smallest] < per_class:
             raise InputError(
@@ -114,7 +114,7 @@ class ImageSet:
         """
         if not 0 < fraction < 1:
             raise InputError(f"fraction {fraction}: expected a number between 0 and 1, the share to hold out")
-        counts, _ = self.class_index
+        counts, _, _ = self.class_index
         held = torch.minimum((counts * fraction).round().long(), counts - 1)
         if not held.any():
             raise InputError(
@@ -129,8 +129,10 @@ class ImageSet:
         return self.subset(rest.nonzero().squeeze(1)), self.subset(held_out)
 
     @cached_property
-    def class_index(self) -> tuple[Tensor, Tensor]:
-        """How many images each class has, int64 [num_classes], and all of them, class by class, int64 [N].
+    def class_index(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Counts and first places of the classes, int64 [num_classes], among all images, class by class.
+
+        Those are int64 [N + largest class]: zeros follow, so that every class has as many places.
 
         Raises:
             InputError: a class is empty.
@@ -139,12 +141,13 @@ class ImageSet:
         if not counts.all():
             empty = self.class_names[int(counts.argmin())]
             raise InputError(f"class {empty!r} has no image in this set; add some or remove the class")
-        return counts, self.labels.argsort(stable=True)
+        padding = counts.new_zeros(int(counts.max()))
+        return counts, counts.cumsum(0) - counts, torch.cat([self.labels.argsort(stable=True), padding])
 
-    @cached_property
+    @property
     def largest_class(self) -> int:
         """How many images the largest class has."""
-        return int(self.class_index[0].max())
+        return len(self.class_index[2]) - len(self)
 
     def whitened(self, whitening: Whitening) -> ImageSet:
         """The same set with every image whitened."""
@@ -176,7 +179,7 @@ class ImageSet:
 
     def _shuffled(self, k: int, generator: torch.Generator) -> Tensor:
         """`k` images of each class in random order, [num_classes, k]; of smaller classes the rest is any."""
-        counts, members = self.class_index
+        counts, first, members = self.class_index
         largest, device = self.largest_class, counts.device
         if self.num_classes * largest <= UNEVEN * len(self):
             shape = (self.num_classes, largest)
@@ -185,10 +188,10 @@ class ImageSet:
             slot = keys.masked_fill_(padding, -1).topk(k, dim=1).indices
         else:  # one key for each image, where a table would be mostly padding
             keys = torch.rand(len(self), generator=generator, dtype=torch.float64, device=generator.device)
-            members = members[(self.labels[members] + keys.to(device)).argsort()]
+            shuffled = (self.labels + keys.to(device)).argsort()
+            members = torch.cat([shuffled, members[len(self) :]])
             slot = torch.arange(k, device=device).expand(self.num_classes, k)
-        first = counts.cumsum(0) - counts
-        return members[(first[:, None] + slot).clamp_max(len(self) - 1)]
+        return members[first[:, None] + slot]
 
     def subset(self, index: Tensor) -> ImageSet:
         """The images of `index`, int64 [n], without those they were before whitening."""
