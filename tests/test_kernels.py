@@ -194,7 +194,7 @@ def test_float16_holds_the_gradients_of_very_unequal_sides(path):
     check(LossForm("nce", symmetric=True), *problem(1000, 4, [16], torch.float16))
 
 
-@pytest.mark.parametrize("lengths", [(1e-19, 1e17), (1e17, 1e-19), (1e-17, 1e-17), (1e17, 1e17)], ids=str)
+@pytest.mark.parametrize("lengths", [(1e-19, 1e17), (1e17, 1e-19)], ids=str)
 @pytest.mark.parametrize("form", ONE_OF_EACH, ids=str)
 def test_the_length_of_a_row_does_not_matter(path, form, lengths):
     """Not even where its square, divided by the temperature, leaves the range of float32."""

@@ -76,11 +76,13 @@ def test_saved_set_is_ready_to_use(finished):
 
 
 @pytest.mark.parametrize(
-    "term",
-    [["--mim-weight", "0"], ["--mim-weight", "1"], ["--mim-loss", "nce", "--mim-weight", "1"]],
+    ("method", "term"),
+    [
+        *((method, ["--mim-weight", weight]) for method in METHODS for weight in ("0", "1")),
+        *((method, ["--mim-loss", "nce", "--mim-weight", "1"]) for method in ("dm", "dc")),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("method", METHODS)
 def test_every_method_beats_random_images(tmp_path, method, term):
     sizes = ["--iterations", "40", "--eval-epochs", "60", "--num-eval", "3", "--init", "real"]
     arguments = ["--quick", *sizes, "--method", method, *term, "--out", str(tmp_path / "a")]
