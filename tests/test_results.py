@@ -57,7 +57,7 @@ def difference(ours, base):
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
 def test_accuracies_are_those_of_the_stored_runs(page):
-    seen, pairs = set(), 0
+    seen, pairs, ahead = set(), 0, 0
     for row in tables(page):
         if row["data"].startswith("digits"):
             continue  # one seed, no comparison
@@ -70,7 +70,7 @@ def test_accuracies_are_those_of_the_stored_runs(page):
         else:
             base = stored(main, method, 0, ipc)
             pairs += len(base["accuracies"])
-            assert all(term["accuracies"][seed] > one for seed, one in base["accuracies"].items())
+            ahead += sum(term["accuracies"][seed] > one for seed, one in base["accuracies"].items())
         for name in ("random", "kmeans"):
             if given := row.get({"random": "random real", "kmeans": "k-means start"}[name], "").strip("–"):
                 assert given == percent(stored(folder, name, None, ipc))
@@ -79,9 +79,7 @@ def test_accuracies_are_those_of_the_stored_runs(page):
         assert row["difference"] == difference(term, base)
         seen.add((row["data"], ipc))
     assert len(seen) >= 5
-    assert f"The term is ahead in every one of the {pairs} pairs" in " ".join(
-        (ROOT / page).read_text().split()
-    )
+    assert f"The term is ahead in {ahead} of the {pairs} pairs" in " ".join((ROOT / page).read_text().split())
 
 
 def test_the_published_protocol_is_that_of_the_stored_accuracies():
