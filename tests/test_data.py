@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mim4dd import augment, data
-from mim4dd.data import ImageSet, image_set, load, named
+from mim4dd.data import ImageSet, image_set, load, measure, named
 from mim4dd.data.whitening import Whitening
 from mim4dd.errors import InputError
 
@@ -236,3 +236,12 @@ def test_import_needs_only_torch_and_numpy():
     code = f"import sys, mim4dd.data; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_large_images_are_taken_in_small_parts(monkeypatch):
+    monkeypatch.setattr(data.pixels, "CHUNK_PIXELS", 100)
+    images = torch.rand(7, 3, 4, 4)
+    assert [len(part) for part in data.pixels.chunks(images)] == [2, 2, 2, 1]
+    assert [len(part) for part in data.pixels.chunks(torch.rand(2, 3, 8, 8))] == [1, 1]
+    for found, expected in zip(measure(images), (images.mean((0, 2, 3)), images.std((0, 2, 3))), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=1e-5)

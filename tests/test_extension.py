@@ -250,3 +250,23 @@ def test_what_is_installed_has_the_version_of_the_package():
     command = [sys.executable, "setup.py", "-q", "--version"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == mim4dd.__version__
+
+
+def test_sources_that_are_not_installed_do_without_the_kernels(tmp_path):
+    (tmp_path / "mim4dd").symlink_to(ROOT / "mim4dd")
+    program = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in str(finder)]
+import mim4dd, torch
+rows, labels = torch.eye(3), torch.arange(3)
+mim4dd.nce_loss(rows, rows, labels, labels)
+try:
+    mim4dd.nce_loss(rows, rows, labels, labels, backend="fused")
+except RuntimeError as error:
+    print(error)
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "triton is not installed" in done.stdout or "imported from its sources" in done.stdout

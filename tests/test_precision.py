@@ -221,3 +221,8 @@ def test_as_many_images_pass_as_fit(monkeypatch):
     for free, count in ((one - 1, 1), (5 * one, 5), (100 * one, 32), (None, 32)):
         monkeypatch.setattr(memory, "budget", lambda *_, free=free: free)
         assert memory.passing(network, images) == count
+
+
+def test_a_torch_that_cannot_tell_the_processor_s_features_has_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert precision.resolve("auto", torch.device("cpu")) == "fp32"
