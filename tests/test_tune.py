@@ -302,6 +302,7 @@ def test_what_is_no_better_than_the_base_is_within_noise(tmp_path, scored, gains
         (["--noise-ratios", "-1"], "--mim-noise-ratio is -1.0"),
         (["--weights", "0", "1"], "--weights is 0.0 1.0, expected two positive numbers, the smaller first"),
         (["--temperatures", "2", "1"], "--temperatures is 2.0 1.0"),
+        (["--mim-loss", "nce", "--temperatures", "0.01", "1"], "too low for a calibrated noise ratio"),
         (["--layers", "first"], "--mim-layers is 'first'"),
         (["--layers", "last", "0,7"], "there is no layer 7"),
         (["--method", "dn"], "unknown method 'dn'"),

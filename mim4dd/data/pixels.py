@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +24,7 @@ def full_scale(images: Tensor) -> int:
 
 def chunks(images: Tensor) -> Sequence[Tensor]:
     """Return images [N, C, H, W] in parts that are small as floats."""
-    return images.split(max(1, min(CHUNK, CHUNK_PIXELS // max(1, images[0].numel()))) if len(images) else 1)
+    return images.split(max(1, min(CHUNK, CHUNK_PIXELS // math.prod(images.shape[1:]))))
 
 
 def unit(images: Tensor) -> Tensor:
