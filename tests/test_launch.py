@@ -126,10 +126,15 @@ def test_autotune_searches_anew_for_other_sizes_and_dtypes(monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize(("setting", "precision"), [("tf32", "tf32"), ("ieee", "ieee")])
-def test_products_are_as_precise_as_torchs_on_cuda_alone(monkeypatch, setting, precision):
+def test_products_are_as_precise_as_torchs_on_cuda_alone(setting, precision):
     """After which torch refuses to tell the precision of all devices."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", setting)
-    assert launch.precision_of(torch.float32) == precision
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = setting
+    try:
+        assert launch.precision_of(torch.float32) == precision
+    finally:
+        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize(
