@@ -123,7 +123,7 @@ def evaluate(
     image = (test.channels, *test.image_size)
     together = stacked.at_once(network, image, protocol.batch, device)
     accuracies = []
-    for group in torch.arange(num_networks).split(together):
+    for group in torch.arange(num_networks, device="cpu").split(together):
         random = [generator(seed, f"evaluation/{k}", device) for k in group.tolist()]
         stack = Stack.initialised(network, random)
         train(stack, [training_set(k) for k in group.tolist()], protocol)

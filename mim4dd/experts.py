@@ -150,7 +150,8 @@ class Experts:
 
     def weights(self, expert: int, snapshot: int, device: torch.device) -> Tensor:
         """Return the weights of an expert after `snapshot` intervals, see `mim4dd.networks.flat`."""
-        weights = self._weights[expert, snapshot]
+        with torch.device("cpu"):  # where the slices of a file are made is otherwise the program's default
+            weights = self._weights[expert, snapshot]
         if device.type == "cuda":
             weights = weights.pin_memory()  # or the copy would wait for what the device has still to do
         return weights.to(device, non_blocking=True)

@@ -21,7 +21,7 @@ class Count:
 
     def get_state(self) -> Tensor:
         """Return it as int64 [1]."""
-        return torch.tensor([self.times])
+        return torch.tensor([self.times], device="cpu")
 
     def set_state(self, state: Tensor) -> None:
         """Take what `get_state` returned."""

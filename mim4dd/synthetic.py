@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -155,8 +156,6 @@ class SyntheticSet:
     def save(self, path: str | Path) -> None:
         """Write one .safetensors file, whole or not at all."""
         facts = {name: getattr(self, name) for name in FACTS} | {"metadata": self.metadata}
-        if self.network_lr is not None:
-            facts["network_lr"] = float(self.network_lr)  # JSON knows no numbers of numpy
         # Copies: safetensors refuses tensors that share memory, as mean and std may.
         whole = torch.contiguous_format
         tensors = self._tensors()
@@ -164,7 +163,7 @@ class SyntheticSet:
             tensors |= {f"whitening.{name}": getattr(self.whitening, name) for name in WHITENING}
         tensors = {name: tensor.clone(memory_format=whole).cpu() for name, tensor in tensors.items()}
         with atomic(Path(path)) as temporary:
-            save_file(tensors, temporary, {"format": FORMAT, "facts": json.dumps(facts)})
+            save_file(tensors, temporary, {"format": FORMAT, "facts": json.dumps(facts, default=_plain)})
 
     @classmethod
     def load(cls, path: str | Path) -> SyntheticSet:
@@ -204,6 +203,15 @@ class SyntheticSet:
 
 def _wrong(what: str) -> ValueError:
     return ValueError(f"mim4dd.SyntheticSet: {what}")
+
+
+def _plain(value: object) -> object:
+    """The number or text that a scalar of numpy or torch, which JSON does not know, stands for."""
+    if isinstance(value, np.generic | Tensor):
+        return value.item()
+    raise TypeError(
+        f"mim4dd.SyntheticSet: {value!r} cannot be written as JSON; expected numbers, texts, lists and dicts"
+    )
 
 
 def decode(images: Tensor, factor: int) -> Tensor:
@@ -260,7 +268,7 @@ def initialise(
     labels = torch.arange(real.num_classes, device=real.labels.device).repeat_interleave(ipc)
     if how == "noise":
         shape = (len(labels), real.channels, height, width)
-        images = torch.randn(shape, generator=generator, device=generator.device)
+        images = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
     else:
         k = ipc * factor**2
         if how == "kmeans":

@@ -43,6 +43,43 @@ def test_properties():
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"images": torch.zeros(5, 3, 8)},
+            r"images is torch.float32 \[5, 3, 8\], expected uint8 or float32 \[N",
+        ),
+        (
+            {"images": torch.zeros(5, 3, 8, 8).double()},
+            r"images is torch.float64 .*, expected uint8 or float32",
+        ),
+        (
+            {"labels": torch.zeros(4).long()},
+            r"labels is torch.int64 \[4\], expected int64 \[5\], one per image",
+        ),
+        ({"labels": torch.zeros(5)}, r"labels is torch.float32 \[5\], expected int64"),
+        ({"labels": torch.arange(5)}, "a label 2, expected 0 to 1: class_names names 2 classes"),
+        ({"labels": torch.arange(5) - 4}, "a label -4, expected 0 to 1"),
+        ({"mean": torch.rand(8)}, r"mean is torch.float32 \[8\], expected float32 \[3\], one per channel"),
+        ({"std": torch.rand(3).double()}, "std is torch.float64"),
+        ({"mean": torch.tensor([0.1, 126, 0.1])}, "expected that of pixels in .*; scale images of floats"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(ValueError, match=f"mim4dd.ImageSet: .*{message}"):
+        dataclasses.replace(make_set(2, 3), **change)
+
+
+def test_sets_problems_and_parameters_can_be_compared_and_hashed():
+    images = make_set(2, 3)
+    params = augment.sample("color", 2, 8, generator=seeded(), mode="all")
+    for value, other in ((images, make_set(2, 3)), (params, augment.AugmentParams.identity(2))):
+        assert value == value
+        assert value != other
+        assert len({value, value}) == 1
+
+
 def test_batch_is_normalised_and_keeps_leading_shape():
     images = make_set(4, 5)
     index = torch.tensor([[0, 8, 3], [3, 3, 1]])

@@ -63,6 +63,20 @@ def test_compiles_without_a_break(engine):
     torch.testing.assert_close(torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs))
 
 
+def test_an_exported_loss_can_be_saved_and_loaded(tmp_path):
+    """With both scales as tensors too, as SigLIP has them."""
+
+    class Loss(torch.nn.Module):
+        def forward(self, *inputs):
+            *tensors, temperature, ratio = inputs
+            return mim4dd.nce_loss(*tensors, temperature=temperature, noise_ratio=ratio)
+
+    inputs = (*labelled_leaves(6, 9, 8), torch.tensor(0.2), torch.tensor(2.0))
+    torch.export.save(torch.export.export(Loss(), inputs), tmp_path / "loss.pt2")
+    loaded = torch.export.load(tmp_path / "loss.pt2").module()
+    torch.testing.assert_close(loaded(*inputs), Loss()(*inputs))
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_the_formula_compiles(form):
     """In steps that inductor of every torch has: that of 2.11 knows no bool by another dtype."""

@@ -179,6 +179,12 @@ def test_mutual_information_names_bad_input(generator):
     labels = torch.arange(2)
     with pytest.raises(ValueError, match="2 synthetic maps, but 1 real ones"):
         MutualInformation()(maps(generator, 2), maps(generator, 2)[:1], labels, labels)
+    for name in ("temperature", "noise_ratio"):
+        for value in (0.0, -1.0, torch.tensor(-1.0)):
+            with pytest.raises(
+                ValueError, match=f"MutualInformation: {name} is .*, expected a positive number"
+            ):
+                MutualInformation(**{name: value})
     for name in ("weight", "layer_decay"):
         for value in (math.inf, -math.inf, math.nan, "2"):
             with pytest.raises(ValueError, match=f"{name} is {value!r}, expected a finite number"):
@@ -203,7 +209,7 @@ def test_a_map_that_is_not_there_is_refused(generator, loss):
     synthetic, real = maps(generator, 6), maps(generator, 20)
     labels = torch.arange(6) % 3, torch.arange(20) % 3
     empty = [[m[0][:, :0], m[1]] for m in (synthetic, real)]
-    with pytest.raises(ValueError, match="map 0 is empty: name it in Problem.layers"):
+    with pytest.raises(ValueError, match="map 0 is empty: name 0 in Problem.layers"):
         MutualInformation(loss=loss, layers="all")(*empty, *labels)
     MutualInformation(loss=loss, layers="last")(*empty, *labels)
     for layers, given in (("all", ([], [])), ("last", ([], [])), ([], (synthetic, real))):

@@ -89,6 +89,13 @@ def test_gradient_matching_sums_over_the_classes(augmentation, real_batch):
     assert not matched.real_features[1].requires_grad
 
 
+@pytest.mark.parametrize("labels", [torch.arange(10).repeat(2), torch.arange(20) // 2 % 9])
+def test_gradient_matching_wants_images_class_by_class(labels):
+    problem, _ = digits_problem(ipc=2)
+    with pytest.raises(ValueError, match="labels are not class by class, .* expected 2 of class 0, then"):
+        GradientMatching(dataclasses.replace(problem, labels=labels))
+
+
 def test_gradient_matching_loops_are_the_published_ones():
     published = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
     assert {ipc: loops(ipc) for ipc in published} == published

@@ -74,14 +74,25 @@ def test_whitening_of_views_is_saved(tmp_path, digits, views):
     assert torch.equal(read.matrix, matrix)
 
 
-def test_one_tensor_for_mean_and_std_and_a_number_of_numpy_are_saved(tmp_path, digits):
+def test_one_tensor_for_mean_and_std_and_scalars_of_numpy_and_torch_are_saved(tmp_path, digits):
     half = torch.full((1,), 0.5)
     start = initialise(digits, 1, "real", generator(0, "init"))
-    written = replace(start, mean=half, std=half, network_lr=np.float32(0.25))
+    written = replace(
+        start,
+        mean=half,
+        std=half,
+        network_lr=np.float32(0.25),
+        class_names=tuple(np.arange(10)),
+        factor=np.int64(1),
+        metadata={"best": torch.tensor(0.5), "data": np.str_("digits")},
+    )
     written.save(tmp_path / "set.safetensors")
     read = SyntheticSet.load(tmp_path / "set.safetensors")
     assert read.mean.item() == read.std.item() == 0.5
-    assert read.network_lr == 0.25
+    assert (read.network_lr, read.class_names, read.factor) == (0.25, tuple(range(10)), 1)
+    assert read.metadata == {"best": 0.5, "data": "digits"}
+    with pytest.raises(TypeError, match=r"mim4dd.SyntheticSet: .*Path.* cannot be written as JSON; expected"):
+        replace(start, metadata={"from": tmp_path}).save(tmp_path / "other.safetensors")
 
 
 def test_a_folder_stands_for_the_set_in_it(tmp_path, digits):

@@ -24,7 +24,7 @@ _FIELDS: dict[str, tuple[torch.dtype, int | slice]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AugmentParams:
     """One row per image; every tensor has length B. The identity values change nothing.
 
@@ -94,7 +94,7 @@ class AugmentParams:
     def __len__(self) -> int:
         return len(self.brightness)
 
-    def __getitem__(self, rows: Tensor) -> AugmentParams:
+    def __getitem__(self, rows: Tensor | slice) -> AugmentParams:
         """Return the parameters at the given rows: `params[labels]` spreads one row per class over images."""
         return self.map_rows(lambda field: field[rows])
 

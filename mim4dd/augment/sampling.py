@@ -103,16 +103,20 @@ def _device_of(*generators: torch.Generator) -> torch.device:
 def _one_by_one(
     parts: Sequence[str], rows: int, size: Size, generator: torch.Generator, mode: str
 ) -> AugmentParams:
-    fields = AugmentParams.identity(rows).fields()
+    device = generator.device
+    fields = AugmentParams.identity(rows, device=device).fields()
     if mode == "all":
         for part in parts:
             fields |= _fields(part, rows, size, generator)
     elif mode == "single":
         fields |= _fields(
-            parts[int(torch.randint(len(parts), (), generator=generator))], rows, size, generator
+            parts[int(torch.randint(len(parts), (), generator=generator, device=device))],
+            rows,
+            size,
+            generator,
         )
     else:
-        chosen = torch.randint(len(parts), (rows,), generator=generator)
+        chosen = torch.randint(len(parts), (rows,), generator=generator, device=device)
         for k, part in enumerate(parts):
             mask = chosen == k
             for name, value in _fields(part, rows, size, generator).items():

@@ -18,7 +18,7 @@ from .whitening import Whitening
 UNEVEN = 4  # a table [num_classes, largest class] may have so many places for every image
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageSet:
     """A labelled image set in memory, stored as uint8 or float32 in [0, 1] and normalised batch by batch.
 
@@ -32,6 +32,10 @@ class ImageSet:
         std: float32 [C], likewise.
         whitening: applied to the images, if any.
         unwhitened: the fingerprint before whitening.
+
+    Raises:
+        ValueError: a tensor of another type or shape; or, on the CPU, a label that is no class, or a mean
+            that is none of pixels in [0, 1].
     """
 
     images: Tensor
@@ -41,6 +45,28 @@ class ImageSet:
     std: Tensor
     whitening: Whitening | None = None
     unwhitened: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4 or self.images.dtype not in (torch.uint8, torch.float32):
+            raise _wrong("images", self.images, "uint8 or float32 [N, C, H, W]")
+        if self.labels.shape != self.images.shape[:1] or self.labels.dtype != torch.int64:
+            raise _wrong("labels", self.labels, f"int64 [{len(self)}], one per image")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values.shape != (self.channels,) or values.dtype != torch.float32:
+                raise _wrong(name, values, f"float32 [{self.channels}], one per channel")
+        if self.labels.device.type != "cpu":  # a look at others would wait for their device
+            return
+        strange = self.labels[(self.labels < 0) | (self.labels >= self.num_classes)]
+        if len(strange):
+            raise ValueError(
+                f"mim4dd.ImageSet: there is a label {strange[0].item()}, expected 0 to "
+                f"{self.num_classes - 1}: class_names names {self.num_classes} classes"
+            )
+        if not ((self.mean >= 0) & (self.mean <= 1)).all():
+            raise ValueError(
+                f"mim4dd.ImageSet: mean is {self.mean.tolist()}, expected that of pixels in [0, 1]; scale "
+                "images of floats to that range and measure them"
+            )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -183,7 +209,8 @@ class ImageSet:
         largest, device = self.largest_class, counts.device
         if self.num_classes * largest <= UNEVEN * len(self):
             shape = (self.num_classes, largest)
-            keys = torch.rand(shape, generator=generator, device=generator.device).to(device)
+            keys = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32)
+            keys = keys.to(device)
             padding = torch.arange(largest, device=device) >= counts[:, None]
             slot = keys.masked_fill_(padding, -1).topk(k, dim=1).indices
         else:  # one key for each image, where a table would be mostly padding
@@ -202,3 +229,8 @@ class ImageSet:
         """Scale and shift [C, 1, 1] that take stored pixels to normalised ones in a single pass."""
         scale = 1 / (full_scale(self.images) * self.std)
         return scale[:, None, None], (-self.mean / self.std)[:, None, None]
+
+
+def _wrong(name: str, tensor: Tensor, expected: str) -> ValueError:
+    found = f"{tensor.dtype} {list(tensor.shape)}"
+    return ValueError(f"mim4dd.ImageSet: {name} is {found}, expected {expected}")

@@ -57,7 +57,7 @@ def load(
     if image_size is not None:
         images, test_images = resized(images, image_size), resized(test_images, image_size)
     if known and known.mean:
-        mean, std = torch.tensor(known.mean), torch.tensor(known.std)
+        mean, std = (torch.from_numpy(np.array(values, np.float32)) for values in (known.mean, known.std))
     else:
         mean, std = measure(images)
     train = replace(train, images=images, mean=mean, std=std)
@@ -90,7 +90,7 @@ def _unscaled(raw: Raw, class_names: tuple[str, ...]) -> ImageSet:
     if not images.flags.writeable:
         images = images.copy()  # torch warns about arrays it cannot write to
     labels = torch.from_numpy(raw.labels.astype(np.int64))
-    zeros = torch.zeros(images.shape[1])
+    zeros = torch.from_numpy(np.zeros(images.shape[1], np.float32))
     return ImageSet(torch.from_numpy(images), labels, class_names, mean=zeros, std=zeros + 1)
 
 

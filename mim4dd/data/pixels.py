@@ -84,11 +84,12 @@ def resized(images: Tensor, size: int) -> Tensor:
 
 def measure(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel, float32 [C], of pixels in [0, 1]."""
-    total = torch.zeros(2, images.shape[1], dtype=torch.float64)
+    total = torch.zeros(2, images.shape[1], dtype=torch.float64, device=images.device)
     for chunk in chunks(images):
         pixels = chunk.double()
         total += torch.stack([pixels.sum((0, 2, 3)), pixels.square_().sum((0, 2, 3))])
     full = full_scale(images)
-    mean, square = total / (images.numel() // images.shape[1]) / torch.tensor([[full], [full**2]])
+    mean, square = (total / (images.numel() // images.shape[1])).unbind()
+    mean, square = mean / full, square / full**2
     variance = (square - mean.square()).clamp(min=1e-12)  # a constant channel must not divide by 0
     return mean.float(), variance.sqrt().float()

@@ -40,7 +40,7 @@ def scales_of(
     numbers = _numbers(constants, dtype, features.device)
     if len(constants) == len(values):
         return numbers.view(2, -1)
-    rest = iter(numbers.unbind())
+    rest = iter(numbers.unbind() if constants else ())  # torch.export cannot load an unbind of nothing
     tensors = [
         value.to(features.device, dtype).reshape(()) if isinstance(value, Tensor) else next(rest)
         for value in values

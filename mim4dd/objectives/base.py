@@ -23,7 +23,7 @@ STATISTICS_PER_CLASS = 16  # real images per class that set the statistics of ba
 WEIGHTS_IN_A_GRAPH = 4  # times all weights, with their gradient and what both are cast to
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """What is to be matched, the same for every objective.
 
@@ -34,7 +34,7 @@ class Problem:
         width: of the networks' blocks.
         real_batch: real images per class and iteration.
         augmentation: strategy string, see `mim4dd.augment.sample`.
-        layers: maps that the add-on compares; the last one is always kept.
+        layers: indices, from 0, of the maps that the add-on compares; a method may leave the others empty.
         seed: of every random draw.
         partners: int64 [N], the synthetic image that each real one is paired with by the add-on; None: all of
             its class.

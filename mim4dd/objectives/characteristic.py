@@ -100,6 +100,6 @@ class CharacteristicMatching(DistributionMatching):
             synthetic,
             self.real_labels,
             self.problem.labels,
-            torch.randn(shape, generator=self.frequencies, device=real.device),
+            torch.randn(shape, generator=self.frequencies, device=real.device, dtype=torch.float32),
             num_classes=self.problem.real.num_classes,
         )

@@ -89,9 +89,19 @@ class GradientMatching(Objective):
 
     A network serves `loops(ipc)[0]` calls and is trained on the images, as they are by then, between them.
     With a siamese augmentation this is DSA, without one DC.
+
+    Raises:
+        ValueError: the problem's labels are not class by class.
     """
 
     def __init__(self, problem: Problem) -> None:
+        classes, labels = problem.real.num_classes, problem.labels
+        in_order = torch.arange(classes, device=labels.device).repeat_interleave(len(labels) // classes)
+        if not torch.equal(labels, in_order):
+            raise ValueError(
+                "mim4dd.GradientMatching: the labels are not class by class, with as many of each; expected "
+                f"{len(labels) // classes} of class 0, then as many of class 1, and so on: sort the set"
+            )
         self.problem = problem
         self.network = _WithMaps(problem.network(), problem.layers)
         seed, device = problem.seed, problem.real.images.device

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..losses import calibrated_noise_ratio, info_nce_losses, nce_losses
 from ..losses.calibration import Calibrated
-from ..losses.checks import FEATURE_DTYPES, LABEL_DTYPES, check_tensor
+from ..losses.checks import FEATURE_DTYPES, LABEL_DTYPES, check_positive, check_tensor
 
 
 class MutualInformation(Calibrated):
@@ -34,9 +34,9 @@ class MutualInformation(Calibrated):
         weight: the factor of the whole term, finite.
         layers: "all", "last", or the indices of the maps to compare (negative ones count from the end).
         layer_decay: the factor from a layer to the one before it, finite.
-        temperature: of the critic.
-        noise_ratio: of the critic of "nce", or "calibrated": measured per layer on the first batch, then
-            frozen in the buffer `noise_ratios`, float [layers], which is empty until then.
+        temperature: of the critic; an `nn.Parameter` is learned.
+        noise_ratio: of the critic of "nce", likewise, or "calibrated": measured per layer on the first batch,
+            then frozen in the buffer `noise_ratios`, float [layers], which is empty until then.
         negatives: of "nce": negatives drawn per positive; None: as many as there are.
         projection: "none", or a linear map of every layer into a common space: "random" (fixed) or "trained"
             (its parameters are the module's; give them to an optimiser).
@@ -46,8 +46,8 @@ class MutualInformation(Calibrated):
         symmetric: add the term with the roles of real and synthetic exchanged.
 
     Raises:
-        ValueError: an unknown option, one that the loss does not have, a factor that is not finite, or a
-            projection without its sizes and generator.
+        ValueError: an unknown option, one that the loss does not have, a factor that is not finite, a
+            temperature or noise ratio that is not positive, or a projection without its sizes and generator.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class MutualInformation(Calibrated):
         weight: float = 1.0,
         layers: str | Sequence[int] = "last",
         layer_decay: float = 1.0,
-        temperature: float = 0.1,
-        noise_ratio: float | str = "calibrated",
+        temperature: float | Tensor = 0.1,
+        noise_ratio: float | Tensor | Literal["calibrated"] = "calibrated",
         negatives: float | None = None,
         projection: str = "none",
         projection_size: int = 128,
@@ -87,6 +87,9 @@ class MutualInformation(Calibrated):
         for name, factor in factors.items():
             if not isinstance(factor, Real) or not math.isfinite(factor):
                 raise ValueError(f"mim4dd.MutualInformation: {name} is {factor!r}, expected a finite number")
+        check_positive("MutualInformation", torch.float64, temperature=temperature)
+        if not isinstance(noise_ratio, str):
+            check_positive("MutualInformation", torch.float64, noise_ratio=noise_ratio)
         self.loss = loss
         self.weight = weight
         self.layers = layers
@@ -107,7 +110,7 @@ class MutualInformation(Calibrated):
                 )
             for k in layer_indices(layers, len(feature_sizes)):
                 shape = (feature_sizes[k], projection_size)
-                matrix = torch.randn(shape, generator=generator, device=generator.device)
+                matrix = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
                 self.projections[str(k)] = nn.Parameter(
                     matrix / projection_size**0.5, requires_grad=projection == "trained"
                 )
@@ -205,7 +208,7 @@ class MutualInformation(Calibrated):
         # Two empty maps have cosines, all 0: the term would be a constant that nothing lowers.
         if not width:
             raise ValueError(
-                f"mim4dd.MutualInformation: map {k} is empty: name it in Problem.layers, or leave it out "
+                f"mim4dd.MutualInformation: map {k} is empty: name {k} in Problem.layers, or leave it out "
                 "of the term's layers"
             )
         if self.projections and width != self.feature_sizes[k]:
@@ -220,7 +223,7 @@ class MutualInformation(Calibrated):
 
     def _critic_ratios(
         self, synthetic: Sequence[Tensor], real: Sequence[Tensor], *labels: Tensor
-    ) -> float | Sequence[Tensor]:
+    ) -> float | Tensor | Sequence[Tensor]:
         if not isinstance(self.noise_ratio, str):
             return self.noise_ratio
         if not self.noise_ratios.numel():

@@ -107,7 +107,8 @@ class TrainedOnSynthetic(TermNetworks):
         if self._matches.times % STUDENT_EVERY == 0:
             least, most = STUDENT_EPOCHS
             self._training.restart()
-            for _ in range(int(torch.randint(least, most + 1, (), generator=self._lengths))):
+            epochs = torch.randint(least, most + 1, (), generator=self._lengths, device="cpu")
+            for _ in range(int(epochs)):
                 for index in self._training.stack.epoch(len(images), STUDENT_BATCH):
                     self._training.step(index, images, targets)
         self._matches.times += 1

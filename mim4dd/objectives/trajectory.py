@@ -110,7 +110,9 @@ class TrajectoryMatching(Objective):
         self.generators = (self.draws, self.augmentations, self.training)
         # The weights of a match are copied into these, so that it always reads the same memory.
         self.start, self.target = (flatten(self.network.parameters()) for _ in range(2))
-        self.log_lr = torch.tensor(math.log(self.config.student_lr), device=device, requires_grad=True)
+        self.log_lr = torch.full(
+            (), math.log(self.config.student_lr), dtype=torch.float32, device=device, requires_grad=True
+        )
         self.trained = [{"params": [self.log_lr], "lr": self.config.student_lr_rate}]
 
     @property
@@ -121,7 +123,7 @@ class TrajectoryMatching(Objective):
     def prepare(self, images: Tensor, targets: Tensor) -> None:
         """Read two snapshots of an expert."""
         expert, snapshot = (
-            int(torch.randint(count, (), generator=self.matches))
+            int(torch.randint(count, (), generator=self.matches, device="cpu"))
             for count in (self.experts.num_experts, self.starts)
         )
         for held, k in ((self.start, snapshot), (self.target, snapshot + self.config.span)):
