@@ -121,11 +121,9 @@ def _tuned(
         names = {_way(value).table_name(form, wanted, value.shape[1]) for value in features}
         tables = [*([] if form.name == "nce" else ["SUMS"]), *sorted(names)]
     sizes = [str((size - 1).bit_length()) for size in (m, n, *sorted(widths))]
-    first = features[0]
-    precision = precision_of(first.dtype)
     asked = "".join(str(int(each)) for each in (form.symmetric, *wanted))  # other work for the same table
-    kind = "-".join([*tables, form.name, asked, precision, *sizes])
-    return tuned(kind, tables, precision, first.element_size(), first.device, call)
+    kind = "-".join([*tables, form.name, asked, precision_of(features[0].dtype), *sizes])
+    return tuned(kind, tables, features[0], call)
 
 
 def _aligned(features: Tensor) -> Tensor:

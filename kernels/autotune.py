@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import triton
 from filelock import FileLock
+from torch import Tensor
 
 from mim4dd.files import cache_folder, write
 
@@ -30,24 +31,17 @@ _known: dict[Path, Known] = {}
 
 
 def tuned(
-    kind: str,
-    tables: list[str],
-    precision: str,
-    itemsize: int,
-    device: torch.device,
-    call: Callable[[], object],
+    kind: str, tables: list[str], features: Tensor, call: Callable[[], object]
 ) -> AbstractContextManager[None]:
     """Return a context in which `call` runs with the best entries of `tables`; search if not known yet.
 
     Args:
         kind: what the choice is kept by; calls of one kind share it.
         tables: names of the tables the call chooses from, searched one after the other.
-        precision: as in `launch.choose`.
-        itemsize: bytes of a feature.
-        device: where the call runs.
+        features: as in `launch.choose`.
         call: runs the call once.
     """
-    path = _path(device)
+    path = _path(features.device)
     known = _known.get(path, {})
     if kind not in known:
         known = _read(path)
@@ -55,9 +49,9 @@ def tuned(
             best: dict[str, Tile] = {}
             for table in tables:
                 seconds = {}
-                for tile in launch.fitting(table, precision, itemsize, device):
+                for tile in launch.fitting(table, features):
                     with launch.forced({**best, table: tile}):
-                        seconds[tile] = _seconds(call, device)
+                        seconds[tile] = _seconds(call, features.device)
                 best[table] = min(seconds, key=seconds.__getitem__)
             known = _add(path, {kind: {table: asdict(tile) for table, tile in best.items()}})
         _known[path] = known

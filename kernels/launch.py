@@ -118,24 +118,19 @@ def device_limits(device: torch.device) -> tuple[int, int]:
     return properties["max_shared_mem"], properties["multiprocessor_count"]
 
 
-def fitting(table: str, precision: str, itemsize: int, device: torch.device) -> list[Tile]:
-    """The entries that fit the device's shared memory."""
-    shared, _ = device_limits(device)
-    return [tile for tile in TABLES[table][precision] if tile.shared(itemsize) <= shared]
+def fitting(table: str, features: Tensor) -> list[Tile]:
+    """The entries for these features that fit their device's shared memory."""
+    shared, _ = device_limits(features.device)
+    tiles = TABLES[table][precision_of(features.dtype)]
+    return [tile for tile in tiles if tile.shared(features.element_size()) <= shared]
 
 
-def choose(
-    table: str,
-    precision: str,
-    itemsize: int,
-    device: torch.device,
-    programs: Callable[[Tile], int],
-) -> Tile:
-    """Return the entry for a call that would start `programs(tile)` programs."""
+def choose(table: str, features: Tensor, programs: Callable[[Tile], int]) -> Tile:
+    """Return the entry for a call on these features that would start `programs(tile)` programs."""
     if table in _forced.get():
         return _forced.get()[table]
-    _, multiprocessors = device_limits(device)
-    tiles = fitting(table, precision, itemsize, device)
+    _, multiprocessors = device_limits(features.device)
+    tiles = fitting(table, features)
     return next((tile for tile in tiles if programs(tile) >= multiprocessors), tiles[-1])
 
 

@@ -50,9 +50,7 @@ def contrast(
         num_own, num_others = len(own.features), len(others.features)
         tile = choose(
             table_name(form, wanted, width),
-            precision,
-            anchors.element_size(),
-            device,
+            anchors,
             lambda t: triton.cdiv(num_own, t.m) * triton.cdiv(num_others, t.n),
         )
         tiles = triton.cdiv(num_own, tile.m)

@@ -168,9 +168,7 @@ def _log_sums2(form: LossForm, scales: Tensor, a: Side, k: Side) -> list[Tensor]
     m, n, width = len(a.features), len(k.features), a.features.shape[1]
     tile = choose(
         "SUMS",
-        precision,
-        a.features.element_size(),
-        scales.device,
+        a.features,
         lambda t: triton.cdiv(min(m, BLOCK), t.m) * triton.cdiv(min(n, BLOCK), t.n),
     )
     lengths = (m, n) if form.symmetric else (m,)

@@ -60,13 +60,7 @@ def contrast(
 
     # Every program sums the same number of features, so that layers of different widths are balanced; two
     # programs a multiprocessor hide the latency of each other's loads.
-    tile = choose(
-        "DOTS",
-        precision,
-        anchors[0].element_size(),
-        device,
-        lambda t: tiles(t) * max(1, sum(widths) // 512),
-    )
+    tile = choose("DOTS", anchors[0], lambda t: tiles(t) * max(1, sum(widths) // 512))
     slots_wanted = max(1, 2 * multiprocessors // tiles(tile))
     split = triton.cdiv(triton.cdiv(sum(widths), slots_wanted), tile.d) * tile.d
     num_slots = tuple(triton.cdiv(width, split) for width in widths)
@@ -114,13 +108,7 @@ def contrast(
     def gradient_tiles(tile: Tile, rows: int) -> list[int]:
         return [triton.cdiv(rows, tile.m) * triton.cdiv(width, tile.d) for width in widths]
 
-    tile = choose(
-        "PRODUCT",
-        precision,
-        anchors[0].element_size(),
-        device,
-        lambda t: sum(sum(gradient_tiles(t, s)) for s in sizes),
-    )
+    tile = choose("PRODUCT", anchors[0], lambda t: sum(sum(gradient_tiles(t, s)) for s in sizes))
     a_tiles = gradient_tiles(tile, m) if want_anchors else [0] * layers
     k_tiles = gradient_tiles(tile, n) if want_keys else [0] * layers
     *first_tile, programs = accumulate((layers, *a_tiles, *k_tiles))

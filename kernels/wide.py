@@ -43,13 +43,7 @@ def contrast(
     m, n, width, device = len(anchors), len(keys), anchors.shape[1], anchors.device
     block_m, block_n = min(m, sides.BLOCK), min(n, sides.BLOCK)
     precision = precision_of(anchors.dtype)
-    tile = choose(
-        table_name(form, wanted, width),
-        precision,
-        anchors.element_size(),
-        device,
-        lambda t: _tiles(t, block_m, block_n),
-    )
+    tile = choose(table_name(form, wanted, width), anchors, lambda t: _tiles(t, block_m, block_n))
     # Slopes are stored over both norms, so that one block serves both products. The products read and write
     # their float32 sums once a block, 16 D (rows + columns) bytes for 4 rows columns D operations: at 8,192 a
     # tenth of the time of the products on an H100 by arithmetic, and a workspace of 128 MiB in bfloat16.

@@ -18,6 +18,7 @@ from pairs import check, problem
 from mim4dd import kernels
 
 path = pairs.path  # a fixture
+NUMBERS = torch.zeros(0)
 
 
 @pytest.mark.usefixtures("path")
@@ -52,16 +53,15 @@ def test_autotune_searches_for_other_gradients_anew(monkeypatch, tmp_path):
 
 def test_autotune_leaves_a_damaged_file_or_one_of_another_table_alone(monkeypatch, tmp_path):
     monkeypatch.setenv("MIM4DD_CACHE", str(tmp_path))
-    cpu = torch.device("cpu")
-    autotune.tuned("kind", [], "tf32", 4, cpu, None)
+    autotune.tuned("kind", [], NUMBERS, None)
     (file,) = tmp_path.glob("*.json")
     for damaged in (file.read_text()[:-5], "[]"):
         file.write_text(damaged)
         monkeypatch.setattr(autotune, "_known", {})
-        autotune.tuned("kind", [], "tf32", 4, cpu, None)
+        autotune.tuned("kind", [], NUMBERS, None)
         assert json.loads(file.read_text()) == {"kind": {}}
     monkeypatch.setattr(launch, "TABLES", {})
-    autotune.tuned("kind", [], "tf32", 4, cpu, None)
+    autotune.tuned("kind", [], NUMBERS, None)
     assert len([*tmp_path.glob("*.json")]) == 2
 
 
@@ -77,7 +77,7 @@ def test_autotune_keeps_what_others_write_meanwhile(monkeypatch, tmp_path):
     monkeypatch.setattr(autotune, "_read", slow)
     kinds = [f"kind {index}" for index in range(16)]
     with ThreadPoolExecutor(4) as writers:
-        [*writers.map(lambda kind: autotune.tuned(kind, [], "tf32", 4, torch.device("cpu"), None), kinds)]
+        [*writers.map(lambda kind: autotune.tuned(kind, [], NUMBERS, None), kinds)]
     (file,) = tmp_path.glob("*.json")
     assert sorted(json.loads(file.read_text())) == sorted(kinds)
 
@@ -92,7 +92,7 @@ def test_a_small_device_gets_a_small_tile():
 
 def test_the_first_tile_with_work_for_every_multiprocessor_wins(monkeypatch):
     monkeypatch.setattr(launch, "device_limits", lambda device: (232_448, 132))
-    choose = partial(launch.choose, "WIDE", "half", 2, torch.device("cpu"))
+    choose = partial(launch.choose, "WIDE", NUMBERS.half())
     first, second, last = launch.WIDE["half"]
     assert choose(lambda tile: 132) == first
     assert choose(lambda tile: 131 if tile == first else 132) == second
@@ -102,10 +102,10 @@ def test_the_first_tile_with_work_for_every_multiprocessor_wins(monkeypatch):
 def test_autotune_chooses_the_fastest(monkeypatch, tmp_path):
     monkeypatch.setenv("MIM4DD_CACHE", str(tmp_path))
     monkeypatch.setattr(autotune, "_known", {})
-    fastest, cpu = launch.DOTS["tf32"][1], torch.device("cpu")
+    fastest = launch.DOTS["ieee"][1]
     monkeypatch.setattr(autotune, "_seconds", lambda *_: 1 + (launch._forced.get()["DOTS"] != fastest))
-    with autotune.tuned("kind", ["DOTS"], "tf32", 4, cpu, lambda: None):
-        assert launch.choose("DOTS", "tf32", 4, cpu, lambda tile: 1) == fastest
+    with autotune.tuned("kind", ["DOTS"], NUMBERS, lambda: None):
+        assert launch.choose("DOTS", NUMBERS, lambda tile: 1) == fastest
 
 
 def test_autotune_searches_anew_for_other_sizes_and_dtypes(monkeypatch, tmp_path):
