@@ -74,26 +74,21 @@ def first_block(
 
 
 class _FirstBlock(torch.autograd.Function):
-    """(x, taps [9 I, O], scale, bias) -> y, mean, rstd; see csrc/first_block/image.cpp for the formulas."""
+    """(x, taps [9 I, O], scale, bias, eps, padding, relu, pool) -> y, mean, rstd.
+
+    See csrc/first_block/image.cpp for the formulas.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        taps: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        eps: float,
-        padding: int,
-        relu: bool,
-        pool: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.mim4dd.first_block(x, taps, scale, bias, eps, padding, relu, pool)
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.mim4dd.first_block(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        *tensors, _, ctx.padding, ctx.relu, ctx.pool = inputs
+        *tensors, _, padding, relu, pool = inputs
+        ctx.options = padding, relu, pool
         _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)  # mean and rstd have none
@@ -104,81 +99,41 @@ class _FirstBlock(torch.autograd.Function):
         if grad_y is None:
             return (None,) * 8
         want_x, want_taps = ctx.needs_input_grad[:2]
-        options = (ctx.padding, ctx.relu, ctx.pool, want_x, want_taps)
-        grad_x, grad_taps, grad_scale, grad_bias = _Backward.apply(grad_y, *ctx.saved_tensors, *options)
-        return (
-            grad_x if want_x else None,
-            grad_taps if want_taps else None,
-            grad_scale,
-            grad_bias,
-            *[None] * 4,
+        grad_x, grad_taps, *others = _Backward.apply(
+            grad_y, *ctx.saved_tensors, *ctx.options, want_x, want_taps
         )
+        return grad_x if want_x else None, grad_taps if want_taps else None, *others, *[None] * 4
 
 
 class _Backward(torch.autograd.Function):
-    """(grad_y, x, taps, scale, bias, mean, rstd) -> grad_x, grad_taps, grad_scale, grad_bias.
+    """(grad_y, x, taps, scale, bias, mean, rstd, padding, relu, pool, want_x, want_taps) -> four gradients.
 
-    Of the first two, what is not wanted is empty.
+    They are by x, taps, scale and bias; of the first two, what is not wanted is empty.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        grad_y: Tensor,
-        x: Tensor,
-        taps: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        padding: int,
-        relu: bool,
-        pool: int,
-        want_x: bool,
-        want_taps: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        grad_x, *per_image = torch.ops.mim4dd.first_block_backward(
-            grad_y, x, taps, scale, bias, mean, rstd, padding, relu, pool, want_x, want_taps
-        )
-        grad_taps, grad_scale, grad_bias = (each.sum(0) if each.ndim > 1 else each for each in per_image)
-        return grad_x, grad_taps, grad_scale, grad_bias
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        grad_x, *per_image = torch.ops.mim4dd.first_block_backward(*inputs)
+        return grad_x, *(each.sum(0) if each.ndim > 1 else each for each in per_image)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        *tensors, ctx.padding, ctx.relu, ctx.pool, _, _ = inputs
+        *tensors, padding, relu, pool, _, _ = inputs
+        ctx.options = padding, relu, pool
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     @last(TWICE)
-    def backward(
-        ctx: Any,
-        grad_grad_x: Tensor | None,
-        grad_grad_taps: Tensor | None,
-        grad_grad_scale: Tensor | None,
-        grad_grad_bias: Tensor | None,
-    ) -> tuple[Any, ...]:
-        grad_y, x, taps, scale, bias, *kept = ctx.saved_tensors
+    def backward(ctx: Any, grad_grad_x: Tensor | None, *of_weights: Tensor | None) -> tuple[Any, ...]:
+        _, x, *weights, _, _ = ctx.saved_tensors
         grad_grad_y, grad_x, grad_taps, grad_scale = torch.ops.mim4dd.first_block_backward_twice(
             x.new_empty(0) if grad_grad_x is None else grad_grad_x,
-            *(
-                torch.zeros_like(weight) if given is None else given
-                for given, weight in (
-                    (grad_grad_taps, taps),
-                    (grad_grad_scale, scale),
-                    (grad_grad_bias, bias),
-                )
-            ),
-            grad_y,
-            x,
-            taps,
-            scale,
-            bias,
-            *kept,
-            ctx.padding,
-            ctx.relu,
-            ctx.pool,
+            *(torch.zeros_like(w) if g is None else g for g, w in zip(of_weights, weights, strict=True)),
+            *ctx.saved_tensors,
+            *ctx.options,
         )
         # None for the bias, which decides only where the ReLU is open, and for mean and rstd, which are
         # functions of x and taps.

@@ -62,53 +62,44 @@ _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 class _InstanceNorm(torch.autograd.Function):
-    """(x, weight, bias) -> out, mean, rstd; see csrc/normalisation/image.cpp for the formulas."""
+    """(x, weight, bias, eps, relu, pool) -> out, mean, rstd; see csrc/normalisation/image.cpp."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool, pool: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.mim4dd.instance_norm(x, weight, bias, eps, relu, pool)
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.mim4dd.instance_norm(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, bias, _, ctx.relu, ctx.pool = inputs
+        *tensors, _, relu, pool = inputs
+        ctx.options = relu, pool
         _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)  # mean and rstd have none
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.save_for_backward(*tensors, mean, rstd)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Any, ...]:
         if grad_out is None:
             return (None,) * 6
-        grad_x, grad_weight, grad_bias = _Backward.apply(grad_out, *ctx.saved_tensors, ctx.relu, ctx.pool)
+        grad_x, grad_weight, grad_bias = _Backward.apply(grad_out, *ctx.saved_tensors, *ctx.options)
         return grad_x, grad_weight.sum(0), grad_bias.sum(0), None, None, None
 
 
 class _Backward(torch.autograd.Function):
-    """(grad_out, x, weight, bias, mean, rstd) -> grad_x and, image by image, grad_weight and grad_bias."""
+    """(grad_out, x, weight, bias, mean, rstd, relu, pool) -> grad_x, and by image grad_weight, grad_bias."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        grad_out: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        relu: bool,
-        pool: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.mim4dd.instance_norm_backward(grad_out, x, weight, bias, mean, rstd, relu, pool)
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.mim4dd.instance_norm_backward(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        *tensors, ctx.relu, ctx.pool = inputs
+        *tensors, relu, pool = inputs
+        ctx.options = relu, pool
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -121,8 +112,7 @@ class _Backward(torch.autograd.Function):
             # Each has one row for all images: one copy makes both whole.
             *torch.stack([grad_grad_weight, grad_grad_bias]),
             *ctx.saved_tensors,
-            ctx.relu,
-            ctx.pool,
+            *ctx.options,
         )
         # None for the bias, which decides only where the ReLU is open, and for mean and rstd, which are
         # functions of x and counted in grad_x.

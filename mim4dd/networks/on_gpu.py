@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,36 +93,43 @@ class _FirstConvolution:
         return y.movedim(1, 3).flatten(1, 2).unflatten(2, (self.groups, -1)).transpose(1, 2)
 
 
-def _first_block_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    taps: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    padding: int,
-    relu: bool,
-    pool: int,
-    want_x: bool,
-    want_taps: bool,
-) -> tuple[Tensor, ...]:
+class _Block(NamedTuple):
+    """What the first block was given, and the moments it returned: what its derivatives are made of."""
+
+    x: Tensor
+    taps: Tensor
+    scale: Tensor
+    bias: Tensor
+    mean: Tensor
+    rstd: Tensor
+    padding: int
+    relu: bool
+    pool: int
+
+    @property
+    def convolution(self) -> _FirstConvolution:
+        return _FirstConvolution(self.x, self.taps, self.padding)
+
+    @property
+    def norm(self) -> tuple[Any, ...]:
+        """What the normalisation's derivatives take beside the maps."""
+        return self.scale, self.bias, self.mean, self.rstd, self.relu, self.pool
+
+
+def _first_block_backward(grad_y: Tensor, *given: Any) -> tuple[Tensor, ...]:
     from ..kernels import first_block, normalisation
 
-    grad_x = grad_taps = x.new_empty(0)
+    block, (want_x, want_taps) = _Block(*given[:-2]), given[-2:]
+    grad_x = grad_taps = block.x.new_empty(0)
     if want_x:
-        convolution = _FirstConvolution(x, taps, padding)
-        weight = convolution.weight(taps)
-        convolved = convolution(convolution.patches(x), weight)
-        grad_convolved, *grad_channels = normalisation.backward(
-            grad_y, convolved, scale, bias, mean, rstd, relu, pool
-        )
+        convolution = block.convolution
+        weight = convolution.weight(block.taps)
+        convolved = convolution(convolution.patches(block.x), weight)
+        grad_convolved, *grad_channels = normalisation.backward(grad_y, convolved, *block.norm)
         grad_x = convolution.grad_x(convolution.grad_patches(grad_convolved, weight))
     if want_taps or not want_x:
-        grad_taps, *grad_channels = first_block.backward(
-            grad_y, x, taps, scale, bias, mean, rstd, padding, relu, pool
-        )
-    return grad_x, grad_taps if want_taps else taps.new_empty(0), *grad_channels
+        grad_taps, *grad_channels = first_block.backward(grad_y, *block)
+    return grad_x, grad_taps if want_taps else block.taps.new_empty(0), *grad_channels
 
 
 def _first_block_backward_twice(
@@ -130,30 +138,25 @@ def _first_block_backward_twice(
     grad_grad_scale: Tensor,
     grad_grad_bias: Tensor,
     grad_y: Tensor,
-    x: Tensor,
-    taps: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    padding: int,
-    relu: bool,
-    pool: int,
+    *given: Any,
 ) -> tuple[Tensor, ...]:
     from ..kernels import normalisation
 
-    convolution, rest = _FirstConvolution(x, taps, padding), (scale, bias, mean, rstd, relu, pool)
-    patches = convolution.patches(x)
-    weight, grad_grad_weight = convolution.weight(taps), convolution.weight(grad_grad_taps)
+    block = _Block(*given)
+    convolution = block.convolution
+    patches = convolution.patches(block.x)
+    weight, grad_grad_weight = convolution.weight(block.taps), convolution.weight(grad_grad_taps)
     convolved = convolution(patches, weight)
-    grad_convolved, *_ = normalisation.backward(grad_y, convolved, *rest)
+    grad_convolved, *_ = normalisation.backward(grad_y, convolved, *block.norm)
     grad_grad_convolved = convolution(patches, grad_grad_weight)
     if grad_grad_x.numel():
         grad_grad_patches = convolution.patches(grad_grad_x)
         grad_grad_convolved += convolution(grad_grad_patches, weight)
-    grad_grad_channels = torch.stack([each.expand_as(mean) for each in (grad_grad_scale, grad_grad_bias)])
+    grad_grad_channels = torch.stack(
+        [each.expand_as(block.mean) for each in (grad_grad_scale, grad_grad_bias)]
+    )
     grad_grad_y, second_grad_convolved, grad_scale = normalisation.backward_twice(
-        grad_grad_convolved, *grad_grad_channels, grad_y, convolved, *rest
+        grad_grad_convolved, *grad_grad_channels, grad_y, convolved, *block.norm
     )
     grad_patches = convolution.grad_patches(second_grad_convolved, weight)
     grad_patches += convolution.grad_patches(grad_convolved, grad_grad_weight)
