@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from .experts import TrajectoryConfig
 from .networks.precision import Precision
 
 T = TypeVar("T")
@@ -109,6 +108,39 @@ class MimConfig:
     mim_projection: Literal["none", "random", "trained"] = "none"
     mim_projection_size: int = 128
     mim_symmetric: bool = False
+
+
+@dataclass(frozen=True)
+class TrajectoryConfig:
+    """Trajectory matching (mtt): its experts, which are kept and found again, and how they are followed.
+
+    Attributes:
+        experts: Folder to keep them in, or one file of experts to use as it is, however they were trained;
+            default: experts in $MIM4DD_CACHE, or ~/.cache/mim4dd.
+        num_experts: How many to train.
+        expert_snapshots: Snapshots of each, beside the one before training.
+        expert_batches: Batches of 256 images between two snapshots; 0: an epoch.
+        expert_seed: Seed of their weights, batches and augmentations; the same for every --seed, so that runs
+            share them.
+        max_start: A match starts from one of this many first snapshots.
+        span: Snapshots from the start of a match to its target.
+        student_steps: Steps on the synthetic images that are to lead there.
+        student_batch: Images per step; default: all.
+        student_lr: Size of those steps at first; it is learned.
+        student_lr_rate: Learning rate of its logarithm.
+    """
+
+    experts: Path | None = None
+    num_experts: int | None = None
+    expert_snapshots: int | None = None
+    expert_batches: int | None = None
+    expert_seed: int = 0
+    max_start: int | None = None
+    span: int = 2
+    student_steps: int | None = None
+    student_batch: int | None = None
+    student_lr: float = 0.01
+    student_lr_rate: float = 0.1
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import trajectories
 from conftest import close
 from trajectories import weights, with_options
 
-from mim4dd import augment, experts, networks, stacked
+from mim4dd import augment, networks, stacked
 from mim4dd.errors import InputError
-from mim4dd.experts import Experts
 from mim4dd.networks.flat import flatten
-from mim4dd.objectives import train_experts
+from mim4dd.objectives import experts, train_experts
+from mim4dd.objectives.experts import Experts
 from mim4dd.objectives.trajectory import recipe
 from mim4dd.seeding import generator
 

@@ -15,7 +15,7 @@ from conftest import digits_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mim4dd import NCELoss, distill, evaluation, experts, networks, stacked
+from mim4dd import NCELoss, distill, evaluation, networks, stacked
 from mim4dd.objectives import (
     METHODS,
     MutualInformation,
@@ -24,6 +24,7 @@ from mim4dd.objectives import (
     TrajectoryMatching,
     characteristic,
     distribution,
+    experts,
     gradient,
     term_networks,
     through,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ..experts import TrajectoryConfig
+from ..config import TrajectoryConfig
 from . import footprint
 from .base import Matched, Objective, Problem
 from .characteristic import CharacteristicMatching, characteristic_distance

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .. import augment
 from ..augment import AugmentParams
+from ..config import TrajectoryConfig
 from ..data import ImageSet
-from ..experts import TrajectoryConfig
 from ..networks import CHUNK, Network, create
 from ..networks.memory import per_image
 from ..state import State

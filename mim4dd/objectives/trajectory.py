@@ -8,14 +8,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .. import augment, experts
+from .. import augment
+from ..config import TrajectoryConfig
 from ..errors import InputError
-from ..experts import Experts, Recipe, TrajectoryConfig
 from ..networks.flat import flatten, load
 from ..seeding import generator
 from ..stacked import one_unordered_batch
 from ..state import State
+from . import experts
 from .base import Matched, Objective, Problem
+from .experts import Experts, Recipe
 from .student import Batch, follow, squared_distance
 
 
@@ -42,7 +44,7 @@ def recipe(problem: Problem) -> Recipe:
 
 
 def train_experts(problem: Problem) -> Iterator[tuple[int, int]]:
-    """Train the experts of a problem if there are none yet; see `mim4dd.experts.train`.
+    """Train the experts of a problem if there are none yet; see `experts.train`.
 
     Raises:
         InputError: trajectories that end before a match would, or what `recipe` and `open_experts` refuse.

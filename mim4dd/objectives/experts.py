@@ -22,49 +22,17 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .data import ImageSet
-from .errors import InputError
-from .files import atomic, cache_folder, write
-from .networks import Network
-from .seeding import generator
-from .stacked import Stack, at_once
+from ..config import TrajectoryConfig
+from ..data import ImageSet
+from ..errors import InputError
+from ..files import atomic, cache_folder, write
+from ..networks import Network
+from ..seeding import generator
+from ..stacked import Stack, at_once
 
 FORMAT = "mim4dd-experts-2"
 LR = 0.01  # of plain SGD, as published
 BATCH = 256
-
-
-@dataclass(frozen=True)
-class TrajectoryConfig:
-    """Trajectory matching (mtt): its experts, which are kept and found again, and how they are followed.
-
-    Attributes:
-        experts: Folder to keep them in, or one file of experts to use as it is, however they were trained;
-            default: experts in $MIM4DD_CACHE, or ~/.cache/mim4dd.
-        num_experts: How many to train.
-        expert_snapshots: Snapshots of each, beside the one before training.
-        expert_batches: Batches of 256 images between two snapshots; 0: an epoch.
-        expert_seed: Seed of their weights, batches and augmentations; the same for every --seed, so that runs
-            share them.
-        max_start: A match starts from one of this many first snapshots.
-        span: Snapshots from the start of a match to its target.
-        student_steps: Steps on the synthetic images that are to lead there.
-        student_batch: Images per step; default: all.
-        student_lr: Size of those steps at first; it is learned.
-        student_lr_rate: Learning rate of its logarithm.
-    """
-
-    experts: Path | None = None
-    num_experts: int | None = None
-    expert_snapshots: int | None = None
-    expert_batches: int | None = None
-    expert_seed: int = 0
-    max_start: int | None = None
-    span: int = 2
-    student_steps: int | None = None
-    student_batch: int | None = None
-    student_lr: float = 0.01
-    student_lr_rate: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -188,7 +156,7 @@ def _train_alone(recipe: Recipe, path: Path) -> Iterator[tuple[int, int]]:
     count, snapshots = recipe.config.num_experts, recipe.config.expert_snapshots
     if not count or not snapshots:
         raise ValueError(
-            "mim4dd.experts: TrajectoryConfig(num_experts=..., expert_snapshots=...) is needed to train them"
+            "mim4dd.objectives: TrajectoryConfig(num_experts=..., expert_snapshots=...) is needed to train"
         )
     partial = path.with_suffix(".partial")
     finished = path.with_suffix(".finished")  # how many experts of the partial file are all there
