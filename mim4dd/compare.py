@@ -17,12 +17,21 @@ from .console import about, complain, console, print_table
 from .devices import pick_device
 from .errors import InputError, unknown
 from .exits import guarded
+from .experiment import resolved
 from .files import make_folder
 from .objectives import METHODS
 from .options import plain, read
 from .presets import with_presets
 from .studies import compare_report
-from .studies.cells import BaselineCell, Cell, differences, outcome_in, refuse_other_images, rehearse
+from .studies.cells import (
+    BaselineCell,
+    Cell,
+    differences,
+    finished,
+    outcome_in,
+    refuse_other_images,
+    rehearse,
+)
 from .studies.compare_settings import Comparison
 from .studies.compare_table import COLUMNS, REAL, Arm, in_order, rows
 
@@ -49,11 +58,15 @@ def compare(comparison: Comparison) -> int:
     make_folder(folder, comparison.data.dataset)
 
     def report() -> list[Arm]:
-        outcomes.update(_earlier(folder, shared, comparison))  # of another process, meanwhile
-        every = plan.keys() | outcomes.keys()
-        arms = in_order(arm for arm, _ in every)
-        compare_report.write(folder, arms, outcomes, len(every), shared)
-        return arms
+        while True:
+            seen = finished(folder / "cells")
+            outcomes.update(_earlier(folder, shared, comparison))  # of another process, meanwhile
+            every = plan.keys() | outcomes.keys()
+            arms = in_order(arm for arm, _ in every)
+            compare_report.write(folder, arms, outcomes, len(every), shared)
+            if finished(folder / "cells") == seen:
+                return arms
+            # Another process finished a cell meanwhile; this table may have replaced the one with it.
 
     arms = report()
     if found:
@@ -151,10 +164,15 @@ def _earlier(folder: Path, shared: dict[str, Any], comparison: Comparison) -> di
         raise InputError(f"{path} is not a comparison of mim4dd ({error!r}); give another --out") from error
     if others := differences(settings, shared):
         raise InputError(f"{folder} holds a comparison with other settings: {others}; give another --out")
-    found = {}
+    found, precision = {}, resolved(plain(comparison)).precision
     for cell in sorted((folder / "cells").glob("*")):
         if outcome := outcome_in(cell):
             refuse_other_images(cell, outcome, comparison)
+            if (other := outcome["config"].get("precision", precision)) != precision:
+                raise InputError(
+                    f"{cell} was computed in {other}, and this machine takes {precision} by default; "
+                    f"give --precision {other}, or another --out"
+                )
             found[Arm.of(outcome), outcome["config"]["seed"]] = outcome
     return found
 

@@ -29,6 +29,7 @@ class _Console(Console):
 
 
 console = _Console(highlight=False, markup=False)
+SLOWEST = 3600.0  # seconds of steps that a rate is of: one may take minutes
 
 
 def complain(message: str) -> None:
@@ -48,6 +49,10 @@ class _Rate(ProgressColumn):
         return Text(f"{task.finished_speed or task.speed or 0:.2f}/s")
 
 
+def _has_bars() -> bool:
+    return console.is_terminal and not console.is_dumb_terminal
+
+
 class Steps:
     """One bar; on a dumb terminal or in a file, a line every tenth of the way instead."""
 
@@ -61,7 +66,7 @@ class Steps:
     def advance_to(self, done: int, note: str) -> None:
         """Show that `done` of the total are done, with a note."""
         self._bar.update(self._task, completed=done, note=note)
-        if not console.is_terminal and (done - self._printed >= self._total / 10 or done == self._total):
+        if not _has_bars() and (done - self._printed >= self._total / 10 or done == self._total):
             left = self._bar.tasks[self._task].time_remaining
             console.print(
                 f"{self._title} {done}/{self._total}  {note}" + (f"  {left:.0f} s left" if left else "")
@@ -78,7 +83,8 @@ def steps(title: str, total: int) -> Iterator[Steps]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
-        disable=not console.is_terminal,
+        disable=not _has_bars(),
+        speed_estimate_period=SLOWEST,
     ) as bar:
         yield Steps(bar, title, total)
 

@@ -82,12 +82,13 @@ class Score:
         return statistics.fmean(self.accuracies)
 
     @property
-    def std(self) -> float:
-        """Sample standard deviation over the networks; 0 for a single one."""
-        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
+    def std(self) -> float | None:
+        """Sample standard deviation over the networks, if there are two."""
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f} %"
+        spread = "" if self.std is None else f" ± {100 * self.std:.1f}"
+        return f"{100 * self.mean:.1f}{spread} %"
 
 
 def evaluate(

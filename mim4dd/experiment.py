@@ -181,7 +181,7 @@ class Experiment:
         settings = self.config.distill
         method, start = METHODS[settings.method], self.start
         if settings.soft_labels and method.learns_targets:
-            start = self.with_soft_labels(start)
+            start = self.with_soft_labels(start) if state is None else _with_any_labels(start)
         term = self.mutual_information() if with_mim and self.config.mim.mim_weight else None
         distilled = distill(
             self._objective(with_term=term is not None),
@@ -226,6 +226,13 @@ class Experiment:
     def information(self, distilled: SyntheticSet) -> dict[str, float | None]:
         """Return the mutual information with held-out images before and after; see `held_out_information`."""
         return held_out_information(self.problem, self.test, self.start, distilled, self.centres)
+
+
+def _with_any_labels(start: SyntheticSet) -> SyntheticSet:
+    """With soft labels that are replaced by those of a state, so that no teacher is trained for them."""
+    shape = len(start.decoded_labels), len(start.class_names)
+    labels = torch.full(shape, 1 / shape[1], dtype=torch.float32, device=start.images.device)
+    return dataclasses.replace(start, soft_labels=labels)
 
 
 def _layers(problem: Problem, config: Config) -> list[int]:

@@ -20,7 +20,8 @@ from .synthetic import SyntheticSet
 
 SIDE = 64  # pixels an image is at least shown with
 GAP = 4
-TITLE = 18  # pixels of a class name's line
+TITLE = 18  # pixels of a class name's line, in a picture as wide as it is shown
+SHOWN = 832  # pixels of that width, on the page
 ROW = 10  # images side by side
 PIXELS = 1 << 23  # of all images that are drawn, about
 FONT = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"  # with more letters than Pillow's own
@@ -46,18 +47,20 @@ def picture(synthetic: SyntheticSet) -> Image.Image:
     columns = min(ipc, ROW)
     lines = -(-ipc // ROW)  # of images in a class
     across = max(1, min(ROW // columns, len(names)))
-    width, height = columns * (side + GAP) + GAP, lines * (side + GAP) + TITLE + GAP
+    width = columns * (side + GAP) + GAP
+    title = TITLE * max(1, round(across * width / SHOWN))
+    height = lines * (side + GAP) + title + GAP
     rows = -(-len(names) // across)
     whole = len(names) * ipc == len(synthetic)
-    canvas = Image.new("RGB", (across * width + GAP, rows * height + (GAP if whole else TITLE)), "white")
+    canvas = Image.new("RGB", (across * width + GAP, rows * height + (GAP if whole else title)), "white")
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.truetype(FONT, TITLE - 6)
+    font = ImageFont.truetype(FONT, title * 2 // 3)
     for c, name in enumerate(names):
         left, top = c % across * width + GAP, c // across * height + GAP
         draw.text((left, top), _fitting(name, font, width - GAP), "black", font)
         for k in range(ipc):
             tile = Image.fromarray(pixels[c, k].numpy()).resize((side, side), Image.Resampling.NEAREST)
-            x, y = left + k % ROW * (side + GAP), top + TITLE + k // ROW * (side + GAP)
+            x, y = left + k % ROW * (side + GAP), top + title + k // ROW * (side + GAP)
             canvas.paste(tile, (x, y))
     if not whole:
         note = f"{len(names) * ipc} of {len(synthetic)} images"
@@ -76,8 +79,10 @@ def loss_curve(history: Sequence[Mapping[str, float]]) -> str:
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     names = [name for name in history[0] if name != "iteration"]
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        axes.plot([look["iteration"] for look in history], [look[name] for look in history])
+        alone = "." if len(history) == 1 else None  # or it would be a line without length
+        axes.plot([look["iteration"] for look in history], [look[name] for look in history], marker=alone)
         axes.set(title=f"{name} term", xlabel="iteration")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     svg = io.StringIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
     return svg.getvalue()[svg.getvalue().index("<svg") :]
@@ -112,7 +117,8 @@ def information(result: Mapping[str, Any]) -> str:
     nats = result["mutual_information"]
     if nats["after"] is None:
         return ""
-    return f"{nats['before']:.2f} nats before, {nats['after']:.2f} after, of at most {nats['cap']:.2f}"
+    before, after, cap = (round(nats[name], 2) + 0.0 for name in ("before", "after", "cap"))  # no -0.00
+    return f"{before:.2f} nats before, {after:.2f} after, of at most {cap:.2f}"
 
 
 def remove(folder: Path) -> None:
@@ -135,7 +141,8 @@ def write(folder: Path, synthetic: SyntheticSet, result: Mapping[str, Any]) -> N
         architectures=architectures(result),
         picture=base64.b64encode(image.getvalue()).decode(),
         curve=loss_curve(result["history"]) if result["history"] else "",
-        settings=json.dumps(result["config"], indent=2),
+        class_names=synthetic.class_names,
+        settings=json.dumps(result["config"], indent=2, ensure_ascii=False),
     )
     contents: dict[str, str | bytes] = {
         "images.png": image.getvalue(),

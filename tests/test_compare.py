@@ -184,6 +184,35 @@ def test_other_settings_are_refused(finished, capsys):
     assert bytes_of(finished) == {p: b for p, b in before.items() if p.name != "compare.json"}
 
 
+def test_cells_of_another_precision_are_refused(finished, capsys):
+    """As where another processor takes another one by default."""
+    for cell in (finished / "cells").glob("*/result.json"):
+        outcome = json.loads(cell.read_text())
+        outcome["config"]["precision"] = "tf32"
+        cell.write_text(json.dumps(outcome))
+    assert compare.main([*QUICK, "--seeds", "7", "--out", str(finished)]) == 2
+    error = capsys.readouterr().err
+    assert "was computed in tf32, and this machine takes" in error
+    assert "by default; give --precision tf32, or another --out" in error
+
+
+def test_a_table_holds_what_another_process_finished_while_it_was_written(tmp_path, scored, monkeypatch):
+    out, write, others = tmp_path / "out", compare.compare_report.write, []
+    command = [*QUICK, "--methods", "dm", "--mim-weights", "0", "--baselines", "--out", str(out)]
+    scored(lambda config: 0.5)
+
+    def slowly(folder, arms, outcomes, *rest):
+        if outcomes and not others:
+            others.append(1)
+            assert compare.main([*command, "--seeds", "1"]) == 0
+        write(folder, arms, outcomes, *rest)
+
+    monkeypatch.setattr(compare.compare_report, "write", slowly)
+    assert compare.main([*command, "--seeds", "0"]) == 0
+    assert others
+    assert facts(out)["cells"] == facts(out)["cells_in_all"] == 2
+
+
 def test_a_comparison_older_than_a_setting_goes_on(finished):
     path = finished / "compare.json"
     older = json.loads(path.read_text())

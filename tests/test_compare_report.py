@@ -36,6 +36,19 @@ def test_picture_shows_every_mean_at_its_place():
     assert headings == ["1 per class", "10 per class"]
 
 
+def test_the_table_says_of_how_many_pairs_a_difference_is():
+    accuracies = {0: [0.5, 0.6, 0.5], 10: [0.6, 0.8, 0.7, 0.9]}
+    outcomes = {
+        (Arm("dm", float(weight), 1), seed): {"accuracy_mean": accuracy}
+        for weight, scores in accuracies.items()
+        for seed, accuracy in enumerate(scores)
+    }
+    arms = [Arm("dm", 0.0, 1), Arm("dm", 10.0, 1)]
+    assert rows(arms, outcomes)[1].cells()[-1].endswith("] (3 of the seeds)")
+    del outcomes[arms[1], 3]
+    assert rows(arms, outcomes)[1].cells()[-1].endswith("]")
+
+
 def written(folder, *networks, validation=0.0):
     """The table of one arm, with a seed for each of these numbers of networks."""
     arm = Arm("dm", 0.0, 1)

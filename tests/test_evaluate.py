@@ -35,7 +35,8 @@ def test_score():
     assert score.mean == pytest.approx(0.6)
     assert score.std == pytest.approx(0.1 * 2**0.5)
     assert str(score) == "60.0 ± 14.1 %"
-    assert Score((0.25,)).std == 0
+    assert Score((0.25,)).std is None
+    assert str(Score((0.25,))) == "25.0 %"
 
 
 def test_accuracy_counts_every_test_image_once(digits):

@@ -181,6 +181,17 @@ def test_the_teacher_draws_by_the_seed(monkeypatch):
     assert random.initial_seed() == generator(3, "teacher").initial_seed()
 
 
+@pytest.mark.parametrize("iterations", [10, 20])
+def test_a_run_that_goes_on_trains_no_teacher_again(monkeypatch, iterations):
+    run = prepare(f"--method dsa --soft-labels --width 8 --network mlp --iterations {iterations}")
+    states, seen = {}, lambda progress: states.update({progress.iteration: progress.state})
+    whole = run.distill(seen)
+    monkeypatch.setattr(experiment.Experiment, "teacher", property(lambda self: pytest.fail("trained")))
+    resumed = run.distill(seen, state=states[10])
+    assert torch.equal(resumed.soft_labels, whole.soft_labels)
+    assert torch.equal(resumed.images, whole.images)
+
+
 def test_only_the_term_has_maps_kept(monkeypatch, brief_students):
     made = []
     dm = METHODS["dm"]

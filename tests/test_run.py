@@ -111,7 +111,7 @@ def test_small_images_and_soft_labels_go_with_every_method(tmp_path, method, cap
     image, target = synthetic.dataset()[5]
     assert (image.shape, target.shape) == ((1, 8, 8), (10,))
     assert evaluate.main([str(out / "synthetic.safetensors"), "--num-eval", "1"]) == 0
-    assert f"{100 * result['accuracy_mean']:.1f} ±" in capsys.readouterr().out.splitlines()[-2]
+    assert f"{100 * result['accuracy_mean']:.1f} %" in capsys.readouterr().out.splitlines()[-2]
 
 
 def test_networks_for_the_term_are_trained_first(tmp_path, capsys):
@@ -226,6 +226,22 @@ def test_picture_shows_every_image_in_the_strip_of_its_class():
     colours = (COLOURS * 255).round().byte().numpy()
     places = [tuple(np.argwhere((shown == colour).all(2)).min(0)) for colour in colours]
     assert places == [(22 + c // 2 * 90, 4 + c % 2 * 276 + k * 68) for c in range(3) for k in range(4)]
+
+
+def test_names_under_large_images_can_be_read():
+    """On a page that shows a wide picture at a third of its size."""
+    ten = SyntheticSet(torch.zeros(10, 1, 250, 250), torch.zeros(10).long(), ("Ab",), *torch.ones(2, 1))
+    image = np.asarray(report.picture(ten))
+    assert image.shape == (54 + 250 + 3 * report.GAP, 10 * 254 + 2 * report.GAP, 3)
+    letters = np.argwhere((image[:54] < 128).all(2))
+    assert np.ptp(letters[:, 0]) > 20
+
+
+def test_a_single_look_at_the_loss_is_seen():
+    looks = [{"iteration": 10 * k, "base": 1.0 / k} for k in (1, 2)]
+    dot = "M 0 1.5"  # where the outline of a marker begins
+    assert dot in report.loss_curve(looks[:1])
+    assert dot not in report.loss_curve(looks)
 
 
 @pytest.mark.parametrize(("most", "classes", "ipc"), [(11, 3, 3), (4, 3, 1), (2, 2, 1), (0, 1, 1)])

@@ -166,7 +166,7 @@ def test_a_run_whose_output_nobody_reads_any_more_keeps_what_it_has(tmp_path):
 
 def test_output_without_unicode_or_none_at_all_does_not_end_a_run(tmp_path):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = command(*QUICK, "--out", str(tmp_path / "ascii"), env=environment)
+    done = command(*QUICK, "--num-eval", "2", "--out", str(tmp_path / "ascii"), env=environment)
     assert done.returncode == 0, done.stderr
     assert " ? " in done.stdout, "for the plus-minus"
     shell = f"{sys.executable} -m mim4dd.run {' '.join(QUICK)} --num-eval 0 --out {tmp_path}/closed >&-"

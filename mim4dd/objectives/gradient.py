@@ -97,7 +97,7 @@ class GradientMatching(Objective):
     def __init__(self, problem: Problem) -> None:
         classes, labels = problem.real.num_classes, problem.labels
         in_order = torch.arange(classes, device=labels.device).repeat_interleave(len(labels) // classes)
-        if not torch.equal(labels, in_order):
+        if not labels.is_meta and not torch.equal(labels, in_order):
             raise ValueError(
                 "mim4dd.GradientMatching: the labels are not class by class, with as many of each; expected "
                 f"{len(labels) // classes} of class 0, then as many of class 1, and so on: sort the set"

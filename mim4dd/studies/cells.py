@@ -162,6 +162,11 @@ def outcome_in(folder: Path) -> dict[str, Any] | None:
     return outcome
 
 
+def finished(folder: Path) -> set[Path]:
+    """Return the folders in `folder` of runs that got to the end."""
+    return {path.parent for name in (RESULT, FAILED) for path in folder.glob(f"*/{name}")}
+
+
 def fingerprint(config: Config) -> str:
     """Return that of the training images that the settings name.
 

@@ -19,7 +19,7 @@ NOTES = """\
 Accuracy on the {split} set: mean ± standard deviation over the seeds, each the mean of {networks}
 trained from scratch on the images alone. The arms of a seed start from the same images, draw on the same real
 images and train the same networks; differences are paired by seed: mean [95 % t-interval], no interval for a
-single seed. An interval without 0 is p < 0.05 for that row alone: among many rows some will be, by chance.
+single pair. An interval without 0 is p < 0.05 for that row alone: among many rows some will be, by chance.
 The arms have as many iterations, not as much time: what distilling took is the mean of the seeds, in seconds
 of wall time, good to compare where nothing else ran meanwhile.
 """
@@ -94,7 +94,9 @@ def _markdown(tables: Mapping[str | None, list[Row]], facts: Mapping[str, Any], 
     if failed:
         parts.append("Failed, and not run again unless its folder is removed:\n\n" + "".join(failed))
     parts.append(f"mim4dd {', '.join(facts['versions'])} on {', '.join(facts['devices'])}.\n")
-    parts.append(f"Settings of all cells:\n\n```json\n{json.dumps(settings, indent=2)}\n```\n")
+    parts.append(
+        f"Settings of all cells:\n\n```json\n{json.dumps(settings, indent=2, ensure_ascii=False)}\n```\n"
+    )
     return "\n".join(parts)
 
 
@@ -121,7 +123,7 @@ def draw(table: Sequence[Row]) -> Figure:
         )
     left.set_yticks([height for height, _ in lines], [str(row.arm) for _, row in lines])
     left.set(xlabel="%, of each seed, and mean ± standard deviation", title="Accuracy", ylim=(y - 0.6, -0.7))
-    right.set(xlabel="points, mean and 95 % interval (filled: without 0)", title="Difference to weight 0")
+    right.set(xlabel="points, mean and 95 % interval\n(filled: without 0)", title="Difference to weight 0")
     right.axvline(0, color="black", linewidth=0.8)
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.3)

@@ -88,7 +88,10 @@ class Row:
         accuracy = percent([*self.accuracies.values()])
         seeds = f"{len(self.accuracies)}" + (f", {len(self.failed)} failed" if self.failed else "")
         seconds = "" if self.seconds is None else f"{self.seconds:.0f}"
-        return str(self.arm.ipc), name, weight, accuracy, seeds, seconds, str(self.difference or "")
+        difference = str(self.difference or "")
+        if self.difference and self.difference.count < len(self.accuracies):
+            difference += f" ({self.difference.count} of the seeds)"
+        return str(self.arm.ipc), name, weight, accuracy, seeds, seconds, difference
 
     def facts(self) -> dict[str, Any]:
         """Return it as JSON-able values."""

@@ -118,8 +118,8 @@ def write(
             search_seed=facts["search_seed"],
             version=__version__,
         ),
-        f"Searched:\n\n```json\n{json.dumps(facts['space'], indent=2)}\n```\n",
-        f"Settings of the runs:\n\n```json\n{json.dumps(facts['run'], indent=2)}\n```\n",
+        f"Searched:\n\n```json\n{json.dumps(facts['space'], indent=2, ensure_ascii=False)}\n```\n",
+        f"Settings of the runs:\n\n```json\n{json.dumps(facts['run'], indent=2, ensure_ascii=False)}\n```\n",
     ]
     files.write(folder / "tune.md", "\n".join(lines))
     files.write(folder / "tune.json", json.dumps({"config": config, "found": found}, indent=2))
