@@ -116,6 +116,24 @@ def test_evaluation_in_bf16_repeats():
     assert first == second
 
 
+def test_memory_of_a_derivative_by_the_images_is_predicted_from_shapes(monkeypatch):
+    """On a GPU, where the first block's map of 128 x 32 x 32 and its patches of 9 pixels are made for it."""
+    image, device = (1, 28, 28), torch.device("meta")
+    on_cpu, on_gpu = (
+        networks.create("convnet", 1, 10, image[1:], precision="bf16", device=place)
+        for place in ("cpu", device)
+    )
+    assert memory.per_first_derivative(on_cpu, image, twice=True) == 0
+    monkeypatch.setattr(memory, "kernels_run", lambda dtype, device: False)
+    assert memory.per_first_derivative(on_gpu, image, twice=True) == 0
+    monkeypatch.setattr(memory, "kernels_run", lambda dtype, device: True)
+    maps, ends = (128 + 9) * 32 * 32, 28 * 28 + 128 * 16 * 16
+    assert memory.per_first_derivative(on_gpu, image, twice=False) == 2 * (2 * maps + ends)
+    assert memory.per_first_derivative(on_gpu, image, twice=True) == 2 * (4 * maps + ends)
+    many_channels = networks.create("convnet", 64, 10, image[1:], precision="bf16", device=device)
+    assert memory.per_first_derivative(many_channels, (64, 28, 28), twice=True) == 0
+
+
 def test_memory_is_predicted_from_shapes(monkeypatch):
     """Of the ConvNet for 28x28: the first map, 128 x 32 x 32, is read and written at the normalisation.
 
@@ -141,7 +159,7 @@ def test_memory_is_predicted_from_shapes(monkeypatch):
         for transformed in (False, True)
     )
     assert once == memory.per_image(network, (1, 28, 28), gradients=True)
-    assert twice == 2 * once
+    assert twice == 3 * once, "and not fused with what is around it"
     monkeypatch.setattr(memory, "kernels_run", lambda dtype, device: True)
     assert memory.per_image(on_gpu, (1, 28, 28), gradients=False) == 2 * (maps[0] + maps[1])
     assert memory.per_image(on_gpu, (1, 28, 28), gradients=True) == 2 * sum(maps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -34,21 +35,48 @@ def per_image(network: Network, image: tuple[int, ...], *, gradients: bool, tran
         gradients: whether maps are saved for the gradients of the weights.
         transformed: whether `torch.func` computes these, which saves the maps of the backward pass as well.
     """
-    device = next(network.parameters()).device
-    on_cpu = device.type == "cpu"
-    dtype = torch.bfloat16 if network.precision == "bf16" else torch.float32
-    compiled = extension.available() if on_cpu else kernels_run(dtype, device)
-    fused = compiled and all(isinstance(b, OnePassBlock) for b in network.blocks)
+    on_cpu, dtype, fused = _way(network)
     shapes = copy.deepcopy(network).to("meta")
     shapes.precision = "fp32"
     x = torch.empty(1, *image, device="meta")
     steps = _blocks(shapes, x) if fused else _operators(shapes, x)
     numbers = sum(out for _, out in steps) if gradients else max(given + out for given, out in steps)
-    if not gradients and not fused and not on_cpu:
+    if (transformed or not gradients) and not fused and not on_cpu:
         numbers = numbers * 3 // 2  # the operators around a normalisation are not fused there
     # On a GPU autocast normalises in float32, whatever the precision, except in blocks that run as kernels.
     half = dtype == torch.bfloat16 and (fused or on_cpu)
     return numbers * (2 if half else 4) * (2 if transformed else 1)
+
+
+def per_first_derivative(network: Network, image: tuple[int, ...], *, twice: bool) -> int:
+    """Return the bytes that an image [C, H, W] takes where a GPU differentiates a fused first block by it.
+
+    There the block's convolution and its patches are made anew, with their gradients, and `twice` for a
+    derivative of that (`on_gpu`); 0 where the block is no single operator there.
+    """
+    on_cpu, dtype, fused = _way(network)
+    x = torch.empty(1, *image, device="meta")
+    if on_cpu or not fused:
+        return 0
+    block = copy.deepcopy(network.blocks[0]).to("meta")
+    assert isinstance(block, OnePassBlock)
+    convolution, padding, _ = block.parts
+    if not fits(x, convolution.weight, padding):
+        return 0
+    out_channels, in_channels, *taps = convolution.weight.shape
+    pixels = math.prod(side + 2 * each - 2 for side, each in zip(image[1:], padding, strict=True))
+    convolved, patches = out_channels * pixels, in_channels * math.prod(taps) * pixels
+    numbers = (4 if twice else 2) * (convolved + patches) + x.numel() + block(x).numel()
+    return numbers * dtype.itemsize
+
+
+def _way(network: Network) -> tuple[bool, torch.dtype, bool]:
+    """Whether it runs on a CPU, what its maps are made of, and whether its blocks are fused there."""
+    device = next(network.parameters()).device
+    on_cpu = device.type == "cpu"
+    dtype = torch.bfloat16 if network.precision == "bf16" else torch.float32
+    compiled = extension.available() if on_cpu else kernels_run(dtype, device)
+    return on_cpu, dtype, compiled and all(isinstance(b, OnePassBlock) for b in network.blocks)
 
 
 Steps = list[tuple[int, int]]  # for one image, how many numbers each step reads and writes

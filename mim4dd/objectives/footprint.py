@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
+from ..networks.memory import per_first_derivative
 from .base import Problem
 from .characteristic import NUM_FREQUENCIES
 from .through import compared
@@ -23,7 +24,7 @@ def of_features(problem: Problem, per_class: int | None = None) -> int:
     if problem.network().batch_normalised:  # over all images together, or before that over some of each class
         at_once = max(at_once, problem.statistics_batch) if per_class else real
     passing = at_once * problem.bytes_per_image(gradients=False)
-    synthetic = count * problem.bytes_per_image(gradients=True)
+    synthetic = count * max(problem.bytes_per_image(gradients=True), _first_derivative(problem, twice=False))
     kept = real * _numbers(problem, {len(problem.network().feature_sizes) - 1, *problem.layers})
     return _images(problem, real + count) + FLOAT * kept + _compared(problem, real) + max(passing, synthetic)
 
@@ -42,7 +43,8 @@ def of_gradients(problem: Problem) -> int:
     passing = min(at_once, real) * problem.bytes_per_image(gradients=True, transformed=on_gpu)
     if problem.network().batch_normalised:
         passing = max(passing, problem.statistics_batch * problem.bytes_per_image(gradients=False))
-    synthetic = count * problem.bytes_per_image(gradients=True, transformed=True)
+    in_graph = problem.bytes_per_image(gradients=True, transformed=True)
+    synthetic = count * max(in_graph, _first_derivative(problem, twice=True))
     kept = 2 * classes * problem.weight_bytes + FLOAT * real * _numbers(problem, problem.layers)
     return _images(problem, real + count) + kept + _compared(problem, real) + max(passing, synthetic)
 
@@ -55,7 +57,7 @@ def of_trajectory(problem: Problem) -> int:
     assert problem.trajectory is not None
     steps, batch = problem.trajectory.student_steps or 0, student_batch(problem)
     graphs = min(steps, max(1, problem.graphs_kept(batch))) * problem.graph_bytes(batch)
-    back = batch * problem.bytes_per_image(gradients=True)
+    back = batch * max(problem.bytes_per_image(gradients=True), _first_derivative(problem, twice=True))
     seen = of_features(problem) if problem.layers else 0
     return 3 * _images(problem, len(problem.labels)) + steps * problem.weight_bytes + graphs + back + seen
 
@@ -63,6 +65,11 @@ def of_trajectory(problem: Problem) -> int:
 def of_term(problem: Problem) -> int:
     """What the add-on sees through networks of its own."""
     return of_features(problem, compared(problem))
+
+
+def _first_derivative(problem: Problem, *, twice: bool) -> int:
+    image = (problem.real.channels, *problem.real.image_size)
+    return per_first_derivative(problem.network(), image, twice=twice)
 
 
 def _numbers(problem: Problem, layers: Collection[int]) -> int:
