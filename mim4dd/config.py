@@ -79,9 +79,9 @@ class MimConfig:
 
     Attributes:
         mim_weight: Its weight; 0 leaves it out. Default for info-nce: 300 for dm (100 from ten images per
-            class on, 30 from fifty on); 1000 for dc, dsa and ncfm (300 for dsa and ncfm from fifty on); 1 for
-            mtt at one image per class (try 0.1 on colour), else 0. For nce: 100 for dm (1 from ten images per
-            class on), and for dsa at one, else 0; on digits a tenth of that. At 0 there is no term.
+            class on, 30 from fifty on); 1000 for dc, dsa and ncfm (300 for dsa and ncfm from fifty on); 0.1
+            for mtt at one image per class, else 0. For nce: 100 for dm (1 from ten images per class on), and
+            for dsa at one, else 0; on digits a tenth of that. At 0 there is no term.
         mim_loss: info-nce: classify each real image by its similarity to the synthetic ones. nce: the
             published term, which scores every pair of a real and a synthetic image.
         mim_networks: Networks whose features it compares: its own, briefly trained on the current synthetic

@@ -82,7 +82,7 @@ def loss_curve(history: Sequence[Mapping[str, float]]) -> str:
         alone = "." if len(history) == 1 else None  # or it would be a line without length
         axes.plot([look["iteration"] for look in history], [look[name] for look in history], marker=alone)
         axes.set(title=f"{name} term", xlabel="iteration")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     svg = io.StringIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
     return svg.getvalue()[svg.getvalue().index("<svg") :]

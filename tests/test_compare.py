@@ -340,7 +340,7 @@ def test_default_weights_are_those_of_run(monkeypatch):
     )
     assert [str(arm) + f" {arm.ipc}" for arm, _ in plan] == [
         "dm, weight 0 10", "dm, weight 100 10", "mtt, weight 0 10",
-        "dm, weight 0 1", "dm, weight 300 1", "mtt, weight 0 1", "mtt, weight 1 1",
+        "dm, weight 0 1", "dm, weight 300 1", "mtt, weight 0 1", "mtt, weight 0.1 1",
     ]  # fmt: skip
     cell = plan[Arm("mtt", 0.0, 10), 3]
     assert (cell.config.distill.ipc, cell.config.seed, cell.config.distill.image_lr) == (10, 3, 100)

@@ -104,7 +104,7 @@ METHODS = {
         augmented=True,
         learns_targets=True,
         iterations=lambda _: 5000,
-        mim_weights={"info-nce": {1: 1.0, 2: 0.0}, "nce": {1: 0.0}},
+        mim_weights={"info-nce": {1: 0.1, 2: 0.0}, "nce": {1: 0.0}},
         footprint=footprint.of_trajectory,
         prepare=train_experts,
     ),
