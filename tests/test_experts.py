@@ -174,7 +174,8 @@ def test_an_experts_file_that_does_not_fit_is_refused(problem, tmp_path):
         train_experts(with_options(problem, max_start=3, expert_seed=5))
     shorter = with_options(named, max_start=2, expert_snapshots=1)
     assert list(train_experts(shorter)) == [], "what the file holds is what counts"
-    one_class = dataclasses.replace(problem.real, class_names=("all",))
+    labels = torch.zeros_like(problem.real.labels)
+    one_class = dataclasses.replace(problem.real, class_names=("all",), labels=labels)
     with pytest.raises(InputError, match="there is only one class"):
         train_experts(dataclasses.replace(problem, real=one_class))
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense")

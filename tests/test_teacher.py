@@ -37,7 +37,8 @@ def test_it_learns_and_gives_probabilities():
     assert (given.argmax(1) == test.labels[:100]).float().mean() > 0.9
 
 
-def test_what_it_says_of_an_image_does_not_depend_on_the_others():
+def test_what_it_says_of_an_image_does_not_depend_on_the_others(monkeypatch):
+    monkeypatch.setattr(teacher, "STEPS", 20)
     train, test = load("digits")
     network = networks.create("convnet-bn", 1, 10, (8, 8), width=8)
     teacher.teach(network, train, Protocol(1, "none", batch=1438), generator(0, "teacher"))
