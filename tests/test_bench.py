@@ -116,6 +116,10 @@ def test_the_profile_names_the_parts(method, monkeypatch, capsys, tmp_path):
     command = ["profile", "--method", method, *options.split(), "--trace", str(trace)]
     monkeypatch.setattr("sys.argv", command)
     monkeypatch.setattr(profile, "matrix_rate", lambda *_: 1e10)
+    trajectory = profile.problems.trajectory
+    monkeypatch.setattr(
+        profile.problems, "trajectory", lambda folder, **_: trajectory(folder, student_steps=4)
+    )
     profile.main()
     printed = capsys.readouterr().out
     lines = re.findall(r"^([a-z ]+?) +[\d.]+ ms +(\d+)%", printed, re.MULTILINE)
