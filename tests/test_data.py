@@ -9,7 +9,7 @@ import pytest
 import torch
 from allocations import allocated_at_most
 from commands import npz
-from conftest import labels_of, pixels
+from conftest import digits_problem, labels_of, pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -72,9 +72,9 @@ def test_tensors_that_do_not_fit_are_refused(change, message):
 
 
 def test_sets_problems_and_parameters_can_be_compared_and_hashed():
-    images = make_set(2, 3)
     params = augment.sample("color", 2, 8, generator=seeded(), mode="all")
-    for value, other in ((images, make_set(2, 3)), (params, augment.AugmentParams.identity(2))):
+    pairs = (make_set(2, 3), make_set(2, 3)), (params, augment.AugmentParams.identity(2))
+    for value, other in (*pairs, (digits_problem()[0], digits_problem()[0])):
         assert value == value
         assert value != other
         assert len({value, value}) == 1
@@ -280,5 +280,6 @@ def test_large_images_are_taken_in_small_parts(monkeypatch):
     images = torch.rand(7, 3, 4, 4)
     assert [len(part) for part in data.pixels.chunks(images)] == [2, 2, 2, 1]
     assert [len(part) for part in data.pixels.chunks(torch.rand(2, 3, 8, 8))] == [1, 1]
+    assert all(found.device.type == "meta" for found in measure(images.to("meta")))
     for found, expected in zip(measure(images), (images.mean((0, 2, 3)), images.std((0, 2, 3))), strict=True):
         torch.testing.assert_close(found, expected, rtol=0.02, atol=1e-5)

@@ -24,7 +24,10 @@ def float64_by_default():
         torch.set_default_dtype(torch.float32)
 
 
-DEFAULTS = [float64_by_default, lambda: torch.device("meta")]  # in place of a GPU: no values can come from it
+DEFAULTS = [
+    pytest.param(float64_by_default, id="float64"),
+    pytest.param(lambda: torch.device("meta"), id="meta"),  # in place of a GPU: no values can come from it
+]
 
 
 @pytest.mark.parametrize("default", DEFAULTS)
@@ -38,7 +41,12 @@ def test_distilling_and_evaluating(method, default):
         objective = (
             ThroughTermNetworks(TrainedOnSynthetic(problem), base, problem) if method == "dm" else base
         )
-        term = MutualInformation(layers="all")
+        term = MutualInformation(
+            layers="all",
+            projection="trained",
+            feature_sizes=problem.network().feature_sizes,
+            generator=generator(0, "projection"),
+        )
         made = distill(objective, start, iterations=2, lr=0.1, momentum=0.5, mutual_information=term)
         protocol = Protocol(2, problem.augmentation, width=8)
         score = evaluate(

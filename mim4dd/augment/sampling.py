@@ -109,12 +109,8 @@ def _one_by_one(
         for part in parts:
             fields |= _fields(part, rows, size, generator)
     elif mode == "single":
-        fields |= _fields(
-            parts[int(torch.randint(len(parts), (), generator=generator, device=device))],
-            rows,
-            size,
-            generator,
-        )
+        part = parts[int(torch.randint(len(parts), (), generator=generator, device=device))]
+        fields |= _fields(part, rows, size, generator)
     else:
         chosen = torch.randint(len(parts), (rows,), generator=generator, device=device)
         for k, part in enumerate(parts):

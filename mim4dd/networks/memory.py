@@ -55,9 +55,9 @@ def per_first_derivative(network: Network, image: tuple[int, ...], *, twice: boo
     derivative of that (`on_gpu`); 0 where the block is no single operator there.
     """
     on_cpu, dtype, fused = _way(network)
-    x = torch.empty(1, *image, device="meta")
     if on_cpu or not fused:
         return 0
+    x = torch.empty(1, *image, device="meta")
     block = copy.deepcopy(network.blocks[0]).to("meta")
     assert isinstance(block, OnePassBlock)
     convolution, padding, _ = block.parts
