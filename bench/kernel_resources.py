@@ -137,8 +137,8 @@ def facts(
     }
 
 
-def rows(capability: int, precision: str, tables: Sequence[str]) -> Iterator[dict]:
-    """Compile every entry of these tables for a precision, with gradients to both sides."""
+def rows(capability: int, precision: str, tables: Sequence[str], largest: bool = False) -> Iterator[dict]:
+    """Compile every entry, or the first and largest, of these tables, with gradients to both sides."""
     dtype = DTYPES[precision]
     torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
     labels = torch.zeros(64, dtype=torch.int64)
@@ -147,7 +147,7 @@ def rows(capability: int, precision: str, tables: Sequence[str]) -> Iterator[dic
     for table_name in tables:
         table, calls = launch.TABLES[table_name], CALLS[table_name]
         pairs = 1 << 62 if table_name in ("DOTS", "PRODUCT") else 0
-        for tile in table.get(precision, ()):
+        for tile in table.get(precision, ())[: 1 if largest else None]:
             features = torch.ones(64, tile.d if "NARROW" in table_name else 256, dtype=dtype)
             with (
                 mock.patch.dict(table, {precision: (tile,)}),
@@ -177,11 +177,12 @@ def rows(capability: int, precision: str, tables: Sequence[str]) -> Iterator[dic
                 )
 
 
-def layer_rows(capability: int, precision: str) -> Iterator[dict]:
+def layer_rows(capability: int, precision: str, largest: bool = False) -> Iterator[dict]:
     """Compile the kernels of normalisation for every size of `MAPS`, of the first block for `IMAGES`, and of
-    the gradient of a weight for `SMALL_MAPS`.
+    the gradient of a weight for `SMALL_MAPS`, or for the last and largest of each.
     """
-    for size, pool in MAPS:
+    sizes = slice(-1, None) if largest else slice(None)
+    for size, pool in MAPS[sizes]:
         x, out = (torch.zeros(1, 128, side, side, dtype=DTYPES[precision]) for side in (size, size // pool))
         per_image = torch.zeros(1, 128)
         affine = per_image[0], per_image[0]
@@ -191,7 +192,7 @@ def layer_rows(capability: int, precision: str) -> Iterator[dict]:
             normalisation.backward(out, *saved)
             normalisation.backward_twice(x, per_image, per_image, out, *saved)
         yield from _layer_rows(precision, collected)
-    for channels, size, padding in IMAGES:
+    for channels, size, padding in IMAGES[sizes]:
         x = torch.zeros(1, channels, size, size, dtype=DTYPES[precision])
         out = torch.zeros(1, 128, 16, 16, dtype=x.dtype)
         per_image = torch.zeros(1, 128)
@@ -202,7 +203,7 @@ def layer_rows(capability: int, precision: str) -> Iterator[dict]:
             first_block.backward(out, *block, per_image, per_image, padding, True, 2)
         yield from _layer_rows(precision, collected)
     tile = grad_weight.TILES[precision]
-    for size in SMALL_MAPS:
+    for size in SMALL_MAPS[sizes]:
         x = torch.zeros(100, 3 * 128, size, size, dtype=DTYPES[precision])
         rounded = torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "tf32")
         with rounded, compiled(capability) as collected:
@@ -229,12 +230,14 @@ def main() -> None:
     parser.add_argument(
         "--tables", nargs="+", choices=[*CALLS], help="of the losses; default: all, and the layers"
     )
+    parser.add_argument("--largest", action="store_true", help="of each table, the largest alone")
     arguments = parser.parse_args()
     header = True
     for capability in arguments.sm:
         for precision in arguments.precision:
-            layers = iter(()) if arguments.tables else layer_rows(capability, precision)
-            for row in chain(rows(capability, precision, arguments.tables or [*CALLS]), layers):
+            losses = rows(capability, precision, arguments.tables or [*CALLS], arguments.largest)
+            layers = iter(()) if arguments.tables else layer_rows(capability, precision, arguments.largest)
+            for row in chain(losses, layers):
                 if arguments.json:
                     print(json.dumps(row), flush=True)
                     continue

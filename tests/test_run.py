@@ -84,7 +84,7 @@ def test_saved_set_is_ready_to_use(finished):
     ids=str,
 )
 def test_every_method_beats_random_images(tmp_path, method, term):
-    sizes = ["--iterations", "40", "--eval-epochs", "60", "--num-eval", "3", "--init", "real"]
+    sizes = ["--iterations", "30", "--eval-epochs", "60", "--num-eval", "3", "--init", "real"]
     arguments = ["--quick", *sizes, "--method", method, *term, "--out", str(tmp_path / "a")]
     # A smoke run's experts have seen too little to be worth following.
     experts = ["--expert-batches", "60", "--student-steps", "10"]
