@@ -1,4 +1,4 @@
-"""Every setting of a run, typed, one class per concern: the command line and the saved result in one."""
+"""Every setting of a run, typed, one class per concern, for the command line and the saved result alike."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class DataConfig:
 
     Attributes:
         dataset: A named set (digits, fashion-mnist, mnist, kmnist, cifar10, cifar100, svhn, tiny-imagenet) or
-            the path of a folder of pictures, an .npz or parquet file(s).
-        data_dir: Folder of the files of a named set; default: the usual folders, or they are downloaded.
+            the path of a folder of pictures, an .npz file or parquet file(s).
+        data_dir: Folder with the files of a named set; default: the usual folders, then a download.
         image_size: Resize every image to this many pixels a side; pictures are cropped to a square first.
         zca: Whiten the images (ZCA), as trajectory matching is often run on colour images.
         validation: Fraction of the training images to hold out; accuracy is reported on it instead of the
@@ -42,21 +42,21 @@ class DistillConfig:
         ipc: Images per class.
         factor: Every image holds factor x factor smaller ones, enlarged before use (multi-formation).
         soft_labels: Give every image probabilities for all classes instead of one label. They are learned
-            with the image, or, by methods that use no targets (dm, ncfm), taken from a network trained on
-            real images at the end.
+            with the image, or, for methods that use no targets (dm, ncfm), taken at the end from a network
+            trained on real images.
         iterations: Update steps of the images; default: 200, with --preset paper as the method was published.
         init: Start from random real images, from those nearest to k-means centres, or from noise; default:
             kmeans, or real with --preset paper.
-        real_batch: Real images per class and iteration; default: 128, with --preset paper 256. A term through
-            networks of its own compares 64 at most.
+        real_batch: Real images per class and iteration; default: 128, with --preset paper 256. A term with
+            networks of its own compares at most 64.
         image_lr: Learning rate of the images; default: 1 for dm, 100 for mtt, 0.1 for the others; at fifty or
             more images per class, unless --preset is paper, 5 for dm and 0.5 for dsa and ncfm.
         image_momentum: Momentum of the images' updates.
         network: Architecture that is matched and evaluated: convnet, convnet-bn, mlp, lenet, alexnet, vgg11
             or resnet18.
         width: Channels of the ConvNet's blocks; default: 64, with --preset paper 128.
-        augmentation: Parts of the siamese augmentation joined by "_", or none; default: all, but no flip for
-            characters, and none for dc.
+        augmentation: Parts of the siamese augmentation joined by "_", or none; default: all (without flip for
+            characters), but none for dc.
     """
 
     method: str = "dm"
@@ -78,19 +78,19 @@ class MimConfig:
     """The mutual-information term.
 
     Attributes:
-        mim_weight: Its weight; 0 leaves it out. Default for info-nce: 300 for dm (100 from ten images per
-            class on, 30 from fifty on); 1000 for dc, dsa and ncfm (300 for dsa and ncfm from fifty on); 0.1
-            for mtt at one image per class, else 0. For nce: 100 for dm (1 from ten images per class on), and
-            for dsa at one, else 0; on digits a tenth of that. At 0 there is no term.
+        mim_weight: Weight of the term; 0 leaves it out. Default for info-nce: 300 for dm (100 from ten images
+            per class on, 30 from fifty on); 1000 for dc, dsa and ncfm (300 for dsa and ncfm from fifty
+            on); 0.1 for mtt at one image per class, else 0. For nce: 100 for dm (1 from ten images per class
+            on), and for dsa at one, else 0; on digits a tenth of that.
         mim_loss: info-nce: classify each real image by its similarity to the synthetic ones. nce: the
             published term, which scores every pair of a real and a synthetic image.
-        mim_networks: Networks whose features it compares: its own, briefly trained on the current synthetic
-            images (synthetic) or on real images (real), or those of the base method (base).
-        mim_pairs: Which real images an image is paired with: those of its class, or those of its
+        mim_networks: Networks whose features the term compares: its own, briefly trained on the current
+            synthetic images (synthetic) or on real images (real), or those of the base method (base).
+        mim_pairs: Which real images a synthetic image is paired with: those of its class, or those of its
             cluster (k-means within the class, one cluster per synthetic image).
-        mim_layers: Feature maps it compares: all, last, or indices such as 0,2.
+        mim_layers: Feature maps to compare: all, last, or indices such as 0,2.
         mim_layer_decay: Weight of each layer relative to the next deeper one.
-        mim_temperature: Temperature of its cosines; default: 0.03 for info-nce, 0.1 for nce.
+        mim_temperature: Temperature of the cosine similarities; default: 0.03 for info-nce, 0.1 for nce.
         mim_noise_ratio: Noise ratio of nce; calibrated: measured on the first batch.
         mim_projection: Linear map of the features into a common contrastive space.
         mim_projection_size: Width of that space.
@@ -112,22 +112,22 @@ class MimConfig:
 
 @dataclass(frozen=True)
 class TrajectoryConfig:
-    """Trajectory matching (mtt): its experts, which are kept and found again, and how they are followed.
+    """Trajectory matching (mtt): its experts, which are stored and reused, and how they are matched.
 
     Attributes:
-        experts: Folder to keep them in, or one file of experts to use as it is, however they were trained;
+        experts: Folder to keep experts in, or one file of experts to use as it is, however they were trained;
             default: experts in $MIM4DD_CACHE, or ~/.cache/mim4dd.
-        num_experts: How many to train.
-        expert_snapshots: Snapshots of each, beside the one before training.
+        num_experts: How many experts to train.
+        expert_snapshots: Snapshots of each expert, besides the one before training.
         expert_batches: Batches of 256 images between two snapshots; 0: an epoch.
         expert_seed: Seed of their weights, batches and augmentations; the same for every --seed, so that runs
             share them.
-        max_start: A match starts from one of this many first snapshots.
+        max_start: How many snapshots, counted from the first, a match may start from.
         span: Snapshots from the start of a match to its target.
-        student_steps: Steps on the synthetic images that are to lead there.
+        student_steps: Steps on the synthetic images that should reach the target.
         student_batch: Images per step; default: all.
-        student_lr: Size of those steps at first; it is learned.
-        student_lr_rate: Learning rate of its logarithm.
+        student_lr: Initial size of those steps; it is learned.
+        student_lr_rate: Learning rate of the logarithm of that size.
     """
 
     experts: Path | None = None
@@ -177,14 +177,14 @@ class Config:
         device: auto, cpu, cuda, cuda:1, ...
         precision: What the networks compute in; auto: the fastest for a ConvNet. Weights, losses and
             distances are always float32.
-        memory_budget: GiB of GPU memory that passes over real images may take, and the steps of mtt half as
-            much; default: half of what is free. Batch normalisation takes its images at once all the same.
+        memory_budget: GiB of GPU memory that passes over real images may take; the steps of mtt may take half
+            as much. Default: half of the free memory. Batch normalisation still takes its images at once.
         out: Folder of the results; default: runs/<dataset>-<method>-ipc<n>-<seed>, or the next free name.
-        overwrite: Replace what --out holds already.
+        overwrite: Replace what --out already holds.
         preset: short: minutes on a laptop. paper: the sizes of the published protocols (20,000 iterations of
-            dm, 256 real images a class, width 128, 1000 epochs), for a GPU. What is not as published even
-            then, such as the term and most settings of mtt and ncfm, is listed in docs/runs.md.
-        quick: Smoke test in seconds: the smallest of every size not given. Its accuracies mean nothing.
+            dm, 256 real images a class, width 128, 1000 epochs), for a GPU. What still differs from the
+            papers, such as the term and most settings of mtt and ncfm, is listed in docs/runs.md.
+        quick: Smoke test in seconds: every size not given is the smallest. Its accuracies mean nothing.
         config: JSON file of settings, such as an earlier result.json; command-line options override it. A
             result.json sets every option, so with another --method also give --image-lr, --augmentation
             and --mim-weight.

@@ -42,18 +42,19 @@ def score_saved(
 
     Args:
         path: a run's folder, or its synthetic.safetensors.
-        eval_archs: of convnet, convnet-bn, mlp, lenet, alexnet, vgg11, resnet18; default: its --network.
-        dataset: the real data, where they are not where the run found them: a name or a path.
-        data_dir: folder of the files of a named set.
+        eval_archs: some of convnet, convnet-bn, mlp, lenet, alexnet, vgg11, resnet18; default: the
+            run's --network.
+        dataset: name or path of the real data, if it is no longer where the run found it.
+        data_dir: folder with the files of a named set.
         num_eval: networks trained per architecture.
         eval_epochs: epochs of each; default: the run's.
-        seed: of weights, batches and augmentations.
+        seed: seed of weights, batches and augmentations.
         device: auto, cpu, cuda, cuda:1, ...
         precision: what the networks compute in; auto: the fastest for a ConvNet.
         out: a new JSON file for the accuracies.
 
     Raises:
-        InputError: options that cannot be meant, no set of a run, or other data than it was made from.
+        InputError: invalid options, no set of a run, or other data than it was made from.
     """
     path, out, data_dir = expanded(path), out and expanded(out), data_dir and expanded(data_dir)
     path = path / IMAGES if path.is_dir() else path

@@ -1,4 +1,4 @@
-"""Command lines made from the settings: run's own, and those that add options to it or take some away."""
+"""Command lines made from the settings: that of `run`, and those that add options to it or remove some."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Hidden = tyro.conf.Suppress[tyro.conf.Fixed[T]]  # a setting that is no option o
 def read(kind: type[T], prog: str, arguments: Sequence[str] | None) -> T:
     """Read a command line (None: the process's own) into `kind`, `Config` or a subclass.
 
-    Under it lies the file that --config names.
+    What it leaves out comes from the file that --config names, if any.
 
     Raises:
-        InputError: the file cannot be read, or holds something else; or ~name in a path is no user.
+        InputError: the file cannot be read, or holds something else; or the ~name of a path is no user.
         SystemExit: what tyro does on --help and on unknown options (with 2).
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -1,4 +1,4 @@
-"""What `mim4dd.compare` is told: the methods, weights, IPCs and seeds, and what all runs share."""
+"""Options of `mim4dd.compare`: the methods, weights, IPCs and seeds, and what all runs share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..options import Hidden, plain
 
 @dataclass(frozen=True)
 class SharedDistillConfig(DistillConfig):
-    """The distillation. What is not given comes from a preset for the data set and the IPC."""
+    """The distillation. Defaults come from a preset for the data set and the IPC."""
 
     method: Hidden[str] = "dm"
     ipc: Hidden[int] = 1
@@ -48,8 +48,8 @@ class Comparison(Config):
 
     Attributes:
         methods: Base methods.
-        mim_weights: Weights of the mutual-information term; default: the method's own for the data set and
-            the IPC. Differences are to weight 0.
+        mim_weights: Weights of the mutual-information term; the word default stands for the method's own
+            for the data set and the IPC. Differences are to weight 0.
         ipcs: Images per class.
         seeds: Seeds; a single one gives no interval.
         out: Folder of the results; default: runs/compare.

@@ -1,4 +1,4 @@
-"""What `mim4dd.tune` is told: the method, the space it searches, the seeds."""
+"""Options of `mim4dd.tune`: the method, the space to search, the seeds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TunedDataConfig(DataConfig):
 
 @dataclass(frozen=True)
 class TunedMimConfig(MimConfig):
-    """The mutual-information term: what is not searched."""
+    """The mutual-information term: settings that are not searched."""
 
     mim_weight: Hidden[float | None] = None
     mim_networks: Hidden[Literal["synthetic", "real", "base"]] = "synthetic"
@@ -68,16 +68,16 @@ class Tuning(Config):
 
     Attributes:
         trials: Trials, not counting the base method.
-        seeds: Seeds, a run of each trial for each; a single one gives no interval.
+        seeds: Seeds; each trial runs once with each. A single one gives no interval.
         weights: Range of the weight, searched on a logarithmic scale.
         temperatures: Range of the temperature, searched on a logarithmic scale.
         layers: Feature maps: all, last, or indices such as 0,2.
-        networks: Whose features are compared: of networks trained on the synthetic or the real images, or of
-            the base method's own.
+        networks: Networks whose features are compared: trained on the synthetic or on the real images, or
+            those of the base method.
         noise_ratios: Noise ratios; only nce has one.
         projections: Linear maps into a common space.
         out: Folder of the results; default: runs/tune-<dataset>-<method>-ipc<n>.
-        seed: Of the search.
+        seed: Seed of the search.
     """
 
     trials: int = 30
