@@ -30,14 +30,14 @@ def kernel_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
     if not HAS_TRITON:
         return "triton is not installed"
     if not HAS_KERNELS:
-        return "mim4dd was imported from its sources, not as installed; leave their folder"
+        return "mim4dd was imported from its source folder, not as installed; run outside that folder"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the kernels have no {dtype}"
+        return f"the kernels do not support {dtype}"
     if device.type == "cuda":
         return _gpu_obstacle(dtype, device)
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    return f"the kernels need a CUDA device, or TRITON_INTERPRET=1 on a CPU, and the tensors are on {device}"
+    return f"the kernels need a CUDA device, or TRITON_INTERPRET=1 on a CPU, but the tensors are on {device}"
 
 
 def _gpu_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -49,5 +49,5 @@ def _gpu_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
     found = torch.cuda.get_device_capability(device)
     if found < needed:
         wanted, has = (".".join(map(str, capability)) for capability in (needed, found))
-        return f"of {dtype} they need compute capability {wanted}, and {device} has {has}"
+        return f"for {dtype} they need compute capability {wanted}, but {device} has {has}"
     return None

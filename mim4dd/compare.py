@@ -47,7 +47,7 @@ def compare(comparison: Comparison) -> int:
     """Run what has not been run, keeping the table up to date; return the exit code.
 
     Raises:
-        InputError: settings that cannot be meant, or a folder with others.
+        InputError: invalid settings, or a folder with others.
     """
     plan, folder, shared = cells(comparison), comparison.folder, comparison.shared()
     found = {key: outcome for key, cell in plan.items() if (outcome := cell.found())}
@@ -99,7 +99,7 @@ def cells(comparison: Comparison) -> dict[Key, Cell]:
     """Return every cell by arm and seed, all of a seed before the next, so that a partial table is paired.
 
     Raises:
-        InputError: settings that cannot be meant.
+        InputError: invalid settings.
     """
     for option, values in {
         "--methods": comparison.methods,
@@ -108,7 +108,7 @@ def cells(comparison: Comparison) -> dict[Key, Cell]:
         "--seeds": comparison.seeds,
     }.items():
         if not values:
-            raise InputError(f"{option} names nothing, expected one or more")
+            raise InputError(f"{option} is empty, expected one or more")
     for baseline in comparison.eval.baselines:
         if baseline not in REAL:  # from a file; the command line knows
             raise unknown("baseline for a comparison:", baseline, REAL)
@@ -170,7 +170,7 @@ def _earlier(folder: Path, shared: dict[str, Any], comparison: Comparison) -> di
             refuse_other_images(cell, outcome, comparison)
             if (other := outcome["config"].get("precision", precision)) != precision:
                 raise InputError(
-                    f"{cell} was computed in {other}, and this machine takes {precision} by default; "
+                    f"{cell} was computed in {other}, but this machine uses {precision} by default; "
                     f"give --precision {other}, or another --out"
                 )
             found[Arm.of(outcome), outcome["config"]["seed"]] = outcome

@@ -1,4 +1,4 @@
-"""Which settings cannot be meant: found before any work starts."""
+"""Checks of the settings, before any work starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COUNT_MAX = 2**31  # of anything; a size in memory that is too large is told by 
 
 
 def check(config: Config) -> None:
-    """Refuse settings that cannot be meant, before any work starts.
+    """Refuse invalid settings, before any work starts.
 
     Raises:
         InputError: naming the option, its value and what was expected.
@@ -62,7 +62,7 @@ def check(config: Config) -> None:
     }
     for option, number in above_zero.items():
         if isinstance(number, int | float) and not FLOAT32_MIN <= number < FLOAT32_MAX:
-            raise InputError(f"{option} is {number}, expected a positive number of float32")
+            raise InputError(f"{option} is {number}, expected a positive number within the range of float32")
     if config.eval.num_eval == 0 and config.eval.eval_archs:
         raise InputError("--eval-archs needs --num-eval of at least 1, got 0")
     if not 0 <= config.distill.image_momentum < 1:
@@ -71,7 +71,7 @@ def check(config: Config) -> None:
         )
     if config.mim.mim_loss != "nce" and config.mim.mim_noise_ratio != "calibrated":
         raise InputError(
-            f"--mim-noise-ratio is {config.mim.mim_noise_ratio}, but only --mim-loss nce has one, and it is "
+            f"--mim-noise-ratio is {config.mim.mim_noise_ratio}, but only --mim-loss nce has one, not "
             f"{config.mim.mim_loss}"
         )
     calibrated = config.mim.mim_loss == "nce" and config.mim.mim_noise_ratio == "calibrated"

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend; the command lines print them in a line or two and exit with 2."""
+"""Errors that the user can fix; the command lines print them in a line or two and exit with 2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Something given to mim4dd is wrong: the text names the value, what was expected and what to do."""
+    """Some input is wrong: the text names the value, what was expected and what to do."""
 
 
 def unknown(kind: str, name: str, names: Iterable[str], also: str = "") -> InputError:

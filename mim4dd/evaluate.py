@@ -90,7 +90,7 @@ def score_saved(
 
 
 def _check(architectures: tuple[str, ...], num_eval: int, eval_epochs: int | None, out: Path | None) -> None:
-    """Refuse options that cannot be meant, before any work starts.
+    """Refuse invalid options, before any work starts.
 
     Raises:
         InputError: naming the option.

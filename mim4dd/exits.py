@@ -64,7 +64,7 @@ def guarded(command: Callable[[], int | None]) -> int:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         complain(
-            f"out of memory ({reason}); take less with --memory-budget (on a GPU), "
+            f"out of memory ({reason}); lower --memory-budget (on a GPU), "
             "--real-batch, --width, --ipc or --image-size"
         )
         return 1

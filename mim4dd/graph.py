@@ -68,7 +68,7 @@ class Replayed(Generic[Result]):
             # The end of a recording that failed says no more than that it did; what failed comes before.
             cause = str(error.__context__ or error).partition("\n")[0]
             warnings.warn(
-                f"mim4dd: a step cannot be recorded as a CUDA graph and runs slower without ({cause})",
+                f"mim4dd: a step cannot be recorded as a CUDA graph and runs slower without one ({cause})",
                 stacklevel=3,
             )
             # The others draw from the states that the generators had before; of what cannot be recorded it

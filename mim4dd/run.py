@@ -74,12 +74,12 @@ def filled(config: Config) -> Config:
     """Check the settings of a run and fill in those that were left open.
 
     Raises:
-        InputError: settings that cannot be meant.
+        InputError: invalid settings.
     """
     check(config)
     config = with_presets(config)
     if "base" in config.eval.baselines and not config.mim.mim_weight:
-        raise InputError("--baselines base is the run itself, for its --mim-weight is 0: leave it out")
+        raise InputError("--baselines base is the run itself, since --mim-weight is 0: leave it out")
     return config
 
 
@@ -133,9 +133,7 @@ def open_folder(experiment: Experiment) -> Path:
     held = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
     if held and not config.overwrite:
         resume = f"--resume {shlex.quote(str(folder))}, " if (folder / STATE).exists() else ""
-        raise InputError(
-            f"--out {folder} holds something already; give another folder, {resume}or --overwrite"
-        )
+        raise InputError(f"--out {folder} is not empty; give another folder, {resume}or --overwrite")
     return make_folder(folder, dataset)
 
 

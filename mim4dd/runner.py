@@ -77,7 +77,7 @@ def introduce(experiment: Experiment, checkpoint: Checkpoint | None) -> None:
     config, train = experiment.config, experiment.train
     console.print(
         f"{experiment.name}: {len(train)} training images of {train.num_classes} classes, "
-        f"{'x'.join(map(str, train.images.shape[1:]))}; {config.distill.ipc} a class to distil on "
+        f"{'x'.join(map(str, train.images.shape[1:]))}; {config.distill.ipc} per class to distil on "
         f"{device_name(experiment.device)}",
         soft_wrap=True,
     )
@@ -111,7 +111,7 @@ def distilled(experiment: Experiment, folder: Path, checkpoint: Checkpoint | Non
                 remove_checkpoint(folder)  # it would only diverge again
             complain(f"the last good set, of iteration {recorder.iteration}, is in {recorder.path}")
         else:
-            complain(f"{folder} still holds what was to be overwritten")
+            complain(f"{folder} still holds the earlier results")
         raise
     return recorder
 

@@ -210,7 +210,7 @@ def _plain(value: object) -> object:
     if isinstance(value, np.generic | Tensor):
         return value.item()
     raise TypeError(
-        f"mim4dd.SyntheticSet: {value!r} cannot be written as JSON; expected numbers, texts, lists and dicts"
+        f"mim4dd.SyntheticSet: {value!r} cannot be written as JSON; expected numbers, text, lists and dicts"
     )
 
 

@@ -45,7 +45,7 @@ class Search:
     """The search for one method and IPC, kept in a folder: Optuna's journal of trials, and the runs as cells.
 
     Raises:
-        InputError: settings that cannot be meant, or a folder with others.
+        InputError: invalid settings, or a folder with others.
     """
 
     def __init__(self, tuning: Tuning) -> None:
@@ -100,7 +100,7 @@ class Search:
         return trials
 
     def trials(self) -> list[Trial]:
-        """Return the trials that are through, the base method first."""
+        """Return the trials that are over, the base method first."""
         return [
             Trial(
                 mim=MimConfig(**trial.user_attrs["mim"]),
@@ -140,7 +140,7 @@ class Search:
             differences.append(accuracies[seed] - before[0].accuracies[seed] if before else 0.0)
             trial.report(statistics.fmean(differences), k)
             if before and k + 1 < len(seeds) and trial.should_prune():
-                console.print("given up: the median of the trials before is better")
+                console.print("given up: the median of the earlier trials is better")
                 self.study.tell(trial, state=TrialState.PRUNED)
                 return
         self.study.tell(trial, statistics.fmean(differences))
@@ -217,7 +217,7 @@ def _study(folder: Path, settings: dict[str, Any], base: Config) -> optuna.Study
     except InputError:
         raise
     except (ValueError, KeyError) as error:
-        raise InputError(f"{log} is damaged ({error}); remove it: finished runs are found again") from error
+        raise InputError(f"{log} is damaged ({error}); remove it: finished runs are not repeated") from error
     return study
 
 

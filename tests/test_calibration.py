@@ -87,7 +87,7 @@ def test_a_batch_that_calibrates_nothing_is_refused_and_forgotten():
     a, k, la, lk = labelled_features(6, 20, 8, 3)
     loss = mim4dd.NCELoss(noise_ratio="calibrated")
     with pytest.raises(
-        ValueError, match="calibrated_noise_ratio: it is nan on these features; expected finite ones"
+        ValueError, match="calibrated_noise_ratio: it is nan on these features; expected finite features"
     ):
         loss(a[:0], k, la[:0], lk)
     assert loss(a, k, la, lk).isfinite()

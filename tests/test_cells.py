@@ -30,7 +30,7 @@ def settings(options=""):
 def test_a_run_of_other_settings_is_refused(options, difference):
     with pytest.raises(InputError) as error:
         refuse_others(Path("there"), to_json(settings(options)), settings())
-    assert f"there holds a run of other settings: {difference}; give" in str(error.value)
+    assert f"there holds a run with other settings: {difference}; give" in str(error.value)
 
 
 def test_where_and_how_it_was_asked_for_is_no_other_setting():
@@ -74,7 +74,7 @@ def test_a_baseline_is_the_same_for_all_runs_whose_real_images_are():
 
 def test_a_set_that_is_not_of_a_run_is_refused(tmp_path):
     initialise(load("digits")[0], 1, "real", generator(0, "init")).save(tmp_path / "synthetic.safetensors")
-    with pytest.raises(InputError, match="is not of a mim4dd run; remove its folder"):
+    with pytest.raises(InputError, match="is not from a mim4dd run; remove its folder"):
         Cell(tmp_path, settings()).found()
 
 

@@ -192,7 +192,7 @@ def test_cells_of_another_precision_are_refused(finished, capsys):
         cell.write_text(json.dumps(outcome))
     assert compare.main([*QUICK, "--seeds", "7", "--out", str(finished)]) == 2
     error = capsys.readouterr().err
-    assert "was computed in tf32, and this machine takes" in error
+    assert "was computed in tf32, but this machine uses" in error
     assert "by default; give --precision tf32, or another --out" in error
 
 
@@ -391,8 +391,8 @@ def test_time_left_goes_by_the_cells_like_it():
     ("arguments", "message"),
     [
         (["--methods", "dm", "dn"], "unknown method 'dn', did you mean dm"),
-        (["--methods"], "--methods names nothing"),
-        (["--seeds"], "--seeds names nothing"),
+        (["--methods"], "--methods is empty"),
+        (["--seeds"], "--seeds is empty"),
         (["--ipcs", "1", "1000"], "fewer than the 1000 asked for"),
         (["--ipcs", "0"], "--ipc is 0, expected a number of at least 1"),
         (["--mim-weights", "0", "-1"], "--mim-weight is -1.0, expected a number of at least 0"),

@@ -137,10 +137,10 @@ def test_bad_files_are_named(tmp_path, content, message):
         ({"mim": MimConfig(mim_temperature=0.0)}, "--mim-temperature is 0.0"),
         (
             {"mim": MimConfig(mim_temperature=1e-40)},
-            "is 1e-40, expected a positive number of float32",
+            "is 1e-40, expected a positive number within the range of float32",
         ),
         ({"mim": MimConfig(mim_loss="nce", mim_temperature=0.01)}, "0.01 is too low for a calibrated noise"),
-        ({"mim": MimConfig(mim_noise_ratio=2.0)}, "only --mim-loss nce has one, and it is info-nce"),
+        ({"mim": MimConfig(mim_noise_ratio=2.0)}, "only --mim-loss nce has one, not info-nce"),
         ({"mim": MimConfig(mim_layers="first")}, "--mim-layers is 'first', expected all, last or indices"),
         ({"eval": EvalConfig(eval_epochs=0)}, "--eval-epochs is 0, expected a number of at least 1"),
         ({"data": DataConfig(validation=1.0)}, "--validation is 1.0, expected a fraction of at least 0"),

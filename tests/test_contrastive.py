@@ -93,7 +93,7 @@ def test_layers_in_one_call_equal_single_calls():
     for several in (mim4dd.nce_losses, mim4dd.info_nce_losses):
         with pytest.raises(ValueError, match="anchors has 3 layers, keys 2"):
             several(anchors, keys[:2], la, lk)
-        with pytest.raises(ValueError, match=r"keys is a tensor \[3, 9, 4\], expected a list of a tensor"):
+        with pytest.raises(ValueError, match=r"keys is a tensor \[3, 9, 4\], expected a list, one tensor"):
             several(anchors, torch.zeros(3, 9, 4), la, lk)
     with pytest.raises(ValueError, match="noise_ratio has 2 numbers, expected one or 3"):
         mim4dd.nce_losses(anchors, keys, la, lk, noise_ratio=ratios[:2])

@@ -63,7 +63,7 @@ def test_properties():
         ({"labels": torch.arange(5) - 4}, "a label -4, expected 0 to 1"),
         ({"mean": torch.rand(8)}, r"mean is torch.float32 \[8\], expected float32 \[3\], one per channel"),
         ({"std": torch.rand(3).double()}, "std is torch.float64"),
-        ({"mean": torch.tensor([0.1, 126, 0.1])}, "expected that of pixels in .*; scale images of floats"),
+        ({"mean": torch.tensor([0.1, 126, 0.1])}, "expected that of pixels in .*; scale float images"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(change, message):

@@ -157,15 +157,15 @@ def test_an_experts_file_that_does_not_fit_is_refused(problem, tmp_path):
         pass
     named = with_options(problem, experts=recipe(problem).path())
     assert list(train_experts(named)) == []
-    with pytest.raises(InputError, match="is of another width: 8, but this run has 4; name another file"):
+    with pytest.raises(InputError, match="has another width: 8, but this run has 4; name another file"):
         train_experts(dataclasses.replace(named, width=4))
-    with pytest.raises(InputError, match="is of another data"):
+    with pytest.raises(InputError, match="has another data"):
         train_experts(
             dataclasses.replace(
                 named, real=dataclasses.replace(problem.real, labels=problem.real.labels.flip(0))
             )
         )
-    with pytest.raises(InputError, match="is of another architecture: convnet"):
+    with pytest.raises(InputError, match="has another architecture: convnet"):
         train_experts(dataclasses.replace(named, architecture="mlp"))
     longer = with_options(named, max_start=4, expert_snapshots=9)
     with pytest.raises(InputError, match="holds 3 snapshots, but --max-start 4 with --span 2 needs 5"):
@@ -193,5 +193,5 @@ def test_a_future_version_of_the_file_is_refused(problem, monkeypatch):
         pass
     path = recipe(problem).path()
     monkeypatch.setattr(experts, "FORMAT", "mim4dd-experts-3")
-    with pytest.raises(InputError, match="is of another format: mim4dd-experts-2"):
+    with pytest.raises(InputError, match="has another format: mim4dd-experts-2"):
         Experts(path, recipe(problem))

@@ -137,5 +137,5 @@ def test_functional_gradient():
 
 def test_float64_has_no_kernel():
     a, k, la, lk = arguments()
-    with pytest.raises(RuntimeError, match="the kernels have no torch.float64"):
+    with pytest.raises(RuntimeError, match="the kernels do not support torch.float64"):
         mim4dd.nce_loss(a.double(), k.double(), la, lk, backend="fused")

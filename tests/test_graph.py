@@ -247,8 +247,8 @@ def test_a_step_that_cannot_be_recorded_goes_on_with_a_warning(monkeypatch, stan
         warnings.simplefilter("always")
         assert [replayed(torch.tensor(k)).item() for k in range(6)] == [1, 2, 3, 4, 5, 6]
     assert [str(w.message) for w in caught] == [
-        "mim4dd: a step cannot be recorded as a CUDA graph and runs slower without (operation not permitted "
-        "when stream is capturing)"
+        "mim4dd: a step cannot be recorded as a CUDA graph and runs slower without one (operation not "
+        "permitted when stream is capturing)"
     ]
     assert caught[0].filename == __file__, "where the step is called"
 

@@ -245,8 +245,8 @@ def test_modules_learn_a_temperature():
     [
         ((9, 0), torch.bfloat16, None),
         ((7, 5), torch.float16, None),
-        ((7, 5), torch.bfloat16, "of torch.bfloat16 they need compute capability 8.0, and cuda has 7.5"),
-        ((6, 1), torch.float32, "of torch.float32 they need compute capability 7.0, and cuda has 6.1"),
+        ((7, 5), torch.bfloat16, "for torch.bfloat16 they need compute capability 8.0, but cuda has 7.5"),
+        ((6, 1), torch.float32, "for torch.float32 they need compute capability 7.0, but cuda has 6.1"),
     ],
 )
 def test_older_gpus_have_no_kernels(monkeypatch, capability, dtype, obstacle):

@@ -123,9 +123,9 @@ def test_maps_that_are_not_those_of_the_projection_are_refused(generator):
     for layers in ("all", "last", [0]):
         with pytest.raises(ValueError, match="there are 2 maps, but feature_sizes has 1; expected one size"):
             projected(generator, layers=layers, sizes=[36])(synthetic, real, *labels)
-    with pytest.raises(ValueError, match="synthetic map 1 has 24 features an image, expected 25"):
+    with pytest.raises(ValueError, match="synthetic map 1 has 24 features per image, expected 25"):
         projected(generator, sizes=(36, 25))(synthetic, real, *labels)
-    with pytest.raises(ValueError, match="real map 0 has 27 features an image, expected 36"):
+    with pytest.raises(ValueError, match="real map 0 has 27 features per image, expected 36"):
         projected(generator)(synthetic, [real[0][:, :3], real[1]], *labels)
     projected(generator, layers="last", sizes=(1, 24))(synthetic, real, *labels)
 
@@ -209,7 +209,7 @@ def test_a_map_that_is_not_there_is_refused(generator, loss):
     synthetic, real = maps(generator, 6), maps(generator, 20)
     labels = torch.arange(6) % 3, torch.arange(20) % 3
     empty = [[m[0][:, :0], m[1]] for m in (synthetic, real)]
-    with pytest.raises(ValueError, match="map 0 is empty: name 0 in Problem.layers"):
+    with pytest.raises(ValueError, match="map 0 is empty: add 0 to Problem.layers"):
         MutualInformation(loss=loss, layers="all")(*empty, *labels)
     MutualInformation(loss=loss, layers="last")(*empty, *labels)
     for layers, given in (("all", ([], [])), ("last", ([], [])), ([], (synthetic, real))):
@@ -223,7 +223,7 @@ def test_maps_and_labels_that_do_not_fit_are_named_as_the_caller_does(generator,
     labels = torch.arange(6) % 3, torch.arange(20) % 3
     term = MutualInformation(loss=loss, layers="all")
     with pytest.raises(
-        ValueError, match="map 1 has 24 features an image in synthetic_features and 12 in real_features"
+        ValueError, match="map 1 has 24 features per image in synthetic_features and 12 in real_features"
     ):
         term(synthetic, [real[0], real[1][:, :3]], *labels)
     with pytest.raises(ValueError, match=r"synthetic_labels is \[20\], and synthetic map 0 \[6, 4, 3, 3\]"):
@@ -239,5 +239,5 @@ def test_another_number_of_layers_than_was_calibrated_is_named(generator):
     synthetic, real = maps(generator, 6), maps(generator, 20)
     term = MutualInformation(layers="all")
     term(synthetic, real, *labels)
-    with pytest.raises(ValueError, match="noise_ratios holds those of 2 layers, and there are 1 to compare"):
+    with pytest.raises(ValueError, match="noise_ratios has 2 layers, but 1 are compared"):
         term(synthetic[1], real[1], *labels)

@@ -92,7 +92,9 @@ def test_gradient_matching_sums_over_the_classes(augmentation, real_batch):
 @pytest.mark.parametrize("labels", [torch.arange(10).repeat(2), torch.arange(20) // 2 % 9])
 def test_gradient_matching_wants_images_class_by_class(labels):
     problem, _ = digits_problem(ipc=2)
-    with pytest.raises(ValueError, match="labels are not class by class, .* expected 2 of class 0, then"):
+    with pytest.raises(
+        ValueError, match="labels are not in order of class, .* expected 2 of class 0, as many"
+    ):
         GradientMatching(dataclasses.replace(problem, labels=labels))
 
 

@@ -134,9 +134,9 @@ def test_shrinking_averages():
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"y_train": np.linspace(0, 1, 10)}, "x_train: labels not integers but float64"),
-        ({"y_train": np.arange(10) % 2 == 0}, "labels not integers but bool"),
-        ({"y_test": np.array(["a", "b", "a", "b"])}, "x_test: labels not integers"),
+        ({"y_train": np.linspace(0, 1, 10)}, "x_train: labels of type float64"),
+        ({"y_train": np.arange(10) % 2 == 0}, "labels of type bool"),
+        ({"y_test": np.array(["a", "b", "a", "b"])}, "x_test: labels of type"),
         ({"y_train": np.arange(10) - 1}, "label -1; expected class numbers from 0"),
         ({"y_train": np.arange(10) % 2 + 1}, "class '0' has no training image"),
         ({"y_train": np.array([0, 1, 3] * 3 + [3])}, "class '2' has no training image"),
@@ -176,7 +176,7 @@ def test_shrinking_averages():
         ),
         (
             {"y_train": np.arange(10), "x_test": None, "y_test": None},
-            "has no test set, and of its 10 images .* too few to hold out 0.2 of each; .* images, or",
+            "has no test set, and only 10 images .* too few to hold out 0.2 of each; .* images, or",
         ),
     ],
 )

@@ -227,7 +227,7 @@ def test_a_cell_whose_state_is_damaged_starts_again(tmp_path, updates, cut_off_a
     (tmp_path / "cells" / "dm-w0-ipc1-seed0" / "state.safetensors").write_bytes(b"")
     cut_off_after_10.setattr(runner.Recorder, "__call__", look)
     assert compare.main(comparison) == 0
-    assert "; it starts again now" in capsys.readouterr().err
+    assert "; the run starts over" in capsys.readouterr().err
     assert len(updates) == 10 + 14
 
 

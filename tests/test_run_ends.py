@@ -28,7 +28,7 @@ def test_too_little_memory_is_told(tmp_path, capsys, width):
     assert run.main([*QUICK, "--width", width, "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("mim4dd: out of memory (")
-    assert "take less with --memory-budget" in error
+    assert "lower --memory-budget" in error
 
 
 def test_memory_that_python_lacks_is_told(capsys):
@@ -36,7 +36,7 @@ def test_memory_that_python_lacks_is_told(capsys):
         raise MemoryError  # as Python's own: without a text
 
     assert guarded(too_much) == 1
-    assert "mim4dd: out of memory (MemoryError); take less" in capsys.readouterr().err
+    assert "mim4dd: out of memory (MemoryError); lower --memory-budget" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_told(capsys):

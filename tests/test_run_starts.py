@@ -30,14 +30,14 @@ def test_results_are_never_overwritten_silently(tmp_path, monkeypatch, capsys):
     named = [*quick, "--out", "runs/digits-dm-ipc1-0"]
     before = (tmp_path / "runs/digits-dm-ipc1-0/result.json").read_bytes()
     assert run.main([*named, "--seed", "5"]) == 2
-    assert "holds something already; give another folder, or --overwrite" in capsys.readouterr().err
+    assert "is not empty; give another folder, or --overwrite" in capsys.readouterr().err
     assert (tmp_path / "runs/digits-dm-ipc1-0/result.json").read_bytes() == before
     assert run.main([*named, "--seed", "5", "--overwrite"]) == 0
     assert (tmp_path / "runs/digits-dm-ipc1-0/result.json").read_bytes() != before
     folder = tmp_path / "runs" / "digits-dm-ipc1-0"
     before = {name: (folder / name).read_bytes() for name in files(folder)}
     assert run.main([*named, "--iterations", "20", "--image-lr", "3e38", "--overwrite"]) == 1
-    assert "still holds what was to be overwritten" in capsys.readouterr().err
+    assert "still holds the earlier results" in capsys.readouterr().err
     assert {name: (folder / name).read_bytes() for name in files(folder)} == before
     look = runner.Recorder.__call__
 

@@ -30,7 +30,7 @@ def check(raw: Raw) -> None:
     if not -largest <= float(images.min()) <= float(images.max()) <= largest:  # false for NaN, too
         raise InputError(f"{source}: the images hold NaN, infinite or huge values; remove them")
     if labels.dtype.kind not in "ui":
-        raise InputError(f"{source}: labels not integers but {labels.dtype}; expected class numbers from 0")
+        raise InputError(f"{source}: labels of type {labels.dtype}; expected class numbers from 0")
     if labels.shape != (len(images),):
         raise InputError(
             f"{source}: {len(images)} images but labels of shape {labels.shape}; expected one per image"

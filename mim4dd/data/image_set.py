@@ -65,7 +65,7 @@ class ImageSet:
         if not ((self.mean >= 0) & (self.mean <= 1)).all():
             raise ValueError(
                 f"mim4dd.ImageSet: mean is {self.mean.tolist()}, expected that of pixels in [0, 1]; scale "
-                "images of floats to that range and measure them"
+                "float images to that range and measure them"
             )
 
     def __len__(self) -> int:

@@ -48,7 +48,7 @@ def load(
         try:
             train, test = train.split(HELD_OUT, torch.Generator().manual_seed(HELD_OUT_SEED))
         except InputError as error:
-            raise InputError(f"{raw.source} has no test set, and of its {error}, or a test set") from error
+            raise InputError(f"{raw.source} has no test set, and only {error}, or a test set") from error
     else:
         check(raw_test)
         check_alike(raw, raw_test, len(class_names))

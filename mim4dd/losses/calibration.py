@@ -47,7 +47,7 @@ def calibrated_noise_ratio(
     """
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            "mim4dd.calibrated_noise_ratio: what is measured inside a transform of torch.func cannot be kept "
+            "mim4dd.calibrated_noise_ratio: a ratio measured inside a transform of torch.func cannot be kept "
             "after it; call the loss on a first batch outside"
         )
     check_features("calibrated_noise_ratio", anchors, keys)
@@ -81,7 +81,7 @@ def calibrated_noise_ratio(
     except ValueError as error:
         raise ValueError(
             f"mim4dd.calibrated_noise_ratio: it is {float(ratio)} on these features; expected finite "
-            "ones, at least a row on either side, and a temperature that is not too low"
+            "features, at least one row on either side, and a temperature that is not too low"
         ) from error
     return ratio
 

@@ -29,7 +29,7 @@ def check_layers(function: str, anchors: Any, keys: Any) -> None:
         if isinstance(layers, Tensor) or not isinstance(layers, Sequence):
             found = f"a tensor {list(layers.shape)}" if isinstance(layers, Tensor) else type(layers).__name__
             raise ValueError(
-                f"mim4dd.{function}: {name} is {found}, expected a list of a tensor [rows, width] per layer"
+                f"mim4dd.{function}: {name} is {found}, expected a list, one tensor [rows, width] per layer"
             )
     if not anchors or len(anchors) != len(keys):
         raise ValueError(
@@ -70,11 +70,11 @@ def check_labels(
     """Return the labels: one int32 or int64 for each row, on the device of the features."""
     for name, labels, rows in zip(names, (anchor_labels, key_labels), (anchors, keys), strict=True):
         if labels is None:
-            raise ValueError(f"mim4dd.{function}: {name} is None, expected labels of both sides")
+            raise ValueError(f"mim4dd.{function}: {name} is None, expected labels for both sides")
         check_tensor(function, name, labels, LABEL_DTYPES)
         if labels.shape != rows.shape[:1]:
             raise ValueError(
-                f"mim4dd.{function}: {name} is {list(labels.shape)}, expected [{len(rows)}], one label a row"
+                f"mim4dd.{function}: {name} is {list(labels.shape)}, expected [{len(rows)}], one per row"
             )
         if labels.device != rows.device:
             raise ValueError(

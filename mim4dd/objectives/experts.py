@@ -110,7 +110,7 @@ class Experts:
             if found.get(name) != wanted[name]:
                 what = "data set, split or whitening" if name == "data" else name
                 raise InputError(
-                    f"--experts {path} is of another {what}: {_short(found.get(name))}, but this run has "
+                    f"--experts {path} has another {what}: {_short(found.get(name))}, but this run has "
                     f"{_short(wanted[name])}; name another file or a folder"
                 )
         self.num_experts, snapshots, _ = self._weights.get_shape()

@@ -99,8 +99,8 @@ class GradientMatching(Objective):
         in_order = torch.arange(classes, device=labels.device).repeat_interleave(len(labels) // classes)
         if not labels.is_meta and not torch.equal(labels, in_order):
             raise ValueError(
-                "mim4dd.GradientMatching: the labels are not class by class, with as many of each; expected "
-                f"{len(labels) // classes} of class 0, then as many of class 1, and so on: sort the set"
+                "mim4dd.GradientMatching: the labels are not in order of class, equally many of each; "
+                f"expected {len(labels) // classes} of class 0, as many of class 1, and so on: sort the set"
             )
         self.problem = problem
         self.network = _WithMaps(problem.network(), problem.layers)

@@ -143,7 +143,7 @@ class MutualInformation(Calibrated):
             # A map without a matrix would be compared as it is, and "last" might mean another one.
             raise ValueError(
                 f"mim4dd.MutualInformation: there are {len(synthetic)} maps, but feature_sizes has "
-                f"{len(self.feature_sizes)}; expected one size for every map, give all of them"
+                f"{len(self.feature_sizes)}; expected one size for every map"
             )
         layers = layer_indices(self.layers, len(synthetic))
         if not layers:
@@ -154,8 +154,8 @@ class MutualInformation(Calibrated):
             width, other = (maps[k].shape[1:].numel() for maps in (synthetic, real))
             if width != other:
                 raise ValueError(
-                    f"mim4dd.MutualInformation: map {k} has {width} features an image in synthetic_features "
-                    f"and {other} in real_features; expected as many"
+                    f"mim4dd.MutualInformation: map {k} has {width} features per image in synthetic_features "
+                    f"and {other} in real_features; expected the same number"
                 )
         ours, theirs = ([self._embed(k, maps[k]) for k in layers] for maps in (synthetic, real))
         losses = self._losses(ours, theirs, synthetic_labels, real_labels)
@@ -202,18 +202,18 @@ class MutualInformation(Calibrated):
         if labels.shape != features.shape[:1]:
             raise ValueError(
                 f"mim4dd.MutualInformation: {side}_labels is {list(labels.shape)}, and {side} map {k} "
-                f"{list(features.shape)}; expected one label a row"
+                f"{list(features.shape)}; expected one label per row"
             )
         width = features.shape[1:].numel()
         # Two empty maps have cosines, all 0: the term would be a constant that nothing lowers.
         if not width:
             raise ValueError(
-                f"mim4dd.MutualInformation: map {k} is empty: name {k} in Problem.layers, or leave it out "
-                "of the term's layers"
+                f"mim4dd.MutualInformation: map {k} is empty: add {k} to Problem.layers, or remove it "
+                "from the term's layers"
             )
         if self.projections and width != self.feature_sizes[k]:
             raise ValueError(
-                f"mim4dd.MutualInformation: {side} map {k} has {width} features an image, expected "
+                f"mim4dd.MutualInformation: {side} map {k} has {width} features per image, expected "
                 f"{self.feature_sizes[k]}, its feature size; give feature_sizes of these maps"
             )
 
@@ -234,8 +234,8 @@ class MutualInformation(Calibrated):
             self.keep("noise_ratios", torch.stack(measured))
         if len(self.noise_ratios) != len(real):
             raise ValueError(
-                f"mim4dd.MutualInformation: noise_ratios holds those of {len(self.noise_ratios)} layers, and "
-                f"there are {len(real)} to compare; expected as many in every call"
+                f"mim4dd.MutualInformation: noise_ratios has {len(self.noise_ratios)} layers, but "
+                f"{len(real)} are compared; expected the same number in every call"
             )
         return self.noise_ratios.unbind()
 

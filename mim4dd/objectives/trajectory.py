@@ -35,10 +35,10 @@ def recipe(problem: Problem) -> Recipe:
             "student_steps=...)) is needed"
         )
     if problem.real.num_classes == 1:
-        raise InputError("mtt follows networks that learn to tell classes apart, and there is only one class")
+        raise InputError("mtt follows networks that learn to tell classes apart, but there is only one class")
     if next(network.buffers(), None) is not None:
         raise InputError(
-            "mtt follows weights only, and batch normalisation keeps more; use another --network"
+            "mtt follows weights only, but batch normalisation keeps statistics too; use another --network"
         )
     return Recipe(network, problem.real, problem.architecture, problem.width, problem.augmentation, config)
 

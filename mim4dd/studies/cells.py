@@ -54,7 +54,7 @@ class Cell:
         if facts is None and (self.folder / IMAGES).exists():
             facts = SyntheticSet.load(self.folder / IMAGES).metadata
             if "config" not in facts:
-                raise InputError(f"{self.folder / IMAGES} is not of a mim4dd run; remove its folder")
+                raise InputError(f"{self.folder / IMAGES} is not from a mim4dd run; remove its folder")
         if facts is not None:
             refuse_others(self.folder, facts["config"], self.config)
             refuse_other_images(self.folder, facts, self.config)
@@ -79,7 +79,7 @@ class Cell:
             try:
                 checkpoint = Checkpoint.load(self.folder)
             except InputError as error:
-                complain(f"{error}; it starts again now")
+                complain(f"{error}; the run starts over")
         return run(prepared_experiment(self.config, _load), self.folder, checkpoint)
 
     def _write(self, name: str, outcome: dict[str, Any]) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def refuse_others(folder: Path, settings: dict[str, Any], config: Config) -> Non
     """
     if others := differences(settings, to_json(resolved(config)), IRRELEVANT):
         raise InputError(
-            f"{folder} holds a run of other settings: {others}; give another --out, or remove that folder"
+            f"{folder} holds a run with other settings: {others}; give another --out, or remove that folder"
         )
 
 

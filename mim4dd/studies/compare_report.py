@@ -17,11 +17,11 @@ from .compare_table import COLUMNS, Arm, Outcomes, Row, rows
 
 NOTES = """\
 Accuracy on the {split} set: mean ± standard deviation over the seeds, each the mean of {networks}
-trained from scratch on the images alone. The arms of a seed start from the same images, draw on the same real
+trained from scratch on the images alone. The arms of a seed start from the same images, draw the same real
 images and train the same networks; differences are paired by seed: mean [95 % t-interval], no interval for a
-single pair. An interval without 0 is p < 0.05 for that row alone: among many rows some will be, by chance.
-The arms have as many iterations, not as much time: what distilling took is the mean of the seeds, in seconds
-of wall time, good to compare where nothing else ran meanwhile.
+single pair. An interval that excludes 0 means p < 0.05 for that row alone: among many rows some do by chance.
+The arms have the same number of iterations, not the same time: the time of distilling is the mean over the
+seeds, in seconds of wall time, comparable where nothing else ran meanwhile.
 """
 SPLITS = "Each seed holds out a validation split of its own, the same for all its arms.\n"
 
@@ -92,7 +92,7 @@ def _markdown(tables: Mapping[str | None, list[Row]], facts: Mapping[str, Any], 
         for seed, why in row.failed.items()
     ]
     if failed:
-        parts.append("Failed, and not run again unless its folder is removed:\n\n" + "".join(failed))
+        parts.append("Failed, and not run again until the folder is removed:\n\n" + "".join(failed))
     parts.append(f"mim4dd {', '.join(facts['versions'])} on {', '.join(facts['devices'])}.\n")
     parts.append(
         f"Settings of all cells:\n\n```json\n{json.dumps(settings, indent=2, ensure_ascii=False)}\n```\n"

@@ -31,7 +31,7 @@ SETTINGS = {
 NOTES = """\
 Mean ± standard deviation over the seeds {seeds}, each with its own validation split ({share:g} of the
 training images); difference to the base, paired by seed, with its 95 % t-interval. The test set was not
-looked at.
+used.
 Searched by Optuna's TPE sampler with seed {search_seed}; mim4dd {version}.
 """
 
@@ -200,4 +200,4 @@ def _confirm(folder: Path, config: dict[str, Any], seeds: Sequence[int]) -> str:
         f" --methods {config['distill']['method']} --ipcs {config['distill']['ipc']}"
         f" --mim-weights 0 {number(config['mim']['mim_weight'])} --seeds {fresh}"
     )
-    return f"To confirm it on the test set, with seeds that took no part:\n\n```console\n{command}\n```\n"
+    return f"To confirm it on the test set, with new seeds:\n\n```console\n{command}\n```\n"

@@ -107,7 +107,7 @@ class Tuning(Config):
 
 
 def check_tuning(tuning: Tuning) -> None:
-    """Refuse a search that cannot be meant, before any work starts.
+    """Refuse an invalid search, before any work starts.
 
     Raises:
         InputError: naming the option, its value and what was expected.
@@ -122,7 +122,7 @@ def check_tuning(tuning: Tuning) -> None:
         raise InputError(f"--trials is {tuning.trials}, expected at least 1")
     for option in ("seeds", *CHOICES):
         if not getattr(tuning, option):
-            raise InputError(f"--{option.replace('_', '-')} names nothing, expected one or more")
+            raise InputError(f"--{option.replace('_', '-')} is empty, expected one or more")
     for option in RANGES:
         low, high = getattr(tuning, option)
         if not 0 < low <= high < float("inf"):
