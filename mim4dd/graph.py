@@ -11,9 +11,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-# Calls of a step as it is. The first leaves all that lasts: compiled kernels, the convolutions' plans, the
-# libraries' workspaces for the stream of the recording, momenta, calibrated noise ratios. The second is as
-# all that follow, so it is the one to record.
+# Calls that are not recorded. The first makes all that lasts: compiled kernels, the convolutions' plans, the
+# libraries' workspaces for the stream of the recording, momenta, calibrated noise ratios. The second is like
+# all that follow, so it is recorded.
 WARM_UP = 1
 
 Result = TypeVar("Result")
@@ -25,10 +25,9 @@ def replayed(
     """Return `step`, which on a GPU is recorded at its second call and replayed from then on.
 
     A replay launches the same kernels on the same memory. So the step must make at its first call all that it
-    keeps, do the same work at every later one, read nothing on the host, and keep in place what lasts; what
-    changes from outside are its arguments. What it returns is overwritten by the next call. Every call
-    counts: the first one runs as it is, and the random draws go on where they were, so that nothing but the
-    time differs.
+    keeps, do the same work at every later one, read nothing on the host, and change lasting tensors in place;
+    only its arguments may change from outside. What it returns is overwritten by the next call. Every call
+    counts: the first one runs as it is, and the random draws continue, so that only the time differs.
 
     Args:
         step: takes tensors on the device, of a few different shapes, each of which is recorded.

@@ -1,4 +1,4 @@
-"""How much held-out real images and synthetic ones tell of each other, before and after a distillation."""
+"""How much held-out real and synthetic images tell about each other, before and after a distillation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The synthetic set: a few images per class, how they start, and the one file they are kept in."""
+"""The synthetic set: a few images per class, how they start, and the file that stores them."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class SyntheticSet:
         metadata: JSON-able facts: dataset, method, config, seed, version, ...
         factor: every image holds factor x factor smaller ones, see `decode`.
         soft_labels: probabilities float32 [n * factor², num_classes] of the decoded images, or None.
-        network_lr: learning rate for networks on these images, where the method learned one.
-        whitening: what real images must go through to be like these; mean is 0 and std 1 then.
+        network_lr: learning rate for training networks on these images, if the method learned one.
+        whitening: how these images were whitened, as real ones must be; mean is 0 and std 1 then.
 
     Raises:
         ValueError: a tensor of another type or shape, a label that is no class (on the CPU), a factor below 1
@@ -115,7 +115,7 @@ class SyntheticSet:
 
     @property
     def targets(self) -> Tensor:
-        """What networks are to answer: the soft labels if there are any, else the decoded images' classes."""
+        """What networks should predict: the soft labels if there are any, else the decoded labels."""
         return self.decoded_labels if self.soft_labels is None else self.soft_labels
 
     def to(self, device: torch.device | str) -> SyntheticSet:
@@ -135,7 +135,7 @@ class SyntheticSet:
         return (self.whitening.invert(pixels) if self.whitening else pixels).clamp(0, 1)
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Return real images as networks trained on this set are to see them, whitened if the set is.
+        """Return real images as networks trained on this set expect them, whitened if the set is.
 
         Args:
             pixels: [n, C, H, W], uint8 or float32 in [0, 1], on the device of the set.
@@ -167,7 +167,7 @@ class SyntheticSet:
 
     @classmethod
     def load(cls, path: str | Path) -> SyntheticSet:
-        """Read what `save` wrote; of a run's folder, the synthetic.safetensors in it.
+        """Read what `save` wrote; given the folder of a run, its synthetic.safetensors.
 
         Raises:
             InputError: no such file, a corrupted one, or one that mim4dd did not write.
@@ -247,8 +247,8 @@ def initialise(
     """Return `ipc` images per class to start from: "real" (random), "kmeans" or "noise" (standard normal).
 
     With a `factor` above 1 every image is made of factor² real ones. Given `centres` of that many clusters
-    (ipc * factor²) of every class, image j of a class starts from one that goes with cluster j; noise goes
-    with any.
+    (ipc * factor²) of every class, image j of a class starts from one of cluster j; noise belongs to
+    none.
 
     Args:
         real: the training images.

@@ -1,6 +1,6 @@
 """Differentiable siamese augmentation (DSA, ICML 2021): sample parameters, apply them to a batch of images.
 
-Sampling and applying are apart so that one set of parameters can serve real and synthetic images alike:
+Sampling and applying are separate so that one set of parameters can serve real and synthetic images alike:
 draw a row per class, then `params[labels]` gives every image the row of its class.
 """
 

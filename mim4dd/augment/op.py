@@ -23,7 +23,7 @@ def augment(
     std: Tensor | None,
     align_corners: bool,
 ) -> Tensor:
-    """What `augment.apply` promises, on checked arguments; `params` as `AugmentParams.stored` has them."""
+    """`augment.apply` on checked arguments; `params` as `AugmentParams.stored` returns them."""
     call = torch.ops.mim4dd.augment if torch.compiler.is_compiling() else _with_gradient
     return call(images, params, rows, mean, std, align_corners, False)
 
@@ -64,7 +64,7 @@ def _save(ctx: Any, others: Sequence[Any]) -> None:
 
 
 def _gradient(ctx: Any, gradient: Tensor, op: Any) -> Tensor:
-    """The same op with `adjoint` inverted, for the op is linear in its images but for a constant."""
+    """The same op with `adjoint` inverted, since the op is linear in its images up to a constant."""
     rows, std, *params = ctx.saved_tensors
     if ctx.adjoint:  # the gradient of the gradient: the op without that constant, the brightness
         first = params[0].clone()
@@ -96,4 +96,4 @@ def _register() -> None:
 
 if extension.available():
     _register()
-    _no_grad = torch.ops.mim4dd.augment_no_grad.default  # found once: that takes as long as much else
+    _no_grad = torch.ops.mim4dd.augment_no_grad.default  # looked up once, as that is slow

@@ -28,8 +28,7 @@ _FIELDS: dict[str, tuple[torch.dtype, int | slice]] = {
 class AugmentParams:
     """One row per image; every tensor has length B. The identity values change nothing.
 
-    Fields may share memory or be made when asked for: make others by `dataclasses.replace` rather than write
-    into them.
+    Fields may share memory or be made on access: use `dataclasses.replace` instead of writing into them.
 
     Attributes:
         brightness: float [B], added.

@@ -20,7 +20,7 @@ def augment(
     std: Tensor | None,
     align_corners: bool,
 ) -> Tensor:
-    """What `augment.apply` promises, on checked arguments."""
+    """`augment.apply` on checked arguments."""
     if images.device.type == "cpu" and not torch.compiler.is_compiling():
         check_values(params, rows)
     if rows is not None:

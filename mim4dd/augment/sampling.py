@@ -1,4 +1,4 @@
-"""Drawing the parameters of an augmentation: on a CPU what is wanted in turn, else all at once."""
+"""Drawing the parameters of an augmentation: on a CPU one part after the other, else all at once."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def sample_each(
 
 
 def pad_and_crop(batch: int, padding: int, *, generator: torch.Generator) -> AugmentParams:
-    """Draw the usual random crop: pad with `padding` zeros on every side, cut the old size out anywhere.
+    """Draw the usual random crop: pad with `padding` zeros on every side, cut out the old size anywhere.
 
     Raises:
         ValueError: negative padding, or something that is no generator.

@@ -80,7 +80,7 @@ def ranges(part: str, size: Size) -> tuple[Range, ...]:
 
 
 def shifts(reach: Size) -> tuple[Range, ...]:
-    """Return what a crop draws that moves images by as many pixels at most."""
+    """Return what a crop draws that moves images by at most so many pixels."""
     return tuple(
         Range(name, -far, far + 1, whole=True)
         for name, far in zip(("shift_y", "shift_x"), reach, strict=True)

@@ -2,8 +2,8 @@
 
 With c_ij the cosine of anchor i and key j, both losses look at every pair once; labels say which pairs are
 positive (same label) and which negative. Rows are normalised inside; a zero row has no direction, so its
-cosines are 0 and its gradient is 0, as of a row whose squares leave float32. No large M x N matrix is held in
-memory. Under autocast nothing changes: the features are used in the dtype they come in, sums are float32.
+cosines and its gradient are 0; a row whose squares leave float32 counts as one. No large M x N matrix is held
+in memory. Under autocast nothing changes: the features are used in the dtype they come in, sums are float32.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def info_nce_loss(
     With z = cosine / temperature, anchor i pays the mean over its positives j of logsumexp_k z_ik - z_ij; or,
     with `positives="any"`, logsumexp_k z_ik - logsumexp_j z_ij, which one near positive is enough to make
     small: minus the logarithm of the probability that anchor i finds its label among the keys (neighbourhood
-    components analysis, NeurIPS 2004; L_in of the SupCon paper, but for a constant). The loss is the mean
+    components analysis, NeurIPS 2004; L_in of the SupCon paper, up to a constant). The loss is the mean
     over the anchors that have a positive.
 
     Args:
@@ -194,7 +194,7 @@ def info_nce_losses(
     exclude_self: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """`info_nce_loss` of each of L layers, as `nce_losses` is `nce_loss` of each.
+    """`info_nce_loss` of each of L layers that share their labels, like `nce_losses`.
 
     Args:
         anchors: L tensors, float [M, D_l]; the widths may differ.

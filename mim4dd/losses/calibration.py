@@ -87,13 +87,13 @@ def calibrated_noise_ratio(
 
 
 class Calibrated(nn.Module):
-    """A module that keeps what it has measured, in float32 also under `half()`: a ratio may be e^20."""
+    """A module that keeps what it has measured, in float32 even under `half()`: a ratio may be e^20."""
 
     def register_calibration(self, name: str) -> None:
         """Make a buffer for what will be measured: empty, float32 [0], until something is assigned.
 
-        So whether it has been measured is told by its shape, without a look at the device. Loading a state
-        dict restores either state.
+        Its shape tells whether it has been measured, without a look at the device. Loading a state dict
+        restores either state.
         """
         self.register_buffer(name, torch.empty(0, dtype=torch.float32))
         self.register_load_state_dict_pre_hook(partial(_take_shape, name))

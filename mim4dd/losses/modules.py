@@ -1,4 +1,4 @@
-"""The contrastive losses as modules; they refuse at once the settings that no features would do with."""
+"""The contrastive losses as modules; they refuse at once settings that are wrong for any features."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class NCELoss(Calibrated):
         )
 
     def extra_repr(self) -> str:
-        """Return its settings, but for what is learned or measured."""
+        """Return its settings, except those learned or measured."""
         return _settings(
             self, "temperature", "noise_ratio", "negatives", "symmetric", "exclude_self", "backend"
         )
@@ -134,7 +134,7 @@ class InfoNCELoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Return its settings, but for what is learned."""
+        """Return its settings, except those learned."""
         return _settings(self, "temperature", "positives", "symmetric", "exclude_self", "backend")
 
 

@@ -1,6 +1,6 @@
 """How the compiled layers run under `torch.vmap`: as one call, on more images or on more channels.
 
-The batch of vmap joins the images. But where every element of it has weights of its own, it joins the
+The batch of vmap joins the images. But where each of its elements has weights of its own, it joins the
 channels, as it does in the convolutions before and after, so that no map is copied between them.
 """
 

@@ -77,7 +77,7 @@ class OnePassBlock(nn.Sequential):
 class Classifier(nn.Linear):
     """A linear layer on flattened maps, or on maps as they are.
 
-    Those, which it gets on a GPU, take a product for each pixel, all at once: one product, of few rows and
+    The latter, used on a GPU, take a product for each pixel, all at once: one product, of few rows and
     thousands of features, keeps only a few processors busy, for longer than many a convolution.
     """
 

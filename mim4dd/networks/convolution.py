@@ -1,7 +1,7 @@
 """3x3 convolutions: on a CPU in float32 the compiled one by Winograd's method, else torch's operator.
 
 Second derivatives are made of the same three operations as first ones, in bfloat16 and on a GPU too: torch's
-own are convolutions with images for channels, for which its libraries have slow kernels.
+own are convolutions with images in place of channels, for which its libraries have slow kernels.
 """
 
 from __future__ import annotations

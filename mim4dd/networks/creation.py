@@ -46,7 +46,7 @@ def create(
         num_classes: outputs of the classifier.
         image_size: (height, width) of the images, or one side; at least 8.
         width: channels of the ConvNet's blocks; the others have one width.
-        device: where its weights are to live.
+        device: where to keep its weights.
         precision: what its blocks compute in: "fp32", "tf32" or "bf16".
 
     Raises:

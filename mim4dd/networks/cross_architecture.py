@@ -1,7 +1,7 @@
 """The networks of the cross-architecture evaluation, all but the ConvNet itself.
 
 Each takes the channels of the images, the outputs of its classifier, and the (height, width) of the images or
-one side, and raises `InputError` where one of them is no such thing.
+one side, and raises `InputError` where one of them is invalid.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .network import Network
 
 
 class _Pixels(nn.Flatten):
-    """Flattens images of one size; others would fail in the layer after it, with no word of images."""
+    """Flattens images of one size; others would fail in the layer after it, without a mention of images."""
 
     def __init__(self, channels: int, size: Size) -> None:
         super().__init__()

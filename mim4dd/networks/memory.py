@@ -51,7 +51,7 @@ def per_image(network: Network, image: tuple[int, ...], *, gradients: bool, tran
 def per_first_derivative(network: Network, image: tuple[int, ...], *, twice: bool) -> int:
     """Return the bytes that an image [C, H, W] takes where a GPU differentiates a fused first block by it.
 
-    There the block's convolution and its patches are made anew, with their gradients, and `twice` for a
+    There the block's convolution and its patches are computed again, with their gradients, and `twice` for a
     derivative of that (`on_gpu`); 0 where the block is no single operator there.
     """
     on_cpu, dtype, fused = _way(network)

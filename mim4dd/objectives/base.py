@@ -25,7 +25,7 @@ WEIGHTS_IN_A_GRAPH = 4  # times all weights, with their gradient and what both a
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What is to be matched, the same for every objective.
+    """What to match, the same for every objective.
 
     Attributes:
         real: the training images, on the device of the run.
@@ -113,7 +113,7 @@ class Problem:
         )
 
     def network(self) -> Network:
-        """Return a network for these images with unset weights that want no gradient."""
+        """Return a network for these images with uninitialised weights that require no gradient."""
         real = self.real
         return create(
             self.architecture,
@@ -168,11 +168,11 @@ class Problem:
         """Return features of synthetic images and of real ones, drawn and augmented alike, and their labels.
 
         Args:
-            network: to look through.
+            network: makes the features.
             images: synthetic ones [n, C, H, W].
             per_class: how many real images to draw.
-            draws: draws them.
-            augmentations: draws the augmentation of every class.
+            draws: generator that draws them.
+            augmentations: generator that draws the augmentation of every class.
         """
         real, params = self.real, self.class_augmentation(augmentations)
         index = real.sample(per_class, draws).flatten()
@@ -205,8 +205,8 @@ class Objective(ABC):
 
     Attributes:
         trained: what it trains along with the images, as groups of parameters for `torch.optim.SGD`.
-        generators: all that `match` draws from, if a GPU may record one match and replay it as the others:
-            they are the same work, read no values on the host, and keep in place what lasts, see
+        generators: all that `match` draws from, if a GPU may record one match and replay it for the others:
+            each must do the same work, read no values on the host, and change lasting tensors in place, see
             `mim4dd.graph.replayed`. None: it may not.
         remedy: the options to lower if its loss is not finite any more.
     """
@@ -217,20 +217,20 @@ class Objective(ABC):
 
     @property
     def network_lr(self) -> float | None:
-        """The learning rate that networks are to be trained with on these images, if it has found one."""
+        """The learning rate for training networks on these images, if the method learns one."""
         return None
 
     def prepare(self, images: Tensor, targets: Tensor) -> None:  # noqa: B027 - most need nothing
-        """Do what comes before a match and is not always the same, such as training a network.
+        """Do the part of a match that varies, such as training a network; called before it.
 
-        Takes the images [n, C, H, W] and targets that are then matched, as constants.
+        Takes the images [n, C, H, W] and targets that are matched next, as constants.
         """
 
     def state(self) -> State | None:
-        """Return what one match leaves to the next, so that an interrupted run can be resumed.
+        """Return what one match passes on to the next, so that an interrupted run can be resumed.
 
         By default the `generators`; networks that are trained meanwhile, and whatever else `prepare` keeps,
-        belong to it too. None: that is not known, and a run cannot be resumed.
+        belong to it too. None: unknown, so a run cannot be resumed.
         """
         if self.generators is None:
             return None
@@ -242,5 +242,5 @@ class Objective(ABC):
 
         Args:
             images: float32 [n, C, H, W], normalised, in the order of the problem's labels.
-            targets: what a network is to answer: those labels, or probabilities [n, num_classes].
+            targets: what a network should predict: those labels, or probabilities [n, num_classes].
         """

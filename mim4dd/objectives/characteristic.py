@@ -83,8 +83,8 @@ class CharacteristicMatching(DistributionMatching):
     """Distribution matching with `characteristic_distance`; new networks and frequencies every iteration.
 
     The published method also trains a network that proposes the frequencies, matches networks between random
-    and trained, adds the loss of a trained one, and stores several images in one. Here are its distance, at
-    standard normal frequencies, and random networks.
+    and trained, adds the loss of a trained one, and stores several images in one. This is only
+    its distance, at standard normal frequencies, in random networks.
     """
 
     def __init__(self, problem: Problem) -> None:

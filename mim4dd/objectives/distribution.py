@@ -32,7 +32,7 @@ def distribution_distance(
         synthetic_features: float [M, ...], flattened to rows.
         real_labels: int64 [N].
         synthetic_labels: int64 [M].
-        num_classes: one more than the largest label; None looks, which on a GPU waits for it.
+        num_classes: one more than the largest label; None finds it, which waits for a GPU.
 
     Raises:
         ValueError: one label per row is expected, and equal widths.

@@ -1,4 +1,4 @@
-"""Experts: networks trained on the real images, whose weights were kept along the way.
+"""Experts: networks trained on the real images, with snapshots of their weights along the way.
 
 They are what trajectory matching follows. One memory-mapped file holds all experts of a kind; a match reads
 its two snapshots from it and nothing else.
@@ -57,7 +57,7 @@ class Recipe:
         return self.config.expert_batches or math.ceil(len(self.real) / BATCH)
 
     def facts(self) -> dict[str, Any]:
-        """What must agree for experts to be the same; JSON-able."""
+        """What must be equal for experts to be the same; JSON-able."""
         return {
             "format": FORMAT,
             "data": self.real.fingerprint,
@@ -73,7 +73,7 @@ class Recipe:
         }
 
     def path(self) -> Path:
-        """Where these experts are, or are to be."""
+        """Where these experts are, or will be stored."""
         where = self.config.experts or cache_folder() / "experts"
         if where.is_file() or where.suffix == ".safetensors":
             return where
@@ -82,11 +82,11 @@ class Recipe:
 
 
 class Experts:
-    """The experts of one file, read as they are asked for.
+    """The experts of one file, read on demand.
 
     Attributes:
         num_experts: how many there are.
-        num_snapshots: of each after the one at its start.
+        num_snapshots: of each expert, not counting the one at its start.
     """
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
@@ -221,7 +221,7 @@ def _table(path: Path, recipe: Recipe, shape: tuple[int, int, int]) -> np.memmap
 
 
 def _reserve(file: int, start: int, size: int) -> None:
-    """Fill with zeros, for a file of holes kills whoever writes into its memory once the disk is full."""
+    """Fill with zeros: a sparse file kills the process that writes into its memory once the disk is full."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file, start, size)
     else:

@@ -87,7 +87,7 @@ class GradientMatching(Objective):
     Batch normalisation trains in training mode and is matched with the statistics of real images, so that the
     gradients of real and synthetic images are those of one network (`Problem.set_batch_norm_statistics`).
 
-    A network serves `loops(ipc)[0]` calls and is trained on the images, as they are by then, between them.
+    A network serves `loops(ipc)[0]` calls, between which it is trained on the current images.
     With a siamese augmentation this is DSA, without one DC.
 
     Raises:

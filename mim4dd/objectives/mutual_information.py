@@ -19,12 +19,13 @@ class MutualInformation(Calibrated):
     """A contrastive loss over feature maps, an add-on to any objective (MIM4DD, NeurIPS 2023).
 
     Same-label pairs, one real and one synthetic, are positive. With `loss="nce"`, the published term, a
-    critic judges every pair, synthetic features being the anchors (`mim4dd.nce_loss`); that draws a synthetic
-    image to every real one of its class, and so to its likes. With `loss="info_nce"` every real image is to
-    find its class among the synthetic ones, in whichever of them (`mim4dd.info_nce_loss`, positives="any",
-    real features being the anchors). For C equally frequent classes log C minus that loss is a lower bound,
-    in nats, of the information between a real image and a synthetic one of its class (Barber and Agakov,
-    NeurIPS 2003): the two have only the label in common, and the loss is the cross entropy of a guess at it.
+    critic judges every pair, synthetic features being the anchors (`mim4dd.nce_loss`); that pulls a synthetic
+    image to every real one of its class, and so to the other synthetic ones of it. With `loss="info_nce"`
+    every real image must find its class among the synthetic ones, any of which will do
+    (`mim4dd.info_nce_loss`, positives="any", real features being the anchors). For C equally frequent
+    classes log C minus that loss is a lower bound, in nats, of the information between a real image and a
+    synthetic one of its class (Barber and Agakov, NeurIPS 2003): the two have only the label in common, and
+    the loss is the cross entropy of a guess at it.
 
     Layer k of K counts with weight * layer_decay ** (K - 1 - k), so that deeper layers weigh more if
     layer_decay < 1.

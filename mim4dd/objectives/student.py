@@ -31,14 +31,14 @@ def trajectory_distance(
     """Return ‖end - target‖² / ‖start - target‖², end being `start` after SGD on all the images, a scalar.
 
     It is the loss of MTT (CVPR 2022), on all images in every step. Differentiable in `images` and
-    `step_size`, once, or with `memory="unrolled"` as often as the gradient of the network is: through the
-    compiled layers once, too.
+    `step_size`, once, or with `memory="unrolled"` as often as the gradient of the network is (through the
+    compiled layers also once).
 
     Args:
         network: its parameters' names are the keys of `start`; its own values are not used. Whatever
             `torch.func.grad` takes: no checkpointing, and no `autograd.Function` without `setup_context`.
         start: weights before the first step.
-        target: weights to arrive at.
+        target: weights to reach.
         images: float [n, C, H, W].
         labels: int64 [n], or probabilities [n, num_classes], which get their gradient.
         steps: number of full-batch steps on the cross entropy.
@@ -103,7 +103,7 @@ def follow(
         images: float [n, C, H, W].
         targets: int64 [n], or probabilities [n, num_classes].
         step: size of the steps, a 0-d tensor.
-        kept: steps whose graphs are kept for the gradient, at most; those of the others are made once more.
+        kept: steps whose graphs are kept for the gradient, at most; those of the others are made again.
     """
     return _Trajectory.apply(network, start, batches, images, targets, step, kept)
 

@@ -28,19 +28,17 @@ STUDENT_BATCH = 256
 
 
 class TermNetworks(ABC):
-    """Networks for the add-on to look through.
+    """Networks whose features the add-on compares.
 
     Attributes:
-        weights: of those to choose from, float32 [K, all of one], always the same memory.
+        weights: of the K networks to choose from, float32 [K, all of one], always the same memory.
     """
 
     weights: Tensor
 
     @abstractmethod
     def renew(self, images: Tensor, targets: Tensor) -> None:
-        """See to it that there are networks for synthetic images [n, C, H, W] and targets, which come next.
-
-        Takes them as constants.
+        """Provide networks for the synthetic images [n, C, H, W] and targets that come next, as constants.
         """
 
     def state(self) -> State:
@@ -89,7 +87,7 @@ class TrainedOnReal(TermNetworks):
 
 
 class TrainedOnSynthetic(TermNetworks):
-    """A student: one network, trained on the synthetic images as they are, and every so often a new one.
+    """A student: one network, trained on the current synthetic images; every so often a new one.
 
     What it cannot tell apart among the real images is what the synthetic ones do not teach yet.
     """

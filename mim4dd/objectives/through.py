@@ -1,4 +1,4 @@
-"""A base method whose add-on looks through networks of its own."""
+"""A base method whose add-on compares features of networks of its own."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ COMPARED = 64  # real images per class that the add-on compares, at most
 class ThroughTermNetworks(Objective):
     """A base method whose features for the add-on come from networks of the add-on's own.
 
-    Every match looks through one of the networks, drawn anew, at real images of its own, augmented alike with
-    the synthetic ones by class. The loss is that of the base method, which is left as it is.
+    Every match draws one of the networks and real images of its own, augmented alike with the synthetic ones
+    by class. The loss is that of the base method, unchanged.
 
     Args:
-        networks: to look through.
+        networks: those of the add-on.
         base: the base method.
         problem: with the layers of the add-on.
     """
@@ -40,7 +40,7 @@ class ThroughTermNetworks(Objective):
         return self.base.network_lr
 
     def prepare(self, images: Tensor, targets: Tensor) -> None:
-        """Prepare the base method, and see to the networks."""
+        """Prepare the base method and the networks."""
         self.base.prepare(images, targets)
         self.networks.renew(images, targets)
 

@@ -82,7 +82,7 @@ def open_experts(made: Recipe) -> Experts:
 
 
 def student_batch(problem: Problem) -> int:
-    """Return how many synthetic images a step is on."""
+    """Return how many synthetic images a step takes."""
     count = len(problem.labels)
     return min((problem.trajectory and problem.trajectory.student_batch) or count, count)
 
