@@ -38,8 +38,7 @@ class TermNetworks(ABC):
 
     @abstractmethod
     def renew(self, images: Tensor, targets: Tensor) -> None:
-        """Provide networks for the synthetic images [n, C, H, W] and targets that come next, as constants.
-        """
+        """Provide networks for the synthetic images [n, C, H, W] and targets that come next, as constants."""
 
     def state(self) -> State:
         """Return the state that differs between two runs of the same problem."""
