@@ -94,7 +94,7 @@ def _contrast(
 
 
 def _way(features: Tensor) -> ModuleType:
-    """How the many pairs of a layer are gone through.
+    """The module that goes through a layer's many pairs.
 
     Without tensor cores the library's products are several times faster than those of a kernel, so float32
     that must stay float32 leaves as few as possible to the kernels.

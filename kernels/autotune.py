@@ -82,7 +82,7 @@ def _path(device: torch.device) -> Path:
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The least of a few runs, after one that compiles."""
+    """The shortest of a few runs, after one that compiles."""
     times = []
     for _ in range(1 + REPEATS):
         start = time.perf_counter()

@@ -88,7 +88,7 @@ def count_equal(labels, OTHERS, num_others, BLOCK: tl.constexpr):
 
 @triton.jit
 def weights(counts, num_others, mean, negatives, LOSS: tl.constexpr, ALL_NEGATIVES: tl.constexpr):
-    """What a positive pair of each row counts, and beside it: NCE a negative pair, InfoNCE the whole row."""
+    """The weight of each row's positive pairs, then of its negative pairs (NCE) or the row (InfoNCE)."""
     on_positive = mean / tl.maximum(counts, 1).to(tl.float32)
     if LOSS == "nce":
         if ALL_NEGATIVES:

@@ -1,4 +1,4 @@
-"""What the ways through many pairs share: what each row brings to its pairs, and its gradient after them."""
+"""What `narrow` and `wide` share: what each row brings to its pairs, and its gradient after them."""
 
 import math
 from collections.abc import Iterator
@@ -86,7 +86,7 @@ def prepare(
 
 
 def gain(dtype: torch.dtype, largest: Tensor) -> Tensor:
-    """What slopes of at most `largest` are multiplied by to be stored in `dtype`, [1].
+    """The factor, [1], that scales slopes of at most `largest` for storage in `dtype`.
 
     float16 has no room for 1 / M over a norm; this brings the largest to 2^13.
     """

@@ -1,4 +1,4 @@
-"""The file that a run in the making leaves, so that it can be resumed."""
+"""The state of an unfinished run, saved so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Checkpoint:
     """Where a run is.
 
     Attributes:
-        config: its settings, none left open.
+        config: its settings, defaults filled in.
         data: fingerprint of the training images as they were loaded.
         iteration: updates done.
-        seconds: that they took.
+        seconds: how long they took.
         history: a look at the loss every few updates.
-        state: what `mim4dd.distill.distill` goes on from.
+        state: what `mim4dd.distill.distill` continues from.
     """
 
     config: Config
@@ -86,7 +86,7 @@ class Checkpoint:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove the checkpoint of a run that does not go on from it."""
+    """Remove the checkpoint of a run that will not continue from it."""
     (folder / STATE).unlink(missing_ok=True)
 
 

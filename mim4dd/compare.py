@@ -60,7 +60,7 @@ def compare(comparison: Comparison) -> int:
     def report() -> list[Arm]:
         while True:
             seen = finished(folder / "cells")
-            outcomes.update(_earlier(folder, shared, comparison))  # of another process, meanwhile
+            outcomes.update(_earlier(folder, shared, comparison))  # from other processes
             every = plan.keys() | outcomes.keys()
             arms = in_order(arm for arm, _ in every)
             compare_report.write(folder, arms, outcomes, len(every), shared)
@@ -110,7 +110,7 @@ def cells(comparison: Comparison) -> dict[Key, Cell]:
         if not values:
             raise InputError(f"{option} is empty, expected one or more")
     for baseline in comparison.eval.baselines:
-        if baseline not in REAL:  # from a file; the command line knows
+        if baseline not in REAL:  # from a --config file; the command line refuses it itself
             raise unknown("baseline for a comparison:", baseline, REAL)
     if comparison.eval.num_eval == 0:
         raise InputError("--num-eval is 0: nothing to compare, expected at least 1")
@@ -150,14 +150,14 @@ def _settings(shared: Config, method: str, weight: float | str, ipc: int, seed: 
 
 
 def _earlier(folder: Path, shared: dict[str, Any], comparison: Comparison) -> dict[Key, dict[str, Any]]:
-    """Return the outcomes of all cells in the folder of a comparison, also of those not asked for now.
+    """Return the outcomes of all cells in the folder of a comparison, also of those not asked for.
 
     Raises:
         InputError: they are of other settings or images.
     """
     path = folder / "compare.json"
     if not path.exists():
-        return {}  # nobody can say with what settings they were run
+        return {}  # it is not known with what settings they were run
     try:
         settings = json.loads(path.read_text())["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -26,8 +26,8 @@ def to_json(config: Config) -> dict[str, Any]:
 def read_config(path: Path, kind: type[T]) -> T:
     """Read settings from a JSON file of `to_json`'s form, or from a result.json that holds one as "config".
 
-    They become a `kind`, `Config` or a subclass, whose defaults hold for what the file does not give. Where
-    that result was written is not taken over.
+    They become a `kind`, `Config` or a subclass; what the file does not give has its default. The folder of
+    that result is not taken over.
 
     Raises:
         InputError: no such file, not JSON, an unknown setting, or a value that it cannot have.
@@ -43,7 +43,7 @@ def read_config(path: Path, kind: type[T]) -> T:
 
 
 def from_json(settings: Any, source: str) -> Config:
-    """Return the configuration that `to_json` made `settings` of; `source` names it in errors.
+    """Return the configuration that `to_json` turned into `settings`; errors call it `source`.
 
     Raises:
         InputError: an unknown setting, a value that it cannot have, or no settings at all.
@@ -67,7 +67,7 @@ def _checked(name: str, value: Any, kind: Any, where: str) -> Any:
 
 
 def _from_json(kind: Any, settings: Any, where: str, made: Any) -> Any:
-    """Return settings of JSON, checked as those of `kind`, as `made`: `kind` or a subclass."""
+    """Return JSON settings, checked against `kind`, as a `made`: `kind` or a subclass."""
     if not isinstance(settings, dict):
         raise InputError(f"{where}: expected an object of settings, got {settings!r}")
     types, into = typing.get_type_hints(kind), typing.get_type_hints(made)

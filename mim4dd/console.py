@@ -29,18 +29,18 @@ class _Console(Console):
 
 
 console = _Console(highlight=False, markup=False)
-SLOWEST = 3600.0  # seconds of steps that a rate is of: one may take minutes
+SLOWEST = 3600.0  # seconds that a rate averages over: a step may take minutes
 
 
 def complain(message: str) -> None:
-    """Tell what went wrong, apart from the output."""
-    with suppress(OSError):  # what cannot be told changes no exit code
+    """Print to stderr what went wrong."""
+    with suppress(OSError):  # a message that cannot be printed changes no exit code
         if sys.stderr:  # which may be closed
             sys.stderr.write(f"mim4dd: {message}\n")
 
 
 def about(seconds: float) -> str:
-    """Return a time for people."""
+    """Return a readable time."""
     return f"about {seconds / 60:.0f} min" if seconds >= 90 else f"about {seconds:.0f} s"
 
 

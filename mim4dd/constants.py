@@ -15,12 +15,12 @@ Make = Callable[..., Tensor]
 
 
 def kept(count: int | None) -> Callable[[Make], Make]:
-    """Decorate a function that makes a tensor of hashable arguments, so that it makes each once.
+    """Decorate a function from hashable arguments to a tensor, so that it makes each tensor once.
 
-    Not where it is traced, nor under a mode that would make a fake tensor of it.
+    This does not hold while it is traced, or under a mode that would make a fake tensor of it.
 
     Args:
-        count: of tensors that are kept, those used last; None: all. A recorded step reads them again, unseen.
+        count: how many to keep, the last used; None: all, as a recorded step reads them without a call.
     """
 
     def decorate(make: Make) -> Make:

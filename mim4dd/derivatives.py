@@ -1,4 +1,4 @@
-"""Backward passes without a derivative of their own: asked for one, they raise instead of leaving it out."""
+"""Backward passes without a derivative of their own: if asked for one, they raise an error."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def last(remedy: str) -> Callable[[Backward], Backward]:
     """Decorate the backward of an `autograd.Function` that cannot be differentiated.
 
     torch's own `once_differentiable` looks at the upstream gradients alone: where these are constants, the
-    part of the saved tensors is missing from the next derivative, and nobody is told.
+    part of the saved tensors is silently missing from the next derivative.
 
     Args:
-        remedy: what to do instead, told by the RuntimeError of the next derivative.
+        remedy: what to do instead, for the RuntimeError of the next derivative.
     """
 
     def decorate(backward: Backward) -> Backward:

@@ -56,12 +56,12 @@ def distill(
     """Return the distilled set; `start` stays as it is.
 
     Args:
-        objective: the base method; what it has `trained` is trained along.
+        objective: the base method; its `trained` parameters are trained along.
         start: the set to begin with, on the device of the run; soft labels are learned if it has any.
         iterations: number of updates.
         lr: of the images, by SGD.
         momentum: of the images' updates.
-        mutual_information: the add-on, if any; what parameters it has are trained along.
+        mutual_information: the add-on, if any; its parameters are trained along.
         on_progress: called every `READ_EVERY` iterations and after the last.
         state: where an earlier call with the same arguments was, `Progress.state`: the updates left are those
             that it would have done.
@@ -88,7 +88,7 @@ def distill(
 class Distillation:
     """A synthetic set in the making: updates of its images, and logits of soft labels, in place.
 
-    Nothing in an update waits for the device. On a GPU what is the same work every time is replayed.
+    Nothing in an update waits for the device. On a GPU, work that is the same every time is replayed.
 
     Args:
         objective: see `distill`, as for the others.
@@ -149,7 +149,7 @@ class Distillation:
         )
 
     def snapshot(self) -> dict[str, Tensor] | None:
-        """Return a copy of all that the updates to come depend on; None if the objective does not tell."""
+        """Return a copy of all that later updates depend on; None if the objective's state is not known."""
         state = self._state()
         if state is None:
             return None

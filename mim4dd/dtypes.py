@@ -1,4 +1,4 @@
-"""What is computed in at least float32, whatever its dtype."""
+"""Computing in at least float32."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
 """The evaluation protocol.
 
 A network is trained from scratch on the images alone and tested once, after the last epoch, on images that
-took no part in distilling; of those of a validation split, only the mean and deviation of all pixels did.
+took no part in distilling; a validation split counted only in the mean and deviation of all pixels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OnNetwork = Callable[[float], None]
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a network is trained on a synthetic set (DSA's protocol but for an epoch, see docs/runs.md).
+    """How a network is trained on a synthetic set (DSA's protocol except for an epoch, see docs/runs.md).
 
     Attributes:
         epochs: the learning rate falls to a tenth after half of them.
@@ -53,10 +53,10 @@ class Protocol:
 
     @classmethod
     def of(cls, config: Config, architecture: str | None = None, lr: float | None = None) -> Protocol:
-        """Return that of a run, by its settings.
+        """Return the protocol of a run, from its settings.
 
         Args:
-            config: with no setting left open.
+            config: with defaults filled in.
             architecture: another one than the run's.
             lr: the learning rate that a set was distilled with; default: the usual one.
         """
@@ -135,7 +135,7 @@ def evaluate(
 
 
 def train_on_real(network: Network, real: ImageSet, protocol: Protocol, generator: torch.Generator) -> None:
-    """Train `network` in place, from scratch, on all real images, which stay the bytes they are stored as."""
+    """Train `network` in place, from scratch, on all real images, which stay stored as bytes."""
     networks.initialise(network, generator)
     _train(Stack.of(network, generator), real.labelled, len(real), real.image_size, protocol)
 

@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, and a message instead of a traceback where the user can do something."""
+"""How a command ends: its exit code, and a message instead of a traceback where the user can fix it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def guarded(command: Callable[[], int | None]) -> int:
     130: interrupted or terminated; 141: nobody reads the output any more.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # one that knows no "±" shall not end a run
+        if isinstance(stream, io.TextIOWrapper):  # an encoding without "±" must not end a run
             stream.reconfigure(errors="replace")
     try:
         try:
@@ -93,6 +93,6 @@ def _termination_interrupts() -> Iterator[None]:
 
 def _out_of_memory(error: Exception) -> bool:
     kinds = (MemoryError, torch.OutOfMemoryError)
-    # The second is said of more than 2^63 bytes.
+    # The second is torch's message for more than 2^63 bytes.
     said = ("DefaultCPUAllocator: can't allocate", "Storage size calculation overflowed")
     return isinstance(error, kinds) or any(text in str(error) for text in said)

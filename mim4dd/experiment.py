@@ -1,4 +1,4 @@
-"""From a checked configuration to distilled images and scores, without a word to the terminal or the disk."""
+"""From a checked configuration to distilled images and scores, without output to terminal or disk."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ Load = Callable[..., tuple[ImageSet, ImageSet]]  # as `mim4dd.data.load`
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """One distillation: the settings, what is to be matched, and the synthetic images to start from.
+    """One distillation: the settings, what to match, and the synthetic images to start from.
 
     Attributes:
-        config: with no setting left open, the precision that was picked included.
-        problem: the real images and how they are looked at, on the device of the run.
-        test: what accuracies are measured on, also there.
+        config: with defaults filled in, including the precision.
+        problem: the real images and how to match them, on the device of the run.
+        test: the images that accuracies are measured on, also there.
         start: the synthetic set before the first update.
         data: fingerprint of the training images as they were loaded.
         centres: of the clusters that the add-on pairs images by, if it does.
@@ -105,7 +105,7 @@ class Experiment:
         if config.mim.mim_weight:
             problem = dataclasses.replace(problem, layers=_layers(problem, config))
         experiment = cls(config, problem, test, start, data, centres)
-        experiment.prepare_method()  # not begun yet, but what is wrong with it comes out
+        experiment.prepare_method()  # does not start the work, but finds what is wrong with it
         return experiment
 
     @property
@@ -138,7 +138,7 @@ class Experiment:
         return method.footprint(alone) + of_term(problem)
 
     def mutual_information(self) -> MutualInformation:
-        """Return a new add-on, by the settings."""
+        """Return a new add-on, as the settings say."""
         mim = self.config.mim
         return MutualInformation(
             loss=mim.mim_loss.replace("-", "_"),
@@ -159,7 +159,7 @@ class Experiment:
         return METHODS[self.config.distill.method].prepare(self.problem)
 
     def prepare_term(self) -> Iterator[tuple[int, int]]:
-        """Train what the add-on looks through, if it can be before, yielding (steps done, steps in all)."""
+        """Train the add-on's networks, if they can be trained before, yielding (steps done, steps in all)."""
         mim = self.config.mim
         return self._trained_on_real.train() if mim.mim_weight and mim.mim_networks == "real" else iter(())
 
@@ -212,7 +212,7 @@ class Experiment:
         return TrainedOnReal(self.problem)
 
     def with_soft_labels(self, synthetic: SyntheticSet) -> SyntheticSet:
-        """Return the set with what a network trained on the real images says of it."""
+        """Return the set with soft labels by a network trained on the real images."""
         return dataclasses.replace(synthetic, soft_labels=probabilities(self.teacher, synthetic.decoded))
 
     @cached_property

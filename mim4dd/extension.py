@@ -12,7 +12,7 @@ _untold: list[str] = []
 
 
 def tell() -> None:
-    """Warn, once, of what is not built. Whoever takes only the losses, which do without, need not hear it."""
+    """Warn, once, about what is not built. Users of the losses alone, which do without, are not warned."""
     while _untold and not torch.compiler.is_compiling():
         warnings.warn(_untold.pop(), stacklevel=3)
 

@@ -1,6 +1,6 @@
-"""The packages that the command lines need beside those of the library, and what to say where one is missing.
+"""The packages that the command lines need beside those of the library, and the message if one is missing.
 
-A command line imports this before all else: without them it ends here, in a line and not in a traceback.
+A command line imports this before all else: without them it ends here, with one line instead of a traceback.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LATER = ("pyarrow", "sklearn")  # by some data, and by k-means: `exits.guarded` 
 
 
 def missing(package: str) -> str:
-    """Return what to say where a package is missing, with the command that installs it."""
+    """Return the message for a missing package, with the command that installs it."""
     extra = "tune" if package == "optuna" else "run"
     return f"the package {package} is missing; pip install --no-build-isolation -e '.[{extra}]' installs it"
 

@@ -30,8 +30,8 @@ def held_out_information(
     "cap" is what it cannot exceed: the entropy of the labels that make the pairs, which are the add-on's, as
     far as held-out images have them; if they have only one, the estimates are None and the cap is 0. The
     features are the last map of one random network of the run's architecture, with weights of their own,
-    without augmentation: no loss has seen these weights, and every set of every run with this seed is looked
-    at through them.
+    without augmentation: no loss has seen these weights, and every set of every run with this seed is
+    compared by them.
 
     Args:
         problem: of the run.

@@ -1,4 +1,4 @@
-"""Sizes of a run for whoever gives none: a smoke run, minutes on a laptop, the published protocol."""
+"""Default sizes of a run: a smoke run, minutes on a laptop, the published protocol."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ NO_FLIP = ("digits", "mnist", "kmnist", "svhn")  # a mirrored character is anoth
 
 
 def with_presets(config: Config) -> Config:
-    """Return the configuration with every setting that was left open filled in."""
+    """Return the configuration with a default for every setting that was not given."""
     ipc = config.distill.ipc
     preset = QUICK if config.quick else PAPER if config.preset == "paper" else SHORT
     method = METHODS[config.distill.method]
@@ -104,7 +104,7 @@ def with_presets(config: Config) -> Config:
 
 
 def at(values: Mapping[int, float], ipc: int) -> float:
-    """Return the value at an IPC of those that hold from each IPC on."""
+    """Return the value at an IPC from a table of values, each of which holds from an IPC on."""
     return values[max(least for least in values if least <= ipc)]
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves for people: pictures, the loss curve and one self-contained page."""
+"""The readable output of a run: pictures, the loss curve and one self-contained page."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def remove(folder: Path) -> None:
 
 
 def write(folder: Path, synthetic: SyntheticSet, result: Mapping[str, Any]) -> None:
-    """Write `FILES` into `folder`, each whole or not at all; the result last, to say that all is there."""
+    """Write `FILES` into `folder`, each whole or not at all; the result last, as a sign that all is there."""
     image = io.BytesIO()
     picture(synthetic).save(image, "png")
     environment = jinja2.Environment(

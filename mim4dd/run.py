@@ -1,4 +1,4 @@
-"""`python -m mim4dd.run`: distil a data set, score it beside baselines, leave files and a picture."""
+"""`python -m mim4dd.run`: distil a data set, score it beside baselines, write files and a picture."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def filled(config: Config) -> Config:
-    """Check the settings of a run and fill in those that were left open.
+    """Check the settings of a run and fill in those that were not given.
 
     Raises:
         InputError: invalid settings.
@@ -116,7 +116,7 @@ def saved_at(folder: Path) -> int | None:
 
 
 def open_folder(experiment: Experiment) -> Path:
-    """Create and return the folder of the results, never one that holds something already.
+    """Create and return the folder of the results, never one that is not empty.
 
     Raises:
         InputError: it cannot be written, or holds something and --overwrite is not given.

@@ -1,4 +1,4 @@
-"""A run from start to files: distil, save now and then, evaluate beside baselines, write, and say so."""
+"""A run from start to files: distil, save now and then, evaluate beside baselines, write, report."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run(experiment: Experiment, folder: Path, checkpoint: Checkpoint | None = No
     Args:
         experiment: what to run.
         folder: where its files go.
-        checkpoint: of the same run, which goes on from there.
+        checkpoint: of the same run, which continues from it.
 
     Raises:
         DivergenceError, KeyboardInterrupt, and what torch raises, of too little memory say: the last good set
@@ -95,7 +95,7 @@ def introduce(experiment: Experiment, checkpoint: Checkpoint | None) -> None:
 
 
 def distilled(experiment: Experiment, folder: Path, checkpoint: Checkpoint | None) -> Recorder:
-    """Distil, saving now and then and at the end, also at an early one. Raises as `run` does."""
+    """Distil, saving now and then and at the end, even an early one. Raises as `run` does."""
     prepared(f"prepare {experiment.config.distill.method}", experiment.prepare_method())
     recorder = Recorder(experiment, folder, checkpoint)
     prepared("train networks for the term", experiment.prepare_term())

@@ -23,7 +23,7 @@ def size_of(image_size: object) -> Size:
 
 
 def check_counts(**counts: object) -> None:
-    """Refuse what is no number of things.
+    """Refuse what is not a number of things.
 
     Raises:
         InputError: it is no whole number, or below 1.

@@ -1,4 +1,4 @@
-"""Several networks of one architecture trained as one: their weights stacked, every draw from their own."""
+"""Several networks of one architecture trained as one: weights stacked, each with its own generator."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Batch = Callable[..., tuple[Tensor, Tensor]]
 def at_once(network: Network, image: tuple[int, ...], batch: int, device: torch.device) -> int:
     """Return how many networks to train as one on batches of images [C, H, W], within half the free memory.
 
-    One where batch normalisation counts statistics of its own beside the weights.
+    It is 1 with batch normalisation, which keeps statistics beside the weights.
     """
     if network.batch_normalised:
         return 1

@@ -1,6 +1,6 @@
-"""The state of a run: what one update leaves to the next, so that an interrupted run can be resumed exactly.
+"""The state of a run: what one update passes on to the next, for an interrupted run to be resumed exactly.
 
-It is named where it lives: tensors that are changed in place, random generators, and counts.
+It is named by those that hold it: tensors that are changed in place, random generators, and counts.
 """
 
 from __future__ import annotations

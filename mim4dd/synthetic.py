@@ -31,7 +31,7 @@ WHITENING = ("mean", "matrix")
 FACTS = ("class_names", "factor", "network_lr")
 
 
-@dataclass(frozen=True, eq=False)  # tensors have no one answer to that
+@dataclass(frozen=True, eq=False)  # comparing tensors gives no single answer
 class SyntheticSet:
     """Labelled images in the networks' normalised space, class by class, and what is needed to use them.
 
@@ -79,7 +79,7 @@ class SyntheticSet:
         if self.labels.shape != self.images.shape[:1]:
             raise _wrong(f"labels are {list(self.labels.shape)}, expected [{len(self)}]: one per image")
         classes = len(self.class_names)
-        if self.labels.device.type == "cpu":  # a look at others would wait for their device
+        if self.labels.device.type == "cpu":  # reading labels elsewhere would wait for their device
             wrong = self.labels[(self.labels < 0) | (self.labels >= classes)]
             if len(wrong):
                 raise _wrong(

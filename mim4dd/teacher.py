@@ -1,4 +1,4 @@
-"""Soft labels: what a network that was trained on the real images says of others."""
+"""Soft labels: the answers of a network trained on the real images."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ def _study(folder: Path, settings: dict[str, Any], base: Config) -> optuna.Study
     settings = {**settings, "data": fingerprint(base)}
     log = folder / "trials.log"
     if log.exists() and not (lines := log.read_bytes()).endswith(b"\n"):
-        os.truncate(log, lines.rfind(b"\n") + 1)  # a full disk cut the last; that trial is made again
+        os.truncate(log, lines.rfind(b"\n") + 1)  # a full disk cut the last line; that trial is run again
     try:
         study = optuna.create_study(
             study_name="mim4dd",

@@ -1,4 +1,4 @@
-"""What makes arrays a labelled image set; everything else is refused here, by name."""
+"""What makes arrays a labelled image set; anything else is refused here with a reason."""
 
 from __future__ import annotations
 

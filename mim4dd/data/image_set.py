@@ -15,7 +15,7 @@ from ..errors import InputError
 from .pixels import full_scale
 from .whitening import Whitening
 
-UNEVEN = 4  # a table [num_classes, largest class] may have so many places for every image
+UNEVEN = 4  # places per image that a table [num_classes, largest class] may have
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class ImageSet:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values.shape != (self.channels,) or values.dtype != torch.float32:
                 raise _wrong(name, values, f"float32 [{self.channels}], one per channel")
-        if self.labels.device.type != "cpu":  # a look at others would wait for their device
+        if self.labels.device.type != "cpu":  # reading labels elsewhere would wait for their device
             return
         strange = self.labels[(self.labels < 0) | (self.labels >= self.num_classes)]
         if len(strange):
@@ -156,9 +156,9 @@ class ImageSet:
 
     @cached_property
     def class_index(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Counts and first places of the classes, int64 [num_classes], among all images, class by class.
+        """Each class's count and first place, int64 [num_classes], in the third: all indices, class by class.
 
-        Those are int64 [N + largest class]: zeros follow, so that every class has as many places.
+        That one is int64 [N + largest class], padded with zeros so that every class has as many places.
 
         Raises:
             InputError: a class is empty.
@@ -204,7 +204,7 @@ class ImageSet:
         return digest.hexdigest()[:16]
 
     def _shuffled(self, k: int, generator: torch.Generator) -> Tensor:
-        """`k` images of each class in random order, [num_classes, k]; of smaller classes the rest is any."""
+        """`k` images of each class in random order, [num_classes, k]; the rest of smaller ones is any."""
         counts, first, members = self.class_index
         largest, device = self.largest_class, counts.device
         if self.num_classes * largest <= UNEVEN * len(self):
@@ -221,7 +221,7 @@ class ImageSet:
         return members[first[:, None] + slot]
 
     def subset(self, index: Tensor) -> ImageSet:
-        """The images of `index`, int64 [n], without those they were before whitening."""
+        """The images of `index`, int64 [n], without the fingerprint before whitening."""
         return replace(self, images=self.images[index], labels=self.labels[index], unwhitened=None)
 
     @cached_property

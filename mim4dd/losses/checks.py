@@ -114,10 +114,9 @@ def check_negatives(function: str, negatives: object) -> None:
 
 
 def check_positive(function: str, dtype: torch.dtype = torch.float32, **values: object) -> None:
-    """A positive number within the range of `dtype`, or a tensor of one; of a tensor on the CPU the same.
+    """A positive number within the range of `dtype`, or a tensor of one, checked if it is on the CPU.
 
-    Reading a tensor's value elsewhere would wait for the device, and cannot be traced: `assert_positive` sees
-    to those.
+    Reading other values would wait for the device, and cannot be traced: `assert_positive` checks those.
     """
     smallest, largest = _range_of(dtype)
     for name, value in values.items():
@@ -166,6 +165,6 @@ def _range_of(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _readable(value: Tensor) -> bool:
-    """Whether the value is here and now; a fake tensor, or one that is traced, has none."""
+    """Whether the value can be read now; a fake tensor, or one that is traced, has none."""
     plain = type(value) in (Tensor, torch.nn.Parameter)
     return plain and value.device.type == "cpu" and not torch.compiler.is_compiling()

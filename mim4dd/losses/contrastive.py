@@ -71,7 +71,7 @@ def _evaluate(
     """Return the losses [L], then the gradients for scales and each feature, empty where not `wanted`."""
     form = LossForm(name, negatives, symmetric, exclude_self)
     half = len(features) // 2
-    # Asked again, for what a GPU can do is not known where the call is traced.
+    # Checked again: while the call is traced, it is not known what the GPU can do.
     if backend == "fused" and not kernel_obstacle(features[0].dtype, features[0].device):
         from ..kernels import contrast
 
@@ -97,7 +97,7 @@ def _save(ctx: Any, tensors: Sequence[Tensor], options: tuple, gradients: Sequen
 
 
 def _gradients(ctx: Any, grad_losses: Tensor | None) -> list[Tensor | None]:
-    """The gradients for scales and each feature, None where nobody asked."""
+    """The gradients for scales and each feature, None where not needed."""
     # Saved: scales, two labels and the features; then the gradients for scales and features.
     saved = ctx.saved_tensors
     half = (len(saved) - 4) // 4

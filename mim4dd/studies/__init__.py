@@ -1,1 +1,1 @@
-"""Many runs: comparisons and searches, what they are told and what they leave."""
+"""Many runs: comparisons and searches, their options and their results."""

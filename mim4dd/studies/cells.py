@@ -1,4 +1,4 @@
-"""A run as a cell of many: in a folder of its own, found again by its settings once it is finished."""
+"""One run of many, a cell: in a folder of its own, recognised by its settings once it is finished."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ..runner import prepared_experiment, run, score_facts
 from ..synthetic import IMAGES, SyntheticSet
 
 FAILED = "failed.json"
-IRRELEVANT = ("config", "out", "overwrite", "preset", "quick")  # to what comes out of settled settings
+IRRELEVANT = ("config", "out", "overwrite", "preset", "quick")  # to the result, once defaults are filled in
 _load = functools.lru_cache(maxsize=1)(load)  # the cells of a process share their data
 
 
@@ -38,7 +38,7 @@ class Cell:
 
     Attributes:
         folder: of its files, as `mim4dd.run` leaves them.
-        config: with no setting left open.
+        config: with defaults filled in.
     """
 
     folder: Path
@@ -97,9 +97,9 @@ class BaselineCell(Cell):
 
     @classmethod
     def of(cls, folder: Path, baseline: str, config: Config) -> BaselineCell:
-        """Return the baseline of runs, with nothing in its settings that does not change its score.
+        """Return the baseline for runs like `config`, with only the settings that change its score.
 
-        Nor does their method: an augmentation that is left open is the default one, also beside a method that
+        The method does not: an augmentation that is not given is the default one, even beside a method that
         has none.
         """
         ours = config.distill
@@ -156,7 +156,7 @@ def outcome_in(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         outcome = json.loads(path.read_text())
-        outcome["config"]["distill"]  # no result of ours is without
+        outcome["config"]["distill"]  # every result of ours has it
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is not a result of mim4dd ({error!r}); remove its folder") from error
     return outcome
@@ -168,7 +168,7 @@ def finished(folder: Path) -> set[Path]:
 
 
 def fingerprint(config: Config) -> str:
-    """Return that of the training images that the settings name.
+    """Return the fingerprint of the training images that the settings name.
 
     Raises:
         InputError: they cannot be loaded.
@@ -205,7 +205,7 @@ def refuse_other_images(folder: Path, facts: dict[str, Any], config: Config) -> 
     Raises:
         InputError: it was not.
     """
-    data = facts.get("data")  # older ones do not tell
+    data = facts.get("data")  # missing in older ones
     if data and data != fingerprint(config):
         raise InputError(
             f"{folder} holds a run on other images of {config.data.dataset}; give another --out, or remove "
@@ -214,9 +214,9 @@ def refuse_other_images(folder: Path, facts: dict[str, Any], config: Config) -> 
 
 
 def differences(there: dict[str, Any], here: dict[str, Any], irrelevant: Sequence[str] = ()) -> str:
-    """Return the first few settings of a file that are not those of now, for people; "" if there are none.
+    """Return the first few settings of a file that differ from the given, for people; "" if there are none.
 
-    A setting that came later than the file had its default there. The memory budget may differ: all draws are
+    A setting newer than the file had its default there. The memory budget may differ: all draws are
     the same with another one, and results change in their last bits at most.
     """
     default, there, here = (_flat(settings) for settings in (to_json(Config()), there, here))

@@ -1,4 +1,4 @@
-"""What a comparison leaves: compare.md, compare.json and compare.png, rewritten after every cell."""
+"""The output of a comparison: compare.md, compare.json and compare.png, rewritten after every cell."""
 
 from __future__ import annotations
 

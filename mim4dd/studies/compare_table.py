@@ -151,5 +151,5 @@ def percent(accuracies: Sequence[float]) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number in full, without a needless point."""
+    """Return a number in full, without a trailing ".0"."""
     return str(value).removesuffix(".0")

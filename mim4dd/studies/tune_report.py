@@ -1,4 +1,4 @@
-"""What tuning leaves: the best settings in tune.json, and the table of the best trials beside the base."""
+"""The output of tuning: the best settings in tune.json, and the table of the best trials beside the base."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def write(
     Args:
         folder: where.
         settings: the settings of a run with this term and seed.
-        trials: those that are through, the base first.
+        trials: those that are over, the base first.
         facts: how they were found.
     """
     best = ranked(trials)[0]
@@ -126,7 +126,7 @@ def write(
 
 
 def show(trials: Sequence[Trial]) -> None:
-    """Print the table and what it says."""
+    """Print the table and the verdict."""
     print_table("The base method and the best trials", columns(trials), table(trials))
     console.print(f"{_counts(trials)} {verdict(trials)}", soft_wrap=True)
 
