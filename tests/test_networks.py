@@ -217,7 +217,7 @@ def test_bad_input_is_named():
     for name, value in [("channels", "3"), ("num_classes", 0), ("width", 0), ("width", 8.0), ("depth", 0)]:
         with pytest.raises(InputError, match=f"{name} is {value!r}, expected a whole number of at least 1"):
             ConvNet(**counts | {name: value})
-    with pytest.raises(TypeError, match="none is known for Bilinear"):
+    with pytest.raises(TypeError, match="no initialisation is known for Bilinear"):
         networks.initialise(torch.nn.Bilinear(1, 1, 1), generator(0, "test"))
 
 

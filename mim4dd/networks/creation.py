@@ -83,4 +83,6 @@ def initialise(network: nn.Module, generator: torch.Generator) -> None:
         elif isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.BatchNorm2d):
             module.reset_parameters()  # ones and zeros: nothing is drawn
         elif next(module.parameters(recurse=False), None) is not None:
-            raise TypeError(f"mim4dd.networks.initialise: no initialisation is known for {type(module).__name__}")
+            raise TypeError(
+                f"mim4dd.networks.initialise: no initialisation is known for {type(module).__name__}"
+            )
