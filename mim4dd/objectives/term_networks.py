@@ -12,7 +12,7 @@ from ..networks import Network, initialise
 from ..networks.flat import flatten, load
 from ..seeding import generator
 from ..stacked import Batch, Stack, augmented_batch
-from ..state import Count, State
+from ..state import State, counter
 from .base import Problem
 
 LR = 0.01
@@ -96,7 +96,7 @@ class TrainedOnSynthetic(TermNetworks):
 
     def __init__(self, problem: Problem) -> None:
         network, device = problem.network(), problem.real.images.device
-        self._matches = Count()
+        self._matches = counter()
         self._lengths = generator(problem.seed, "mim/student/steps")  # on the CPU: they say what to do
         self._random = generator(problem.seed, "mim/student", device)
         self._training = _Training(problem, network, self._random, augmented_batch)
@@ -104,14 +104,14 @@ class TrainedOnSynthetic(TermNetworks):
 
     def renew(self, images: Tensor, targets: Tensor) -> None:
         """Train a new student every `STUDENT_EVERY` calls, the first one included."""
-        if self._matches.times % STUDENT_EVERY == 0:
+        if int(self._matches) % STUDENT_EVERY == 0:
             least, most = STUDENT_EPOCHS
             self._training.restart()
             epochs = torch.randint(least, most + 1, (), generator=self._lengths, device="cpu")
             for _ in range(int(epochs)):
                 for index in self._training.stack.epoch(len(images), STUDENT_BATCH):
                     self._training.step(index, images, targets)
-        self._matches.times += 1
+        self._matches += 1
 
     def state(self) -> State:
         """The student, how many matches it served, and what the next one is drawn from."""
