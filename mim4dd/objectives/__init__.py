@@ -14,8 +14,7 @@ from .estimate import mutual_information_estimate
 from .gradient import GradientMatching, gradient_distance, loops
 from .mutual_information import MutualInformation
 from .student import trajectory_distance
-from .term_networks import TermNetworks, TrainedOnReal, TrainedOnSynthetic
-from .through import ThroughTermNetworks
+from .term_networks import TermNetworks, ThroughTermNetworks, TrainedOnReal, TrainedOnSynthetic
 from .trajectory import TrajectoryMatching, train_experts
 
 __all__ = [

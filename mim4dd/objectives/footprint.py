@@ -11,7 +11,7 @@ from collections.abc import Collection
 from ..networks.memory import per_first_derivative
 from .base import Problem
 from .characteristic import NUM_FREQUENCIES
-from .through import compared
+from .term_networks import compared
 from .trajectory import student_batch
 
 FLOAT = 4  # bytes

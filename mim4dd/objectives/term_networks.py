@@ -1,4 +1,4 @@
-"""The add-on's own networks: briefly trained, they tell the classes apart as random ones cannot."""
+"""The add-on's own networks, briefly trained to tell classes apart, and the objective that uses them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from ..networks import Network, initialise
 from ..networks.flat import flatten, load
 from ..seeding import generator
 from ..stacked import Batch, Stack, augmented_batch
-from ..state import State, counter
-from .base import Problem
+from ..state import State, counter, prefixed
+from .base import Matched, Objective, Problem
+
+COMPARED = 64  # real images per class that the add-on compares, at most
 
 LR = 0.01
 MOMENTUM = 0.9
@@ -138,3 +140,58 @@ class _Training:
         initialise(self.network, self.random)
         for state in self.optimizer.state.values():
             state["momentum_buffer"].zero_()
+
+
+class ThroughTermNetworks(Objective):
+    """A base method whose features for the add-on come from networks of the add-on's own.
+
+    Every match looks through one of the networks, drawn anew, at real images of its own, augmented alike with
+    the synthetic ones by class. The loss is that of the base method, which is left as it is.
+
+    Args:
+        networks: to look through.
+        base: the base method.
+        problem: with the layers of the add-on.
+    """
+
+    def __init__(self, networks: TermNetworks, base: Objective, problem: Problem) -> None:
+        self.networks, self.base, self.problem = networks, base, problem
+        self.remedy, self.trained = base.remedy, base.trained
+        self.network = problem.network()
+        self.draws = tuple(
+            generator(problem.seed, f"mim/{purpose}", networks.weights.device)
+            for purpose in ("choice", "statistics", "augmentation", "real")
+        )
+        self.generators = None if base.generators is None else (*base.generators, *self.draws)
+
+    @property
+    def network_lr(self) -> float | None:
+        """That of the base method."""
+        return self.base.network_lr
+
+    def prepare(self, images: Tensor, targets: Tensor) -> None:
+        """Prepare the base method, and see to the networks."""
+        self.base.prepare(images, targets)
+        self.networks.renew(images, targets)
+
+    def state(self) -> State | None:
+        """The base method's, that of the networks, and what is drawn from; None if the base has none."""
+        base = self.base.state()
+        if base is None:
+            return None
+        own: State = {f"draw {k}": draw for k, draw in enumerate(self.draws)}
+        return own | prefixed("base", base) | prefixed("networks", self.networks.state())
+
+    def match(self, images: Tensor, targets: Tensor) -> Matched:
+        """Return the base method's loss for the images [n, C, H, W], and features of one of the networks."""
+        problem = self.problem
+        choice, statistics, augmentations, draws = self.draws
+        loss = self.base.match(images, targets).loss
+        self.networks.load_into(self.network, choice)
+        problem.set_batch_norm_statistics(self.network, statistics)
+        return Matched(loss, *problem.siamese(self.network, images, compared(problem), draws, augmentations))
+
+
+def compared(problem: Problem) -> int:
+    """How many real images per class the add-on compares."""
+    return min(problem.real_batch, COMPARED)
