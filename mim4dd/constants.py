@@ -14,17 +14,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 Make = Callable[..., Tensor]
 
 
-def kept(count: int | None) -> Callable[[Make], Make]:
-    """Decorate a function that makes a tensor of hashable arguments, so that it makes each once.
+def cached(maxsize: int | None) -> Callable[[Make], Make]:
+    """Decorate a function that makes a tensor of hashable arguments with `lru_cache`.
 
-    Not where it is traced, nor under a mode that would make a fake tensor of it.
+    It is passed by where the call is traced, or under a mode that would make a fake tensor.
 
     Args:
-        count: of tensors that are kept, those used last; None: all. A recorded step reads them again, unseen.
+        maxsize: as of `lru_cache`; None if a CUDA graph may hold a tensor: the cache does not see its reads.
     """
 
     def decorate(make: Make) -> Make:
-        @lru_cache(count)
+        @lru_cache(maxsize)
         def made_once(*arguments: Any) -> Tensor:
             # Neither of inference mode nor fake nor a wrapper of a torch.func transform: it outlives them.
             with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():

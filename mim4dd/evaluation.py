@@ -18,7 +18,7 @@ from .augment import AugmentParams
 from .config import Config, settled
 from .data import ImageSet
 from .networks import Network
-from .networks.memory import passing
+from .networks.memory import chunk_size
 from .seeding import generator
 from .stacked import Batch, Stack, set_lr
 
@@ -179,6 +179,6 @@ def accuracy(network: Network, test: ImageSet) -> float:
     network.eval()
     device = test.images.device
     right = torch.zeros((), device=device)
-    for index in torch.arange(len(test), device=device).split(passing(network, test.images)):
+    for index in torch.arange(len(test), device=device).split(chunk_size(network, test.images)):
         right += (network(test.batch(index)).argmax(1) == test.labels[index]).sum()
     return right.item() / len(test)

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from ..constants import kept
+from ..constants import cached
 from .checks import assert_positive, check_positive
 
 
@@ -50,7 +50,7 @@ def scales_of(
     return scales
 
 
-@kept(4096)  # more than any program has in use, but not every number of one that lowers its temperature
+@cached(4096)  # more than any program has in use, but not every number of one that lowers its temperature
 def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if values and torch.compiler.is_compiling():  # `torch.tensor` would make numbers constants
         one = torch.ones((), dtype=dtype, device=device)

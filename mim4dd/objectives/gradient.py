@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vmap
 from .. import augment
 from ..dtypes import at_least_float32
 from ..networks import CHUNK, Network, initialise
-from ..networks.network import nothing_of
+from ..networks.network import empty_map
 from ..seeding import generator
 from ..stacked import Stack, augmented_batch
 from ..state import State, counter
@@ -186,7 +186,7 @@ class _WithMaps(nn.Module):
         last = len(self.network.blocks) - 1
         maps = self.network.features(x, {last, *self.layers})
         logits = self.network.classify(maps[-1])
-        return logits, [m if k in self.layers else nothing_of(m) for k, m in enumerate(maps)]
+        return logits, [m if k in self.layers else empty_map(m) for k, m in enumerate(maps)]
 
 
 def _loss(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
-from ..derivatives import last
+from ..derivatives import not_differentiable
 from ..networks.flat import flatten, unflatten
 
 # Takes the images and targets of one step from all of them, differentiably.
@@ -139,7 +139,7 @@ class _Trajectory(torch.autograd.Function):
         return path[-1].clone()  # a new tensor even after no step at all: an output must not be an input
 
     @staticmethod
-    @last("a trajectory in constant memory is differentiable once: use memory='unrolled'")
+    @not_differentiable("a trajectory in constant memory is differentiable once: use memory='unrolled'")
     def backward(ctx: Any, adjoint: Tensor) -> tuple[Any, ...]:
         _, _, step = ctx.saved_tensors
         data = ctx.data
