@@ -125,7 +125,7 @@ class _Trajectory(torch.autograd.Function):
         if not any(ctx.needs_input_grad):
             kept = 0
         path, graphs = [start], []
-        data = _as_leaves(images, targets)
+        data = images.detach().requires_grad_(), targets.detach().requires_grad_(targets.is_floating_point())
         for k, batch in enumerate(batches):
             if k < len(batches) - kept:
                 gradient = _gradient(network, path[-1], *batch(images.detach(), targets.detach()))
@@ -156,14 +156,6 @@ class _Trajectory(torch.autograd.Function):
                 total -= step * part
             adjoint = adjoint - step * grad_weights
         return None, None, None, grads[0], grads[1] if len(grads) > 1 else None, grad_step, None
-
-
-def _as_leaves(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the data cut off from what they were made of, for gradients by all but labels."""
-    return (
-        images.detach().requires_grad_(),
-        targets.detach().requires_grad_(targets.is_floating_point()),
-    )
 
 
 def _graph(
