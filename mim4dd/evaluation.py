@@ -124,10 +124,10 @@ def evaluate(
     image = (test.channels, *test.image_size)
     together = stacked.at_once(network, image, protocol.batch, device)
     accuracies = []
-    for group in torch.arange(num_networks, device="cpu").split(together):
-        random = [generator(seed, f"evaluation/{k}", device) for k in group.tolist()]
-        stack = Stack.initialised(network, random)
-        train(stack, [training_set(k) for k in group.tolist()], protocol)
+    for first in range(0, num_networks, together):
+        group = range(num_networks)[first : first + together]
+        stack = Stack.initialised(network, [generator(seed, f"evaluation/{k}", device) for k in group])
+        train(stack, [training_set(k) for k in group], protocol)
         for trained in stack.unstack():
             accuracies.append(accuracy(trained, test))
             on_network(accuracies[-1])
