@@ -22,7 +22,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..config import TrajectoryConfig
+from ..config import TrajectoryConfig, settled
 from ..data import ImageSet
 from ..errors import InputError
 from ..files import atomic, cache_folder, write
@@ -186,7 +186,7 @@ def _paths(recipe: Recipe, group: Sequence[int]) -> Iterator[Tensor]:
     stack = Stack.initialised(network, random)
     step = stack.step(stack.sgd(LR), real.labelled, recipe.augmentation, real.image_size)
     batches = chain.from_iterable(stack.epoch(len(real), BATCH) for _ in repeat(None))
-    for snapshot in range((recipe.config.expert_snapshots or 0) + 1):
+    for snapshot in range(settled(recipe.config.expert_snapshots) + 1):
         for index in islice(batches, recipe.interval if snapshot else 0):
             step(index)
         yield stack.rows()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import augment
-from ..config import TrajectoryConfig
+from ..config import TrajectoryConfig, settled
 from ..errors import InputError
 from ..networks.flat import flatten, load
 from ..seeding import generator
@@ -63,7 +63,7 @@ def train_experts(problem: Problem) -> Iterator[tuple[int, int]]:
 
 def _last(config: TrajectoryConfig) -> int:
     """Return the last snapshot that a match may lead to."""
-    return (config.max_start or 1) - 1 + config.span
+    return settled(config.max_start) - 1 + config.span
 
 
 def open_experts(made: Recipe) -> Experts:
@@ -101,7 +101,6 @@ class TrajectoryMatching(Objective):
         made = recipe(problem)
         self.problem, self.config = problem, made.config
         self.network, self.experts = made.network, open_experts(made)
-        self.starts = self.config.max_start or 1
         self.batch = student_batch(problem)
         self.kept = problem.graphs_kept(self.batch)
         seed, device = problem.seed, problem.real.images.device
@@ -126,7 +125,7 @@ class TrajectoryMatching(Objective):
         """Read two snapshots of an expert."""
         expert, snapshot = (
             int(torch.randint(count, (), generator=self.matches, device="cpu"))
-            for count in (self.experts.num_experts, self.starts)
+            for count in (self.experts.num_experts, settled(self.config.max_start))
         )
         for held, k in ((self.start, snapshot), (self.target, snapshot + self.config.span)):
             held.copy_(self.experts.weights(expert, k, images.device))
@@ -158,7 +157,7 @@ class TrajectoryMatching(Objective):
 
     def _indices(self, count: int) -> Iterator[Tensor | slice]:
         """Yield the images of every step: each in turn, in a new order every time around."""
-        steps = self.config.student_steps or 0
+        steps = settled(self.config.student_steps)
         if one_unordered_batch(count, self.batch, self.training.device):
             yield from [slice(count)] * steps
             return
