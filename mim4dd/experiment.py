@@ -105,7 +105,7 @@ class Experiment:
         if config.mim.mim_weight:
             problem = dataclasses.replace(problem, layers=_layers(problem, config))
         experiment = cls(config, problem, test, start, data, centres)
-        experiment.prepare_method()  # not begun yet, but what is wrong with it comes out
+        experiment.prepare_method()  # begins nothing yet, but finds what is wrong with its settings
         return experiment
 
     @property

@@ -12,7 +12,7 @@ _untold: list[str] = []
 
 
 def warn_once() -> None:
-    """Warn, once, of what is not built. Whoever takes only the losses, which do without, need not hear it."""
+    """Warn, once, of what is not built: called where it would have been used, which the losses never do."""
     while _untold and not torch.compiler.is_compiling():
         warnings.warn(_untold.pop(), stacklevel=3)
 

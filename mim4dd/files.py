@@ -32,7 +32,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write a file, whole or not at all; text as UTF-8, with ? for what is none in the path of some data."""
+    """Write a file, whole or not at all; text as UTF-8, with ? for bytes of a path that are not."""
     with atomic(path) as temporary:
         temporary.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
 

@@ -31,7 +31,7 @@ WHITENING = ("mean", "matrix")
 FACTS = ("class_names", "factor", "network_lr")
 
 
-@dataclass(frozen=True, eq=False)  # tensors have no one answer to that
+@dataclass(frozen=True, eq=False)  # tensors compare number by number
 class SyntheticSet:
     """Labelled images in the networks' normalised space, class by class, and what is needed to use them.
 

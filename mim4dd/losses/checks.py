@@ -160,12 +160,12 @@ def assert_positive(function: str, scales: Tensor, **values: Sequence[float | Te
 
 
 def _range_of(dtype: torch.dtype) -> tuple[float, float]:
-    """Below it the inverse is not finite."""
+    """Return the smallest and the largest number accepted; the inverse of a smaller one may overflow."""
     info = torch.finfo(dtype)
     return info.tiny, info.max
 
 
 def _readable(value: Tensor) -> bool:
-    """Whether the value is here and now; a fake tensor, or one that is traced, has none."""
+    """Whether the value can be read without waiting; a fake tensor, or one that is traced, has none."""
     plain = type(value) in (Tensor, torch.nn.Parameter)
     return plain and value.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -33,8 +33,8 @@ def unit_rows(features: Tensor) -> Tensor:
     return features * inverse_norms(features)
 
 
-# Of rows of logits: their losses, how many of them count in the mean, and what makes the slopes, the
-# derivative of the summed losses with respect to the logits.
+# Of rows of logits: the loss of each, how many of them count in the mean, and a function that returns the
+# gradient of the summed losses with respect to the logits.
 Terms = tuple[Tensor, Tensor, Callable[[], Tensor]]
 
 
@@ -91,7 +91,7 @@ def _positives(
 
 
 def _lowest(x: Tensor) -> float:
-    """In place of -inf, which makes NaN of a row with nothing else."""
+    """Return what stands for -inf, of which a row of nothing else would become NaN."""
     return torch.finfo(x.dtype).min
 
 

@@ -76,7 +76,7 @@ class Problem:
     def graphs_kept(self, count: int) -> int:
         """How many gradients, each on `count` images, may keep their graphs until they are differentiated.
 
-        They get half of the memory, beside the real images; None get none.
+        They get half of `memory`, beside the real images; without a limit there, none keep theirs.
         """
         return 0 if self.memory is None else self.memory // 2 // self.graph_bytes(count)
 
