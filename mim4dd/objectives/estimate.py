@@ -76,11 +76,9 @@ def mutual_information_estimate(
 
 def _halves(labels: Tensor) -> Iterator[Tensor]:
     """Indices of every other row of each label, and of the rest."""
-    order = labels.argsort(stable=True)
-    _, counts = labels.unique(return_counts=True)
-    slot = torch.cat([torch.arange(int(n), device=labels.device) for n in counts] or [labels])
-    for parity in (0, 1):
-        yield order[slot % 2 == parity]
+    rows = [(labels == label).nonzero().squeeze(1) for label in labels.unique()] or [labels.long()]
+    for first in (0, 1):
+        yield torch.cat([of_label[first::2] for of_label in rows])
 
 
 class _Critic(NamedTuple):
