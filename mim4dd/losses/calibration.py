@@ -56,7 +56,7 @@ def calibrated_noise_ratio(
     check_self(function, exclude_self, anchors, keys)
     anchors, keys = one_dtype(anchors, keys)
     dtype = torch.promote_types(anchors.dtype, torch.float32)
-    check_positive(function, dtype, temperature=temperature)
+    check_positive(function, "temperature", temperature, dtype)
     check_negatives(function, negatives)
     m, n = len(anchors), len(keys)
     with torch.no_grad(), without_autocast(anchors):
@@ -76,7 +76,7 @@ def calibrated_noise_ratio(
         ratio = mean * ((num_negatives / m).clamp_min(1) if negatives is None else negatives)
     # Empty sides have no mean, and at a temperature below about 1/88 that of like features has no float32.
     try:
-        check_positive(function, dtype, ratio=ratio)
+        check_positive(function, "ratio", ratio, dtype)
     except ValueError as error:
         raise ValueError(
             f"mim4dd.calibrated_noise_ratio: it is {float(ratio)} on these features; expected finite "

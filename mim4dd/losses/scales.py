@@ -32,9 +32,9 @@ def scales_of(
 ) -> Tensor:
     """Return [2, L]: the temperature and the noise ratio of each layer, on the device, at least float32."""
     dtype = torch.promote_types(features.dtype, torch.float32)
-    check_positive(function, dtype, temperature=temperature)
+    check_positive(function, "temperature", temperature, dtype)
     for ratio in noise_ratios:
-        check_positive(function, dtype, noise_ratio=ratio)
+        check_positive(function, "noise_ratio", ratio, dtype)
     values = (*[temperature] * len(noise_ratios), *noise_ratios)
     constants = tuple(value for value in values if not isinstance(value, Tensor))
     numbers = _numbers(constants, dtype, features.device)

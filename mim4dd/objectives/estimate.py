@@ -60,7 +60,7 @@ def mutual_information_estimate(
     function = "mutual_information_estimate"
     synthetic, real = synthetic_features.flatten(1), real_features.flatten(1)
     check_features(function, synthetic, real, names=("synthetic_features", "real_features"))
-    check_positive(function, temperature=temperature)
+    check_positive(function, "temperature", temperature)
     names = "synthetic_labels", "real_labels"
     labels, real_labels = check_labels(function, synthetic, real, synthetic_labels, real_labels, names=names)
     cosine = (unit_rows(synthetic) @ unit_rows(real).T).double()
