@@ -122,7 +122,7 @@ def evaluate(
         precision=protocol.precision,
     )
     image = (test.channels, *test.image_size)
-    together = stacked.at_once(network, image, protocol.batch, device)
+    together = stacked.stack_size(network, image, protocol.batch, device)
     accuracies = []
     for first in range(0, num_networks, together):
         group = range(num_networks)[first : first + together]

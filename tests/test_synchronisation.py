@@ -81,7 +81,7 @@ def guarded(step, generators, device):
 
 @pytest.fixture(autouse=True)
 def device_without_values(monkeypatch):
-    for sizes in (networks.CHUNK, stacked.AT_ONCE):
+    for sizes in (networks.CHUNK, stacked.LARGEST_STACK):
         monkeypatch.setitem(sizes, "meta", sizes["cuda"])
     for module in (characteristic, distribution, gradient, term_networks, trajectory, experts):
         monkeypatch.setattr(module, "generator", seeded)

@@ -28,7 +28,7 @@ from ..errors import InputError
 from ..files import atomic, cache_folder, write
 from ..networks import Network
 from ..seeding import generator
-from ..stacked import Stack, at_once
+from ..stacked import Stack, stack_size
 
 FORMAT = "mim4dd-experts-2"
 LR = 0.01  # of plain SGD, as published
@@ -165,7 +165,7 @@ def _train_alone(recipe: Recipe, path: Path) -> Iterator[tuple[int, int]]:
     done = int(finished.read_text()) if finished.exists() else 0
     table = _table(partial, recipe, (count, snapshots + 1, sum(map(math.prod, recipe.shapes.values()))))
     real = recipe.real
-    together = at_once(recipe.network, (real.channels, *real.image_size), BATCH, real.images.device)
+    together = stack_size(recipe.network, (real.channels, *real.image_size), BATCH, real.images.device)
     while done < count:
         group = range(done, min(done + together, count))
         for snapshot, weights in enumerate(_paths(recipe, group)):
