@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -55,7 +55,7 @@ class Problem:
     precision: str = "fp32"
     memory: int | None = None
     partners: Tensor | None = None
-    trajectory: TrajectoryConfig | None = None
+    trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
 
     def pair_labels(self, real_index: Tensor) -> tuple[Tensor, Tensor]:
         """Return labels [n] of the synthetic images and [...] of real ones [...]: equal where they pair."""

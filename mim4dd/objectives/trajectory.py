@@ -95,11 +95,11 @@ def recipe(problem: Problem) -> Recipe:
     """Return what shapes the experts of a problem.
 
     Raises:
-        ValueError: the problem has no settings of trajectory matching, or no number of starts or steps.
+        ValueError: the problem's settings of trajectory matching have no number of starts or steps.
         InputError: data or a network that cannot be followed.
     """
     config, network = problem.trajectory, problem.network()
-    if config is None or not config.max_start or not config.student_steps:
+    if not config.max_start or not config.student_steps:
         raise ValueError(
             "mim4dd.objectives.TrajectoryMatching: Problem(trajectory=TrajectoryConfig(max_start=..., "
             "student_steps=...)) is needed"
@@ -154,7 +154,7 @@ def open_experts(made: Recipe) -> Experts:
 def student_batch(problem: Problem) -> int:
     """Return how many synthetic images a step is on."""
     count = len(problem.labels)
-    return min((problem.trajectory and problem.trajectory.student_batch) or count, count)
+    return min(problem.trajectory.student_batch or count, count)
 
 
 class TrajectoryMatching(Objective):
