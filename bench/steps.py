@@ -19,7 +19,8 @@ from mim4dd.evaluation import Protocol, evaluate
 from mim4dd.networks import memory
 from mim4dd.networks.flat import flatten
 from mim4dd.objectives import METHODS, GradientMatching, Problem
-from mim4dd.objectives.student import Batch, follow, squared_distance
+from mim4dd.objectives.student import Batch, follow
+from mim4dd.objectives.trajectory import squared_distance
 from mim4dd.seeding import generator
 
 IPC, REAL_BATCH, WIDTH = 10, 256, 128

@@ -59,7 +59,7 @@ def way(name: str, device: str) -> AbstractContextManager[object]:
     if name.endswith("compiled"):
         return mock.patch.object(base, "create", compiled)
     if name.endswith(("stacked", "alone")):
-        return mock.patch.dict(stacked.AT_ONCE, {device: NETWORKS if name.endswith("stacked") else 1})
+        return mock.patch.dict(stacked.LARGEST_STACK, {device: NETWORKS if name.endswith("stacked") else 1})
     return nullcontext()
 
 

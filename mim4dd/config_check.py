@@ -91,7 +91,7 @@ def check(config: Config) -> None:
             parts_of(config.distill.augmentation)
         except ValueError as error:
             raise InputError(f"--augmentation: {str(error).removeprefix('mim4dd.augment: ')}") from error
-    layers(config.mim)
+    layers_of(config.mim)
 
 
 def check_architectures(names: Iterable[str]) -> None:
@@ -105,7 +105,7 @@ def check_architectures(names: Iterable[str]) -> None:
             raise unknown("architecture in --eval-archs:", name, ARCHITECTURES)
 
 
-def layers(mim: MimConfig) -> str | list[int]:
+def layers_of(mim: MimConfig) -> str | list[int]:
     """Return what --mim-layers says: "all", "last" or indices.
 
     Raises:

@@ -53,59 +53,54 @@ def _has_bars() -> bool:
     return console.is_terminal and not console.is_dumb_terminal
 
 
-class Steps:
-    """One bar; on a dumb terminal or in a file, a line every tenth of the way instead."""
-
-    def __init__(self, bar: Progress, title: str, total: int) -> None:
-        self._bar = bar
-        self._title = title
-        self._total = total
-        self._task = bar.add_task(title, total=total, note="")
-        self._printed = 0
-
-    def advance_to(self, done: int, note: str) -> None:
-        """Show that `done` of the total are done, with a note."""
-        self._bar.update(self._task, completed=done, note=note)
-        if not _has_bars() and (done - self._printed >= self._total / 10 or done == self._total):
-            left = self._bar.tasks[self._task].time_remaining
-            console.print(
-                f"{self._title} {done}/{self._total}  {note}" + (f"  {left:.0f} s left" if left else "")
-            )
-            self._printed = done
-
-
 @contextmanager
-def steps(title: str, total: int) -> Iterator[Steps]:
-    """Show the progress of `total` steps."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
+def steps(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """Show the progress of `total` steps; yields what is to be called with how many are done, and a note.
+
+    A bar; on a dumb terminal or in a file, a line every tenth of the way instead.
+    """
+    printed = 0
     with Progress(
-        *columns,
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
         disable=not _has_bars(),
         speed_estimate_period=SLOWEST,
     ) as bar:
-        yield Steps(bar, title, total)
+        task = bar.add_task(title, total=total, note="")
+
+        def advance_to(done: int, note: str) -> None:
+            nonlocal printed
+            bar.update(task, completed=done, note=note)
+            if not _has_bars() and (done - printed >= total / 10 or done == total):
+                left = bar.tasks[task].time_remaining
+                console.print(f"{title} {done}/{total}  {note}" + (f"  {left:.0f} s left" if left else ""))
+                printed = done
+
+        yield advance_to
 
 
 def prepared(title: str, progress: Iterable[tuple[int, int]]) -> None:
     """Go through what yields (steps done, steps in all) under a bar, if there is any to do."""
     with ExitStack() as stack:
-        bar = None
+        advance_to = None
         for done, total in progress:
-            bar = bar or stack.enter_context(steps(title, total))
-            bar.advance_to(done, "")
+            advance_to = advance_to or stack.enter_context(steps(title, total))
+            advance_to(done, "")
 
 
 def with_accuracy(title: str, num_networks: int, score: Callable[..., Score]) -> Score:
     """Call `score(on_network=...)` under a bar that shows the mean accuracy so far."""
-    with steps(title, num_networks) as bar:
+    with steps(title, num_networks) as advance_to:
         accuracies: list[float] = []
 
         def look(accuracy: float) -> None:
             accuracies.append(accuracy)
-            bar.advance_to(len(accuracies), f"accuracy {Score(tuple(accuracies))}")
+            advance_to(len(accuracies), f"accuracy {Score(tuple(accuracies))}")
 
         return score(on_network=look)
 

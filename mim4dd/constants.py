@@ -14,17 +14,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 Make = Callable[..., Tensor]
 
 
-def kept(count: int | None) -> Callable[[Make], Make]:
-    """Decorate a function from hashable arguments to a tensor, so that it makes each tensor once.
+def cached(maxsize: int | None) -> Callable[[Make], Make]:
+    """Decorate a function from hashable arguments to a tensor with `lru_cache`, so that it makes each once.
 
     This does not hold while it is traced, or under a mode that would make a fake tensor of it.
 
     Args:
-        count: how many to keep, the last used; None: all, as a recorded step reads them without a call.
+        maxsize: as of `lru_cache`; None if a CUDA graph may hold a tensor: the cache does not see its reads.
     """
 
     def decorate(make: Make) -> Make:
-        @lru_cache(count)
+        @lru_cache(maxsize)
         def made_once(*arguments: Any) -> Tensor:
             # Neither of inference mode nor fake nor a wrapper of a torch.func transform: it outlives them.
             with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():

@@ -12,7 +12,7 @@ from torch import Tensor
 Backward = Callable[..., tuple[Any, ...]]
 
 
-def last(remedy: str) -> Callable[[Backward], Backward]:
+def not_differentiable(remedy: str) -> Callable[[Backward], Backward]:
     """Decorate the backward of an `autograd.Function` that cannot be differentiated.
 
     torch's own `once_differentiable` looks at the upstream gradients alone: where these are constants, the
@@ -31,7 +31,7 @@ def last(remedy: str) -> Callable[[Backward], Backward]:
                 return gradients
             made = [gradient for gradient in gradients if gradient is not None]
             sources = [t for t in (*upstream, *ctx.saved_tensors) if t is not None and t.is_floating_point()]
-            kept = iter(_Last.apply(remedy, len(made), *made, *sources))
+            kept = iter(_NotDifferentiable.apply(remedy, len(made), *made, *sources))
             return tuple(None if gradient is None else next(kept) for gradient in gradients)
 
         return closed
@@ -39,7 +39,7 @@ def last(remedy: str) -> Callable[[Backward], Backward]:
     return decorate
 
 
-class _Last(torch.autograd.Function):
+class _NotDifferentiable(torch.autograd.Function):
     """(gradients, then what they were made of) -> the gradients."""
 
     generate_vmap_rule = True

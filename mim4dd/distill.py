@@ -12,7 +12,7 @@ from torch import Tensor
 from .errors import InputError
 from .graph import replayed
 from .objectives import MutualInformation, Objective
-from .state import Count, State, prefixed, restore, snapshot
+from .state import State, counter, prefixed, restore, snapshot
 from .synthetic import SyntheticSet, decode
 
 READ_EVERY = 10  # iterations between looks at the losses, each of which waits for the device
@@ -76,7 +76,7 @@ def distill(
     if state is not None:
         distillation.restore(state)
     unread: list[Tensor] = []
-    for iteration in range(distillation.done.times + 1, iterations + 1):
+    for iteration in range(int(distillation.done) + 1, iterations + 1):
         unread.append(distillation.update())
         if iteration % READ_EVERY == 0 or iteration == iterations:
             means = _read(unread, remedies, iteration, distillation.learned)
@@ -107,7 +107,7 @@ class Distillation:
         mutual_information: MutualInformation | None = None,
     ) -> None:
         self.objective, self.start, self.term = objective, start, mutual_information
-        self.done = Count()
+        self.done = counter()
         self.images = start.images.clone().requires_grad_()
         self.logits = None
         if start.soft_labels is not None:
@@ -130,7 +130,7 @@ class Distillation:
         with torch.no_grad():
             self.objective.prepare(*self._decoded())
         terms = self._step().clone()
-        self.done.times += 1
+        self.done += 1
         return terms
 
     @property

@@ -18,7 +18,7 @@ from .augment import AugmentParams
 from .config import Config, settled
 from .data import ImageSet
 from .networks import Network
-from .networks.memory import passing
+from .networks.memory import chunk_size
 from .seeding import generator
 from .stacked import Batch, Stack, set_lr
 
@@ -122,12 +122,12 @@ def evaluate(
         precision=protocol.precision,
     )
     image = (test.channels, *test.image_size)
-    together = stacked.at_once(network, image, protocol.batch, device)
+    together = stacked.stack_size(network, image, protocol.batch, device)
     accuracies = []
-    for group in torch.arange(num_networks, device="cpu").split(together):
-        random = [generator(seed, f"evaluation/{k}", device) for k in group.tolist()]
-        stack = Stack.initialised(network, random)
-        train(stack, [training_set(k) for k in group.tolist()], protocol)
+    for first in range(0, num_networks, together):
+        group = range(num_networks)[first : first + together]
+        stack = Stack.initialised(network, [generator(seed, f"evaluation/{k}", device) for k in group])
+        train(stack, [training_set(k) for k in group], protocol)
         for trained in stack.unstack():
             accuracies.append(accuracy(trained, test))
             on_network(accuracies[-1])
@@ -179,6 +179,6 @@ def accuracy(network: Network, test: ImageSet) -> float:
     network.eval()
     device = test.images.device
     right = torch.zeros((), device=device)
-    for index in torch.arange(len(test), device=device).split(passing(network, test.images)):
+    for index in torch.arange(len(test), device=device).split(chunk_size(network, test.images)):
         right += (network(test.batch(index)).argmax(1) == test.labels[index]).sum()
     return right.item() / len(test)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import Config, settled
-from .config_check import layers
+from .config_check import layers_of
 from .data import ImageSet, load, name_of
 from .data.clusters import cluster_labels, kmeans_centres
 from .data.whitening import Whitening
@@ -105,7 +105,7 @@ class Experiment:
         if config.mim.mim_weight:
             problem = dataclasses.replace(problem, layers=_layers(problem, config))
         experiment = cls(config, problem, test, start, data, centres)
-        experiment.prepare_method()  # does not start the work, but finds what is wrong with it
+        experiment.prepare_method()  # starts no work yet, but finds what is wrong with its settings
         return experiment
 
     @property
@@ -237,7 +237,7 @@ def _with_any_labels(start: SyntheticSet) -> SyntheticSet:
 
 def _layers(problem: Problem, config: Config) -> list[int]:
     try:
-        return layer_indices(layers(config.mim), len(problem.network().feature_sizes))
+        return layer_indices(layers_of(config.mim), len(problem.network().feature_sizes))
     except ValueError as error:
         raise InputError(f"--mim-layers: {str(error).removeprefix('mim4dd: ')}") from error
 

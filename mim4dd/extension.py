@@ -11,7 +11,7 @@ import torch
 _untold: list[str] = []
 
 
-def tell() -> None:
+def warn_once() -> None:
     """Warn, once, about what is not built. Users of the losses alone, which do without, are not warned."""
     while _untold and not torch.compiler.is_compiling():
         warnings.warn(_untold.pop(), stacklevel=3)
@@ -29,7 +29,7 @@ def _load(name: str) -> ModuleType | None:
             "PyTorch reference runs instead. Build it with: pip install --no-build-isolation -e ."
         )
         if not isinstance(error, ModuleNotFoundError):  # it is built, to no use
-            tell()
+            warn_once()
         return None
 
 

@@ -70,8 +70,8 @@ class Replayed(Generic[Result]):
                 f"mim4dd: a step cannot be recorded as a CUDA graph and runs slower without one ({cause})",
                 stacklevel=3,
             )
-            # The others draw from the states that the generators had before; of what cannot be recorded it
-            # is known.
+            # The other recordings draw from generator states that were replaced meanwhile; of steps that
+            # cannot be recorded, it need not be tried again.
             self.recordings = {shapes: r for shapes, r in self.recordings.items() if r is self.step}
             return self.step
 

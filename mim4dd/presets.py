@@ -81,12 +81,12 @@ def with_presets(config: Config) -> Config:
     augmentation = config.distill.augmentation
     if augmentation is None and method.augmented:
         augmentation = DSA.replace("_flip", "") if config.data.dataset in NO_FLIP else DSA
-    image_lr = at(method.image_lr, 1 if preset is PAPER else ipc)
+    image_lr = at_ipc(method.image_lr, 1 if preset is PAPER else ipc)
     if preset is PAPER:
         iterations = method.iterations(ipc * config.distill.factor**2)
         epochs = PAPER.eval_epochs if parts_of(augmentation or "none") else 300  # as dc has it
         preset = dataclasses.replace(PAPER, iterations=iterations, eval_epochs=epochs)
-    weight = at(method.mim_weights[config.mim.mim_loss], ipc)
+    weight = at_ipc(method.mim_weights[config.mim.mim_loss], ipc)
     if config.mim.mim_loss == "nce" and config.data.dataset == "digits":
         weight /= 10  # of 8x8 pixels: smaller feature maps, and as much smaller a distance to balance
     return dataclasses.replace(
@@ -103,7 +103,7 @@ def with_presets(config: Config) -> Config:
     )
 
 
-def at(values: Mapping[int, float], ipc: int) -> float:
+def at_ipc(values: Mapping[int, float], ipc: int) -> float:
     """Return the value at an IPC from a table of values, each of which holds from an IPC on."""
     return values[max(least for least in values if least <= ipc)]
 

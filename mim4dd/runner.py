@@ -186,11 +186,11 @@ def with_progress(
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> SyntheticSet:
     """Distil under a progress bar that shows the loss and its terms."""
-    with steps(title, settled(experiment.config.distill.iterations)) as bar:
+    with steps(title, settled(experiment.config.distill.iterations)) as advance_to:
 
         def look(progress: Progress) -> None:
             terms = "  ".join(f"{name} {value:.4g}" for name, value in progress.terms.items())
-            bar.advance_to(progress.iteration, f"loss {sum(progress.terms.values()):.4g}  {terms}")
+            advance_to(progress.iteration, f"loss {sum(progress.terms.values()):.4g}  {terms}")
             on_progress(progress)
 
         return distill(look)

@@ -11,7 +11,7 @@ from .config import settled
 from .evaluation import OnNetwork, Protocol, Score, accuracy, evaluate, train_on_real
 from .experiment import Experiment
 from .seeding import generator
-from .synthetic import SyntheticSet, select_kmeans
+from .synthetic import SyntheticSet, initialise
 
 FULL_SHARE = 20  # full data: the epochs divided by this, but at least 5; and one network
 
@@ -30,24 +30,26 @@ def score(
 
 def baseline(experiment: Experiment, name: str, on_network: OnNetwork) -> Score:
     """Evaluate real images: "random" (new ones for every network), "kmeans" or "full"."""
-    config, real, labels = experiment.config, experiment.train, experiment.start.labels
-    protocol, ipc = Protocol.of(config), config.distill.ipc
+    config = experiment.config
     if name == "full":
-        return _full(experiment, protocol, on_network)
+        return _full(experiment, on_network)
+
+    def start(how: str, purpose: str) -> SyntheticSet:
+        random = generator(config.seed, f"baseline/{purpose}", experiment.device)
+        return initialise(experiment.train, config.distill.ipc, how, random)
+
     if name == "kmeans":
-        random = generator(config.seed, "baseline/kmeans", experiment.device)
-        pair = real.batch(select_kmeans(real, ipc, random).flatten()), labels
-        return _evaluate(experiment, lambda _: pair, protocol, on_network)
+        return score(experiment, start("kmeans", "kmeans"), on_network)
 
     def draw(k: int) -> tuple[Tensor, Tensor]:
-        random = generator(config.seed, f"baseline/random/{k}", experiment.device)
-        return real.batch(real.sample(ipc, random).flatten()), labels
+        drawn = start("real", f"random/{k}")
+        return drawn.images, drawn.labels
 
-    return _evaluate(experiment, draw, protocol, on_network)
+    return _evaluate(experiment, draw, Protocol.of(config), on_network)
 
 
-def _full(experiment: Experiment, protocol: Protocol, on_network: OnNetwork) -> Score:
-    network = experiment.problem.network()
+def _full(experiment: Experiment, on_network: OnNetwork) -> Score:
+    network, protocol = experiment.problem.network(), Protocol.of(experiment.config)
     protocol = dataclasses.replace(protocol, epochs=max(5, protocol.epochs // FULL_SHARE))
     random = generator(experiment.config.seed, "evaluation/0", experiment.device)
     train_on_real(network, experiment.train, protocol, random)

@@ -19,7 +19,7 @@ from .networks.memory import budget, per_image
 # Networks trained as one, at most. On a CPU a stack of five ConvNets took 1.08 times as long as one by one
 # (100 images a step, one thread of an EPYC); on an H100 0.68 times (bfloat16, 200 steps and their recording),
 # before their weights were one vector.
-AT_ONCE = {"cpu": 1, "cuda": 10}
+LARGEST_STACK = {"cpu": 1, "cuda": 10}
 
 # Where an update is one kernel, whose learning rate is a tensor: a recorded step reads it anew.
 FUSED = {"cuda"}
@@ -34,14 +34,14 @@ ORDERED = {"cpu"}
 Batch = Callable[..., tuple[Tensor, Tensor]]
 
 
-def at_once(network: Network, image: tuple[int, ...], batch: int, device: torch.device) -> int:
+def stack_size(network: Network, image: tuple[int, ...], batch: int, device: torch.device) -> int:
     """Return how many networks to train as one on batches of images [C, H, W], within half the free memory.
 
     It is 1 with batch normalisation, which keeps statistics beside the weights.
     """
     if network.batch_normalised:
         return 1
-    most, free = AT_ONCE[device.type], budget(None, device)
+    most, free = LARGEST_STACK[device.type], budget(None, device)
     if free is None:
         return most
     return max(1, min(most, free // (batch * per_image(network, image, gradients=True))))

@@ -1,6 +1,6 @@
 """The state of a run: what one update passes on to the next, for an interrupted run to be resumed exactly.
 
-It is named by those that hold it: tensors that are changed in place, random generators, and counts.
+It is named where it lives: tensors that are changed in place, counts among them, and random generators.
 """
 
 from __future__ import annotations
@@ -12,26 +12,15 @@ from torch import Tensor
 
 from .errors import InputError
 
-
-class Count:
-    """A number of times, from 0 on, with a state as a generator has one."""
-
-    def __init__(self) -> None:
-        self.times = 0
-
-    def get_state(self) -> Tensor:
-        """Return it as int64 [1]."""
-        return torch.tensor([self.times], device="cpu")
-
-    def set_state(self, state: Tensor) -> None:
-        """Take what `get_state` returned."""
-        (self.times,) = state.tolist()
+State = dict[str, Tensor | torch.Generator]
 
 
-State = dict[str, Tensor | torch.Generator | Count]
+def counter() -> Tensor:
+    """Return a number, 0, to be counted up in place: int64 [1], on the host."""
+    return torch.zeros(1, dtype=torch.int64, device="cpu")
 
 
-def prefixed(name: str, state: Mapping[str, Tensor | torch.Generator | Count]) -> State:
+def prefixed(name: str, state: Mapping[str, Tensor | torch.Generator]) -> State:
     """Return it under names of the form "name.own name"."""
     return {f"{name}.{own}": value for own, value in state.items()}
 

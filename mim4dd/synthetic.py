@@ -280,12 +280,3 @@ def initialise(
         images = encode(real.batch(index.flatten()), factor)
     facts = real.class_names, real.mean, real.std
     return SyntheticSet(images, labels, *facts, factor=factor, whitening=real.whitening)
-
-
-def select_kmeans(real: ImageSet, ipc: int, generator: torch.Generator) -> Tensor:
-    """Return indices [num_classes, ipc] of the real images nearest to k-means centres in pixel space.
-
-    Raises:
-        InputError: fewer images in a class than `ipc`.
-    """
-    return image_for_each(kmeans_centres(real, ipc, generator), real, members(real))

@@ -11,7 +11,7 @@ from torch import Tensor
 from .data import ImageSet
 from .evaluation import Protocol, train_on_real
 from .networks import Network
-from .networks.memory import passing
+from .networks.memory import chunk_size
 
 STEPS = 500  # at least an epoch: a teacher need not be perfect to tell which classes are alike
 
@@ -26,4 +26,4 @@ def teach(network: Network, real: ImageSet, protocol: Protocol, generator: torch
 def probabilities(network: Network, images: Tensor) -> Tensor:
     """Return the class probabilities float32 [n, num_classes] that `network` gives images [n, C, H, W]."""
     network.eval()
-    return torch.cat([network(chunk).softmax(1) for chunk in images.split(passing(network, images))])
+    return torch.cat([network(chunk).softmax(1) for chunk in images.split(chunk_size(network, images))])

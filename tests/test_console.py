@@ -16,10 +16,10 @@ def shown(monkeypatch):
         output, clock = io.StringIO(), [0.0]
         there = Console(file=output, width=100, get_time=lambda: clock[0], **options)
         monkeypatch.setattr(console, "console", there)
-        with console.steps("distil", 10) as bar:
+        with console.steps("distil", 10) as advance_to:
             for done in range(1, 5):
                 clock[0] += seconds
-                bar.advance_to(done, "loss 1")
+                advance_to(done, "loss 1")
         return output.getvalue()
 
     return show

@@ -51,7 +51,7 @@ def test_experts_trained_together_are_those_trained_alone(problem, tmp_path, mon
     alone = with_options(problem, experts=tmp_path / "alone")
     for _ in train_experts(alone):
         pass
-    monkeypatch.setitem(stacked.AT_ONCE, "cpu", 2)
+    monkeypatch.setitem(stacked.LARGEST_STACK, "cpu", 2)
     assert [done for done, _ in train_experts(problem)] == [0, 2, 4, 6]
     for expert in range(2):
         close(weights(problem, expert, 3), weights(alone, expert, 3), 1e-5)

@@ -238,7 +238,7 @@ def test_as_many_images_pass_as_fit(monkeypatch):
     one = memory.per_image(network, (1, 8, 8), gradients=False)
     for free, count in ((one - 1, 1), (5 * one, 5), (100 * one, 32), (None, 32)):
         monkeypatch.setattr(memory, "budget", lambda *_, free=free: free)
-        assert memory.passing(network, images) == count
+        assert memory.chunk_size(network, images) == count
 
 
 def test_a_torch_that_cannot_tell_the_processor_s_features_has_float32(monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mim4dd.objectives import METHODS
-from mim4dd.presets import at
+from mim4dd.presets import at_ipc
 from mim4dd.studies.paired import paired_difference
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +64,7 @@ def test_accuracies_are_those_of_the_stored_runs(page):
         method, unaugmented = re.match(r"`(\w+)( --augmentation none)?`", row["method"]).groups()
         folder, ipc = FOLDERS[row["data"]], int(row["images per class"])
         main = f"{folder}-unaugmented" if unaugmented else folder
-        term = stored(main, method, at(METHODS[method].mim_weights["info-nce"], ipc), ipc)
+        term = stored(main, method, at_ipc(METHODS[method].mim_weights["info-nce"], ipc), ipc)
         if updates := row.get("updates without the term"):
             base = stored(f"{folder}-equal-time/*", method, 0, ipc, int(updates.replace(",", "")))
         else:

@@ -8,11 +8,11 @@ from commands import prepare
 
 from mim4dd import runner, scoring
 from mim4dd.data import load
+from mim4dd.data.clusters import image_for_each, kmeans_centres, members
 from mim4dd.distill import DivergenceError
 from mim4dd.evaluation import Score
 from mim4dd.experiment import Experiment
 from mim4dd.seeding import generator
-from mim4dd.synthetic import select_kmeans
 
 
 @pytest.fixture
@@ -67,7 +67,8 @@ def test_the_kmeans_baseline_is_nearest_to_centres(evaluated):
     prepared = prepare("--ipc 2")
     scoring.baseline(prepared, "kmeans", print)
     images, labels = evaluated[0][0](0)
-    index = select_kmeans(load("digits")[0], 2, generator(3, "baseline/kmeans"))
+    real, _ = load("digits")
+    index = image_for_each(kmeans_centres(real, 2, generator(3, "baseline/kmeans")), real, members(real))
     assert torch.equal(images, prepared.train.batch(index.flatten()))
     assert torch.equal(labels, torch.arange(10).repeat_interleave(2))
 

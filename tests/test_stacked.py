@@ -78,7 +78,7 @@ def test_the_score_does_not_depend_on_how_many_are_trained_at_once(architecture,
 
     alone = score()
     assert sizes == [1, 1, 1]
-    monkeypatch.setitem(stacked.AT_ONCE, "cpu", 2)
+    monkeypatch.setitem(stacked.LARGEST_STACK, "cpu", 2)
     # Within an image or two: sums are in another order.
     assert score() == pytest.approx(alone, abs=2.5 / len(test))
     # Batch normalisation counts statistics for one network only.
@@ -88,10 +88,10 @@ def test_the_score_does_not_depend_on_how_many_are_trained_at_once(architecture,
 def test_as_many_are_trained_at_once_as_fit_in_memory(monkeypatch):
     network = networks.create("convnet", 1, 10, (8, 8), width=8)
     batch = 256 * per_image(network, (1, 8, 8), gradients=True)
-    monkeypatch.setitem(stacked.AT_ONCE, "cpu", 10)
+    monkeypatch.setitem(stacked.LARGEST_STACK, "cpu", 10)
     for free, count in ((batch - 1, 1), (3 * batch, 3), (100 * batch, 10), (None, 10)):
         monkeypatch.setattr(stacked, "budget", lambda *_, free=free: free)
-        assert stacked.at_once(network, (1, 8, 8), 256, torch.device("cpu")) == count
+        assert stacked.stack_size(network, (1, 8, 8), 256, torch.device("cpu")) == count
 
 
 def test_a_stack_of_a_network_trains_that_network():

@@ -27,7 +27,6 @@ from mim4dd.objectives import (
     experts,
     gradient,
     term_networks,
-    through,
     trajectory,
 )
 from mim4dd.stacked import Stack
@@ -82,9 +81,9 @@ def guarded(step, generators, device):
 
 @pytest.fixture(autouse=True)
 def device_without_values(monkeypatch):
-    for sizes in (networks.CHUNK, stacked.AT_ONCE):
+    for sizes in (networks.CHUNK, stacked.LARGEST_STACK):
         monkeypatch.setitem(sizes, "meta", sizes["cuda"])
-    for module in (characteristic, distribution, gradient, term_networks, trajectory, experts, through):
+    for module in (characteristic, distribution, gradient, term_networks, trajectory, experts):
         monkeypatch.setattr(module, "generator", seeded)
     for module in (distill, stacked):
         monkeypatch.setattr(module, "replayed", guarded)
@@ -139,7 +138,7 @@ def test_an_iteration_waits_for_nothing(method, network, seen, tmp_path, monkeyp
     match = objective.match
     objective.match = lambda *given: calls.append(given) or match(*given)
     if seen:
-        objective = through.ThroughTermNetworks(seen(problem), objective, problem)
+        objective = term_networks.ThroughTermNetworks(seen(problem), objective, problem)
     distill.distill(
         objective,
         start,

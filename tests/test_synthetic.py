@@ -9,10 +9,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mim4dd.data import ImageSet, load
+from mim4dd.data.clusters import image_for_each, kmeans_centres, members
 from mim4dd.data.whitening import Whitening
 from mim4dd.errors import InputError
 from mim4dd.seeding import generator
-from mim4dd.synthetic import SyntheticSet, decode, encode, initialise, select_kmeans
+from mim4dd.synthetic import SyntheticSet, decode, encode, initialise
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +208,11 @@ def test_start_is_class_by_class_and_reproducible(digits, how):
     assert first.images.shape == (30, 1, 8, 8)
 
 
-@pytest.mark.parametrize("select", [ImageSet.sample, select_kmeans])
+def nearest_to_centres(real, ipc, random):
+    return image_for_each(kmeans_centres(real, ipc, random), real, members(real))
+
+
+@pytest.mark.parametrize("select", [ImageSet.sample, nearest_to_centres])
 def test_selected_images_are_real_of_their_class_and_distinct(digits, select):
     index = select(digits, 5, generator(0, "select"))
     assert torch.equal(digits.labels[index], torch.arange(10)[:, None].expand(10, 5))
@@ -227,7 +232,7 @@ def test_kmeans_images_lie_nearer_to_their_class_than_random_ones(digits):
             for c, i in enumerate(index)
         )
 
-    kmeans = distance_to_nearest(select_kmeans(digits, 5, generator(0, "select")))
+    kmeans = distance_to_nearest(nearest_to_centres(digits, 5, generator(0, "select")))
     random = [distance_to_nearest(digits.sample(5, generator(k, "select"))) for k in range(5)]
     assert kmeans < min(random)
 
@@ -237,7 +242,7 @@ def test_kmeans_with_as_many_centres_as_images_takes_each_once(digits):
 
     index = torch.cat([torch.where(digits.labels == c)[0][:4] for c in range(10)])
     few = dataclasses.replace(digits, images=digits.images[index], labels=digits.labels[index])
-    chosen = select_kmeans(few, 4, generator(0, "select"))
+    chosen = nearest_to_centres(few, 4, generator(0, "select"))
     assert torch.equal(chosen.flatten().sort().values, torch.arange(40))
 
 
@@ -251,11 +256,6 @@ def test_pixels_are_the_original_colours(digits):
 def test_too_few_images_are_refused(digits, how):
     with pytest.raises(InputError, match=r"class '\d' has \d+ training images, fewer than the 1000 asked"):
         initialise(digits, 1000, how, generator(0, "init"))
-
-
-def test_more_than_there_are_cannot_be_selected(digits):
-    with pytest.raises(InputError, match="fewer than the 1000 asked"):
-        select_kmeans(digits, 1000, generator(0, "select"))
 
 
 def test_foreign_and_corrupted_files_are_refused(tmp_path, digits):

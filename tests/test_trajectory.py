@@ -14,7 +14,7 @@ from trajectories import weights, with_options
 from mim4dd import augment, run, stacked
 from mim4dd.networks.flat import load, unflatten
 from mim4dd.networks.memory import per_image
-from mim4dd.objectives import TrajectoryMatching, student, train_experts
+from mim4dd.objectives import TrajectoryConfig, TrajectoryMatching, student, train_experts
 from mim4dd.seeding import generator
 
 problem = trajectories.problem  # a fixture
@@ -141,7 +141,8 @@ def test_the_learned_step_size_is_kept_and_used(tmp_path, capsys):
 
 @pytest.mark.parametrize("missing", ["max_start", "student_steps"])
 def test_a_problem_without_settings_is_refused(problem, missing):
-    for other in (dataclasses.replace(problem, trajectory=None), with_options(problem, **{missing: None})):
+    unset = dataclasses.replace(problem, trajectory=TrajectoryConfig())
+    for other in (unset, with_options(problem, **{missing: None})):
         with pytest.raises(ValueError, match=r"Problem\(trajectory=TrajectoryConfig\(max_start="):
             TrajectoryMatching(other)
 

@@ -69,7 +69,7 @@ def apply(
         checks.check(images, params, rows, mean, std)
     if not fused:
         if backend is None:
-            extension.tell()
+            extension.warn_once()
         return reference.augment(images, params, rows, mean, std, align_corners)
     try:
         return op.augment(images, list(params.stored().values()), rows, mean, std, align_corners)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, extension
-from ..constants import kept
+from ..constants import cached
 from ..sizes import Size
 from .params import AugmentParams
 from .strategy import Range, box_of, ranges
@@ -61,7 +61,7 @@ def from_uniform(
     return _reference(uniform, _table(parts, size, uniform.device), len(parts), together)
 
 
-@kept(None)  # never given up: recorded steps of the reference read it, and may not copy
+@cached(None)  # never given up: recorded steps of the reference read it, and may not copy
 def _table(parts: tuple[str, ...], size: Size, device: torch.device) -> Tensor:
     """Of each column [11, 5]: low, span, from a box's first pixel to its last, part, and value without it."""
     of_column = {of.name: (k, of) for k, part in enumerate(parts) for of in ranges(part, size)}

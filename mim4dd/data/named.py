@@ -10,7 +10,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import atomic, cache_folder
+from ..files import atomic, cache_folder, expanded
 from . import pictures, readers
 
 DEBIAN = Path("/usr/share/datasets")  # where Debian's dataset-* packages install
@@ -43,7 +43,7 @@ class Named:
         """
         if data_dir and not self.files:
             raise InputError(f"--data-dir {data_dir} is for sets of files, and {name} has none; leave it out")
-        folder = Path(data_dir).expanduser() if data_dir else None
+        folder = expanded(data_dir) if data_dir else None
         return self.read(*self._locate(name, folder)) if self.files else self.read()
 
     def _locate(self, name: str, data_dir: Path | None) -> list[Path]:

@@ -50,15 +50,14 @@ def calibrated_noise_ratio(
             "mim4dd.calibrated_noise_ratio: a ratio measured inside a transform of torch.func cannot be kept "
             "after it; call the loss on a first batch outside"
         )
-    check_features("calibrated_noise_ratio", anchors, keys)
-    anchor_labels, key_labels = check_labels(
-        "calibrated_noise_ratio", anchors, keys, anchor_labels, key_labels
-    )
-    check_self("calibrated_noise_ratio", exclude_self, anchors, keys)
+    function = "calibrated_noise_ratio"
+    check_features(function, anchors, keys)
+    anchor_labels, key_labels = check_labels(function, anchors, keys, anchor_labels, key_labels)
+    check_self(function, exclude_self, anchors, keys)
     anchors, keys = one_dtype(anchors, keys)
     dtype = torch.promote_types(anchors.dtype, torch.float32)
-    check_positive("calibrated_noise_ratio", dtype, temperature=temperature)
-    check_negatives("calibrated_noise_ratio", negatives)
+    check_positive(function, "temperature", temperature, dtype)
+    check_negatives(function, negatives)
     m, n = len(anchors), len(keys)
     with torch.no_grad(), without_autocast(anchors):
         units, other_units = unit_rows(anchors), unit_rows(keys)
@@ -77,7 +76,7 @@ def calibrated_noise_ratio(
         ratio = mean * ((num_negatives / m).clamp_min(1) if negatives is None else negatives)
     # Empty sides have no mean, and at a temperature below about 1/88 that of like features has no float32.
     try:
-        check_positive("calibrated_noise_ratio", dtype, ratio=ratio)
+        check_positive(function, "ratio", ratio, dtype)
     except ValueError as error:
         raise ValueError(
             f"mim4dd.calibrated_noise_ratio: it is {float(ratio)} on these features; expected finite "

@@ -110,35 +110,32 @@ def check_negatives(function: str, negatives: object) -> None:
         raise ValueError(
             f"mim4dd.{function}: negatives is {value}, expected a positive number or None; give a float"
         )
-    check_positive(function, negatives=negatives)
+    check_positive(function, "negatives", negatives)
 
 
-def check_positive(function: str, dtype: torch.dtype = torch.float32, **values: object) -> None:
+def check_positive(function: str, name: str, value: object, dtype: torch.dtype = torch.float32) -> None:
     """A positive number within the range of `dtype`, or a tensor of one, checked if it is on the CPU.
 
     Reading other values would wait for the device, and cannot be traced: `assert_positive` checks those.
     """
     smallest, largest = _range_of(dtype)
-    for name, value in values.items():
-        if not isinstance(value, (Tensor, *NUMBERS)):
-            hint = "; NCELoss and calibrated_noise_ratio measure it" if str(value) == "calibrated" else ""
-            raise ValueError(
-                f"mim4dd.{function}: {name} is {value!r}, expected a positive number or a tensor of one{hint}"
-            )
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise ValueError(f"mim4dd.{function}: {name} is {list(value.shape)}, expected one number")
-            if not value.is_floating_point():
-                raise ValueError(
-                    f"mim4dd.{function}: {name} has dtype {value.dtype}, expected a floating dtype"
-                )
-            if _readable(value):
-                value = value.item()
-        if isinstance(value, Real) and not smallest <= float(value) <= largest:
-            raise ValueError(
-                f"mim4dd.{function}: {name} is {value}, expected a positive number from {smallest:.3} to "
-                f"{largest:.3}, the range of {dtype}"
-            )
+    if not isinstance(value, (Tensor, *NUMBERS)):
+        hint = "; NCELoss and calibrated_noise_ratio measure it" if str(value) == "calibrated" else ""
+        raise ValueError(
+            f"mim4dd.{function}: {name} is {value!r}, expected a positive number or a tensor of one{hint}"
+        )
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"mim4dd.{function}: {name} is {list(value.shape)}, expected one number")
+        if not value.is_floating_point():
+            raise ValueError(f"mim4dd.{function}: {name} has dtype {value.dtype}, expected a floating dtype")
+        if _readable(value):
+            value = value.item()
+    if isinstance(value, Real) and not smallest <= float(value) <= largest:
+        raise ValueError(
+            f"mim4dd.{function}: {name} is {value}, expected a positive number from {smallest:.3} to "
+            f"{largest:.3}, the range of {dtype}"
+        )
 
 
 def assert_positive(function: str, scales: Tensor, **values: Sequence[float | Tensor]) -> None:
@@ -159,12 +156,12 @@ def assert_positive(function: str, scales: Tensor, **values: Sequence[float | Te
 
 
 def _range_of(dtype: torch.dtype) -> tuple[float, float]:
-    """Below it the inverse is not finite."""
+    """Return the smallest and the largest number accepted; the inverse of a smaller one may overflow."""
     info = torch.finfo(dtype)
     return info.tiny, info.max
 
 
 def _readable(value: Tensor) -> bool:
-    """Whether the value can be read now; a fake tensor, or one that is traced, has none."""
+    """Whether the value can be read without waiting; a fake tensor, or one that is traced, has none."""
     plain = type(value) in (Tensor, torch.nn.Parameter)
     return plain and value.device.type == "cpu" and not torch.compiler.is_compiling()

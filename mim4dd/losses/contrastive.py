@@ -132,15 +132,8 @@ def _differentiable_gradients(
         needed = [v.requires_grad_() for v, want in zip((scales, *features), wanted, strict=True) if want]
     with without_autocast(scales):
         losses = [
-            reference.plain(
-                form,
-                scales[:, layer],
-                anchor_labels,
-                key_labels,
-                features[layer],
-                features[half + layer],
-            )
-            for layer in range(half)
+            reference.plain(form, scales[:, k], anchor_labels, key_labels, features[k], features[half + k])
+            for k in range(half)
         ]
         gradients = iter(torch.autograd.grad(torch.stack(losses), needed, grad_losses, create_graph=True))
     return [next(gradients) if want else None for want in wanted]

@@ -35,7 +35,7 @@ class NCELoss(Calibrated):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        check_positive("NCELoss", torch.float64, temperature=temperature)
+        check_positive("NCELoss", "temperature", temperature, torch.float64)
         check_negatives("NCELoss", negatives)
         backends.resolve("NCELoss", backend, None)
         self.temperature = temperature
@@ -51,7 +51,7 @@ class NCELoss(Calibrated):
                 )
             self.register_calibration("noise_ratio")
         else:
-            check_positive("NCELoss", torch.float64, noise_ratio=noise_ratio)
+            check_positive("NCELoss", "noise_ratio", noise_ratio, torch.float64)
             self.noise_ratio = noise_ratio
 
     def forward(self, anchors: Tensor, keys: Tensor, anchor_labels: Tensor, key_labels: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class InfoNCELoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        check_positive("InfoNCELoss", torch.float64, temperature=temperature)
+        check_positive("InfoNCELoss", "temperature", temperature, torch.float64)
         check_positives("InfoNCELoss", positives)
         backends.resolve("InfoNCELoss", backend, None)
         self.temperature = temperature

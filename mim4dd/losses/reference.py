@@ -33,8 +33,8 @@ def unit_rows(features: Tensor) -> Tensor:
     return features * inverse_norms(features)
 
 
-# Of rows of logits: their losses, how many of them count in the mean, and what makes the slopes, the
-# derivative of the summed losses with respect to the logits.
+# Of rows of logits: the loss of each, how many of them count in the mean, and a function that returns the
+# gradient of the summed losses with respect to the logits.
 Terms = tuple[Tensor, Tensor, Callable[[], Tensor]]
 
 
@@ -91,7 +91,7 @@ def _positives(
 
 
 def _lowest(x: Tensor) -> float:
-    """In place of -inf, which makes NaN of a row with nothing else."""
+    """Return what stands for -inf, of which a row of nothing else would become NaN."""
     return torch.finfo(x.dtype).min
 
 
@@ -155,21 +155,13 @@ def chunked(
     if want_scales:
         grad_temperature = -torch.vdot(rows[0].flatten(), grad_rows[0].flatten()) / temperature
         grad_scales = torch.stack([grad_temperature, grad_shift / noise_ratio])
-    grad_sides = [
-        _across(row, grad_row, inverse, own_temperature).to(saved_dtype(side.dtype))
-        if want
-        else side.new_empty(0, dtype=saved_dtype(side.dtype))
-        for side, row, grad_row, inverse, own_temperature, want in zip(
-            (anchors, keys),
-            rows,
-            grad_rows,
-            inverses,
-            (temperature, None),
-            (want_anchors, want_keys),
-            strict=True,
-        )
-    ]
-    return [loss, grad_scales, *grad_sides]
+    grad_anchors, grad_keys = anchors.new_empty(0), keys.new_empty(0)
+    if want_anchors:
+        grad_anchors = _across(rows[0], grad_rows[0], inverses[0], temperature)
+    if want_keys:
+        grad_keys = _across(rows[1], grad_rows[1], inverses[1], None)
+    dtype = saved_dtype(anchors.dtype)  # the keys have the same
+    return [loss, grad_scales, grad_anchors.to(dtype), grad_keys.to(dtype)]
 
 
 def _one_way(

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from ..constants import kept
+from ..constants import cached
 from .checks import assert_positive, check_positive
 
 
@@ -32,9 +32,9 @@ def scales_of(
 ) -> Tensor:
     """Return [2, L]: the temperature and the noise ratio of each layer, on the device, at least float32."""
     dtype = torch.promote_types(features.dtype, torch.float32)
-    check_positive(function, dtype, temperature=temperature)
+    check_positive(function, "temperature", temperature, dtype)
     for ratio in noise_ratios:
-        check_positive(function, dtype, noise_ratio=ratio)
+        check_positive(function, "noise_ratio", ratio, dtype)
     values = (*[temperature] * len(noise_ratios), *noise_ratios)
     constants = tuple(value for value in values if not isinstance(value, Tensor))
     numbers = _numbers(constants, dtype, features.device)
@@ -50,7 +50,7 @@ def scales_of(
     return scales
 
 
-@kept(4096)  # more than any program has in use, but not every number of one that lowers its temperature
+@cached(4096)  # more than any program has in use, but not every number of one that lowers its temperature
 def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if values and torch.compiler.is_compiling():  # `torch.tensor` would make numbers constants
         one = torch.ones((), dtype=dtype, device=device)

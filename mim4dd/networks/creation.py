@@ -54,7 +54,7 @@ def create(
     """
     if precision not in COMPUTED:
         raise unknown("precision", precision, COMPUTED)
-    extension.tell()
+    extension.warn_once()
     check_counts(channels=channels, num_classes=num_classes, width=width)
     if architecture not in ARCHITECTURES:
         raise unknown("architecture", architecture, ARCHITECTURES)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from ..derivatives import last
+from ..derivatives import not_differentiable
 from . import batching, on_gpu
 from .normalisation import TWICE
 from .precision import computed_in
@@ -126,7 +126,7 @@ class _Backward(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @last(TWICE)
+    @not_differentiable(TWICE)
     def backward(ctx: Any, grad_grad_x: Tensor | None, *of_weights: Tensor | None) -> tuple[Any, ...]:
         _, x, *weights, _, _ = ctx.saved_tensors
         grad_grad_y, grad_x, grad_taps, grad_scale = torch.ops.mim4dd.first_block_backward_twice(

@@ -135,7 +135,7 @@ def budget(gib: float | None, device: torch.device) -> int | None:
     return int(SHARE * (torch.cuda.mem_get_info(device)[0] + kept))
 
 
-def passing(network: Network, images: Tensor) -> int:
+def chunk_size(network: Network, images: Tensor) -> int:
     """Return how many images [N, C, H, W] to take through a network at once without gradients.
 
     That is `CHUNK`, or on a GPU fewer where so many would take more than `SHARE` of its free memory.

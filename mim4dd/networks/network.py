@@ -55,7 +55,7 @@ class Network(nn.Module):
         with autocast(self.precision, x.device):
             for k, block in enumerate(self.blocks):
                 x = block(x)
-                wanted = x if layers is None or k in layers else nothing_of(x)
+                wanted = x if layers is None or k in layers else empty_map(x)
                 maps.append(at_least_float32(wanted))
         return maps
 
@@ -88,6 +88,6 @@ class Network(nn.Module):
         return self.classifier(features.to(weight.dtype))
 
 
-def nothing_of(x: Tensor) -> Tensor:
+def empty_map(x: Tensor) -> Tensor:
     """Return an empty map [B, 0, ...] in place of x [B, C, ...]."""
     return x[:, :0].clone()  # a view would keep all of x in memory

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import extension
-from ..derivatives import last
+from ..derivatives import not_differentiable
 from . import batching, on_gpu
 
 
@@ -103,7 +103,7 @@ class _Backward(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @last(TWICE)
+    @not_differentiable(TWICE)
     def backward(
         ctx: Any, grad_grad_x: Tensor, grad_grad_weight: Tensor, grad_grad_bias: Tensor
     ) -> tuple[Any, ...]:

@@ -13,10 +13,8 @@ from .distribution import DistributionMatching, distribution_distance
 from .estimate import mutual_information_estimate
 from .gradient import GradientMatching, gradient_distance, loops
 from .mutual_information import MutualInformation
-from .student import trajectory_distance
-from .term_networks import TermNetworks, TrainedOnReal, TrainedOnSynthetic
-from .through import ThroughTermNetworks
-from .trajectory import TrajectoryMatching, train_experts
+from .term_networks import TermNetworks, ThroughTermNetworks, TrainedOnReal, TrainedOnSynthetic
+from .trajectory import TrajectoryMatching, train_experts, trajectory_distance
 
 __all__ = [
     "METHODS",

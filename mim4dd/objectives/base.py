@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -55,7 +55,7 @@ class Problem:
     precision: str = "fp32"
     memory: int | None = None
     partners: Tensor | None = None
-    trajectory: TrajectoryConfig | None = None
+    trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
 
     def pair_labels(self, real_index: Tensor) -> tuple[Tensor, Tensor]:
         """Return labels [n] of the synthetic images and [...] of real ones [...]: equal where they pair."""
@@ -76,7 +76,7 @@ class Problem:
     def graphs_kept(self, count: int) -> int:
         """How many gradients, each on `count` images, may keep their graphs until they are differentiated.
 
-        They get half of the memory, beside the real images; None get none.
+        They get half of `memory`, beside the real images; without a limit there, none keep theirs.
         """
         return 0 if self.memory is None else self.memory // 2 // self.graph_bytes(count)
 

@@ -60,7 +60,7 @@ def mutual_information_estimate(
     function = "mutual_information_estimate"
     synthetic, real = synthetic_features.flatten(1), real_features.flatten(1)
     check_features(function, synthetic, real, names=("synthetic_features", "real_features"))
-    check_positive(function, temperature=temperature)
+    check_positive(function, "temperature", temperature)
     names = "synthetic_labels", "real_labels"
     labels, real_labels = check_labels(function, synthetic, real, synthetic_labels, real_labels, names=names)
     cosine = (unit_rows(synthetic) @ unit_rows(real).T).double()
@@ -76,11 +76,9 @@ def mutual_information_estimate(
 
 def _halves(labels: Tensor) -> Iterator[Tensor]:
     """Indices of every other row of each label, and of the rest."""
-    order = labels.argsort(stable=True)
-    _, counts = labels.unique(return_counts=True)
-    slot = torch.cat([torch.arange(int(n), device=labels.device) for n in counts] or [labels])
-    for parity in (0, 1):
-        yield order[slot % 2 == parity]
+    rows = [(labels == label).nonzero().squeeze(1) for label in labels.unique()] or [labels.long()]
+    for first in (0, 1):
+        yield torch.cat([of_label[first::2] for of_label in rows])
 
 
 class _Critic(NamedTuple):

@@ -22,13 +22,13 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..config import TrajectoryConfig
+from ..config import TrajectoryConfig, settled
 from ..data import ImageSet
 from ..errors import InputError
 from ..files import atomic, cache_folder, write
 from ..networks import Network
 from ..seeding import generator
-from ..stacked import Stack, at_once
+from ..stacked import Stack, stack_size
 
 FORMAT = "mim4dd-experts-2"
 LR = 0.01  # of plain SGD, as published
@@ -165,7 +165,7 @@ def _train_alone(recipe: Recipe, path: Path) -> Iterator[tuple[int, int]]:
     done = int(finished.read_text()) if finished.exists() else 0
     table = _table(partial, recipe, (count, snapshots + 1, sum(map(math.prod, recipe.shapes.values()))))
     real = recipe.real
-    together = at_once(recipe.network, (real.channels, *real.image_size), BATCH, real.images.device)
+    together = stack_size(recipe.network, (real.channels, *real.image_size), BATCH, real.images.device)
     while done < count:
         group = range(done, min(done + together, count))
         for snapshot, weights in enumerate(_paths(recipe, group)):
@@ -186,7 +186,7 @@ def _paths(recipe: Recipe, group: Sequence[int]) -> Iterator[Tensor]:
     stack = Stack.initialised(network, random)
     step = stack.step(stack.sgd(LR), real.labelled, recipe.augmentation, real.image_size)
     batches = chain.from_iterable(stack.epoch(len(real), BATCH) for _ in repeat(None))
-    for snapshot in range((recipe.config.expert_snapshots or 0) + 1):
+    for snapshot in range(settled(recipe.config.expert_snapshots) + 1):
         for index in islice(batches, recipe.interval if snapshot else 0):
             step(index)
         yield stack.rows()

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
+from ..config import settled
 from ..networks.memory import per_first_derivative
 from .base import Problem
 from .characteristic import NUM_FREQUENCIES
-from .through import compared
+from .term_networks import compared
 from .trajectory import student_batch
 
 FLOAT = 4  # bytes
@@ -54,8 +55,7 @@ def of_trajectory(problem: Problem) -> int:
 
     And three times the images: a copy, the gradient of a step's, and the sum of these.
     """
-    assert problem.trajectory is not None
-    steps, batch = problem.trajectory.student_steps or 0, student_batch(problem)
+    steps, batch = settled(problem.trajectory.student_steps), student_batch(problem)
     graphs = min(steps, max(1, problem.graphs_kept(batch))) * problem.graph_bytes(batch)
     back = batch * max(problem.bytes_per_image(gradients=True), _first_derivative(problem, twice=True))
     seen = of_features(problem) if problem.layers else 0

@@ -13,10 +13,10 @@ from torch.func import functional_call, grad, vmap
 from .. import augment
 from ..dtypes import at_least_float32
 from ..networks import CHUNK, Network, initialise
-from ..networks.network import nothing_of
+from ..networks.network import empty_map
 from ..seeding import generator
 from ..stacked import Stack, augmented_batch
-from ..state import Count, State
+from ..state import State, counter
 from .base import Matched, Objective, Problem
 
 NETWORK_LR = 0.01
@@ -111,7 +111,7 @@ class GradientMatching(Objective):
         )
         self.generators = (self.draws, self.augmentations)
         self.outer, self.inner = loops(len(problem.labels) // problem.real.num_classes)
-        self.calls = Count()
+        self.calls = counter()
         self.stack = Stack.of(self.network.network, self.training)
         self.step = self.stack.step(
             self.stack.sgd(NETWORK_LR), augmented_batch, problem.augmentation, problem.real.image_size
@@ -119,11 +119,11 @@ class GradientMatching(Objective):
 
     def prepare(self, images: Tensor, targets: Tensor) -> None:
         """Start with a new network, or train the one there is on the synthetic images."""
-        if self.calls.times % self.outer == 0:
+        if int(self.calls) % self.outer == 0:
             initialise(self.network, self.weights)
         else:
             self.train(images, targets)
-        self.calls.times += 1
+        self.calls += 1
         self.problem.set_batch_norm_statistics(self.network.network, self.statistics)
 
     def state(self) -> State:
@@ -186,7 +186,7 @@ class _WithMaps(nn.Module):
         last = len(self.network.blocks) - 1
         maps = self.network.features(x, {last, *self.layers})
         logits = self.network.classify(maps[-1])
-        return logits, [m if k in self.layers else nothing_of(m) for k, m in enumerate(maps)]
+        return logits, [m if k in self.layers else empty_map(m) for k, m in enumerate(maps)]
 
 
 def _loss(

@@ -88,9 +88,9 @@ class MutualInformation(Calibrated):
         for name, factor in factors.items():
             if not isinstance(factor, Real) or not math.isfinite(factor):
                 raise ValueError(f"mim4dd.MutualInformation: {name} is {factor!r}, expected a finite number")
-        check_positive("MutualInformation", torch.float64, temperature=temperature)
+        check_positive("MutualInformation", "temperature", temperature, torch.float64)
         if not isinstance(noise_ratio, str):
-            check_positive("MutualInformation", torch.float64, noise_ratio=noise_ratio)
+            check_positive("MutualInformation", "noise_ratio", noise_ratio, torch.float64)
         self.loss = loss
         self.weight = weight
         self.layers = layers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,76 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
-from ..derivatives import last
-from ..networks.flat import flatten, unflatten
+from ..derivatives import not_differentiable
+from ..networks.flat import unflatten
 
 # Takes the images and targets of one step from all of them, differentiably.
 Batch = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def trajectory_distance(
-    network: nn.Module,
-    start: Mapping[str, Tensor],
-    target: Mapping[str, Tensor],
-    images: Tensor,
-    labels: Tensor,
-    *,
-    steps: int,
-    step_size: float | Tensor,
-    memory: str = "constant",
-) -> Tensor:
-    """Return ‖end - target‖² / ‖start - target‖², end being `start` after SGD on all the images, a scalar.
-
-    It is the loss of MTT (CVPR 2022), on all images in every step. Differentiable in `images` and
-    `step_size`, once, or with `memory="unrolled"` as often as the gradient of the network is (through the
-    compiled layers also once).
-
-    Args:
-        network: its parameters' names are the keys of `start`; its own values are not used. Whatever
-            `torch.func.grad` takes: no checkpointing, and no `autograd.Function` without `setup_context`.
-        start: weights before the first step.
-        target: weights to reach.
-        images: float [n, C, H, W].
-        labels: int64 [n], or probabilities [n, num_classes], which get their gradient.
-        steps: number of full-batch steps on the cross entropy.
-        step_size: their size; a 0-d tensor gets its gradient.
-        memory: "unrolled" keeps the graph of every step; "constant" keeps the weights of every step and the
-            graph of one, and computes the same gradient, cross-step terms included (as TESLA, ICML 2023, but
-            exact): the steps are taken back one by one, each recomputed from its stored weights.
-
-    Raises:
-        ValueError: weights that do not fit the network, or an unknown kind of memory.
-    """
-    names = [name for name, _ in network.named_parameters()]
-    for argument, weights in (("start", start), ("target", target)):
-        if weights.keys() != {*names}:
-            odd = min(weights.keys() ^ {*names})
-            raise ValueError(
-                f"mim4dd.trajectory_distance: {argument} does not fit the network, see weight {odd!r}"
-            )
-        if any(weights[name].shape != value.shape for name, value in network.named_parameters()):
-            raise ValueError(
-                f"mim4dd.trajectory_distance: {argument} has weights of other shapes than the network"
-            )
-    if steps < 0:
-        raise ValueError(f"mim4dd.trajectory_distance: steps is {steps}, expected at least 0")
-    if memory not in ("constant", "unrolled"):
-        raise ValueError(
-            f"mim4dd.trajectory_distance: memory is {memory!r}, expected 'constant' or 'unrolled'"
-        )
-    if isinstance(step_size, Tensor):
-        step = step_size.to(images.device, images.dtype)
-    else:  # filled in there, not copied from the host, so that a CUDA graph can hold it
-        step = torch.full((), step_size, dtype=images.dtype, device=images.device)
-    begin, aim = (flatten(weights[name] for name in names) for weights in (start, target))
-    batches: list[Batch] = [lambda images, targets: (images, targets)] * steps
-    if memory == "constant":
-        end = follow(network, begin, batches, images, labels, step)
-    else:
-        end = begin
-        for _ in range(steps):
-            end = end - step * _gradient(network, end, images, labels)
-    return squared_distance(end, aim) / squared_distance(begin.detach(), aim)
 
 
 def follow(
@@ -125,10 +60,10 @@ class _Trajectory(torch.autograd.Function):
         if not any(ctx.needs_input_grad):
             kept = 0
         path, graphs = [start], []
-        data = _as_leaves(images, targets)
+        data = images.detach().requires_grad_(), targets.detach().requires_grad_(targets.is_floating_point())
         for k, batch in enumerate(batches):
             if k < len(batches) - kept:
-                gradient = _gradient(network, path[-1], *batch(images.detach(), targets.detach()))
+                gradient = loss_gradient(network, path[-1], *batch(images.detach(), targets.detach()))
             else:
                 graphs.append(_graph(network, path[-1], batch, data))
                 gradient = graphs[-1][1].detach()
@@ -139,7 +74,7 @@ class _Trajectory(torch.autograd.Function):
         return path[-1].clone()  # a new tensor even after no step at all: an output must not be an input
 
     @staticmethod
-    @last("a trajectory in constant memory is differentiable once: use memory='unrolled'")
+    @not_differentiable("a trajectory in constant memory is differentiable once: use memory='unrolled'")
     def backward(ctx: Any, adjoint: Tensor) -> tuple[Any, ...]:
         _, _, step = ctx.saved_tensors
         data = ctx.data
@@ -158,25 +93,17 @@ class _Trajectory(torch.autograd.Function):
         return None, None, None, grads[0], grads[1] if len(grads) > 1 else None, grad_step, None
 
 
-def _as_leaves(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the data cut off from what they were made of, for gradients by all but labels."""
-    return (
-        images.detach().requires_grad_(),
-        targets.detach().requires_grad_(targets.is_floating_point()),
-    )
-
-
 def _graph(
     network: nn.Module, weights: Tensor, batch: Batch, data: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Return the weights as a leaf, and the gradient of a step as a function of them and of the data."""
     weights = weights.detach().requires_grad_()
     with torch.enable_grad():
-        return weights, _gradient(network, weights, *batch(*data))
+        return weights, loss_gradient(network, weights, *batch(*data))
 
 
-def _gradient(network: nn.Module, weights: Tensor, images: Tensor, targets: Tensor) -> Tensor:
-    """Gradient of the cross entropy by the weights, as one vector, differentiable in all three."""
+def loss_gradient(network: nn.Module, weights: Tensor, images: Tensor, targets: Tensor) -> Tensor:
+    """Return the gradient of the cross entropy by the weights, as one vector, differentiable in all three."""
 
     def loss(weights: Tensor) -> Tensor:
         # Batch normalisation writes its statistics: into copies, for they are as little used as the weights.
@@ -186,8 +113,3 @@ def _gradient(network: nn.Module, weights: Tensor, images: Tensor, targets: Tens
 
     # Not by torch.autograd.grad, which has the first layer work out the gradient by the images as well.
     return grad(loss)(weights)
-
-
-def squared_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Return ‖a - b‖² of two vectors, a scalar."""
-    return (a - b).square().sum()

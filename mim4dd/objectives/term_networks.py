@@ -1,4 +1,4 @@
-"""The add-on's own networks: briefly trained, they tell the classes apart as random ones cannot."""
+"""The add-on's own networks, briefly trained to tell classes apart, and the objective that uses them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from ..networks import Network, initialise
 from ..networks.flat import flatten, load
 from ..seeding import generator
 from ..stacked import Batch, Stack, augmented_batch
-from ..state import Count, State
-from .base import Problem
+from ..state import State, counter, prefixed
+from .base import Matched, Objective, Problem
+
+COMPARED = 64  # real images per class that the add-on compares, at most
 
 LR = 0.01
 MOMENTUM = 0.9
@@ -93,7 +95,7 @@ class TrainedOnSynthetic(TermNetworks):
 
     def __init__(self, problem: Problem) -> None:
         network, device = problem.network(), problem.real.images.device
-        self._matches = Count()
+        self._matches = counter()
         self._lengths = generator(problem.seed, "mim/student/steps")  # on the CPU: they say what to do
         self._random = generator(problem.seed, "mim/student", device)
         self._training = _Training(problem, network, self._random, augmented_batch)
@@ -101,14 +103,14 @@ class TrainedOnSynthetic(TermNetworks):
 
     def renew(self, images: Tensor, targets: Tensor) -> None:
         """Train a new student every `STUDENT_EVERY` calls, the first one included."""
-        if self._matches.times % STUDENT_EVERY == 0:
+        if int(self._matches) % STUDENT_EVERY == 0:
             least, most = STUDENT_EPOCHS
             self._training.restart()
             epochs = torch.randint(least, most + 1, (), generator=self._lengths, device="cpu")
             for _ in range(int(epochs)):
                 for index in self._training.stack.epoch(len(images), STUDENT_BATCH):
                     self._training.step(index, images, targets)
-        self._matches.times += 1
+        self._matches += 1
 
     def state(self) -> State:
         """The student, how many matches it served, and what the next one is drawn from."""
@@ -135,3 +137,58 @@ class _Training:
         initialise(self.network, self.random)
         for state in self.optimizer.state.values():
             state["momentum_buffer"].zero_()
+
+
+class ThroughTermNetworks(Objective):
+    """A base method whose features for the add-on come from networks of the add-on's own.
+
+    Every match draws one of the networks and real images of its own, augmented alike with the synthetic ones
+    by class. The loss is that of the base method, unchanged.
+
+    Args:
+        networks: those of the add-on.
+        base: the base method.
+        problem: with the layers of the add-on.
+    """
+
+    def __init__(self, networks: TermNetworks, base: Objective, problem: Problem) -> None:
+        self.networks, self.base, self.problem = networks, base, problem
+        self.remedy, self.trained = base.remedy, base.trained
+        self.network = problem.network()
+        self.draws = tuple(
+            generator(problem.seed, f"mim/{purpose}", networks.weights.device)
+            for purpose in ("choice", "statistics", "augmentation", "real")
+        )
+        self.generators = None if base.generators is None else (*base.generators, *self.draws)
+
+    @property
+    def network_lr(self) -> float | None:
+        """That of the base method."""
+        return self.base.network_lr
+
+    def prepare(self, images: Tensor, targets: Tensor) -> None:
+        """Prepare the base method and the networks."""
+        self.base.prepare(images, targets)
+        self.networks.renew(images, targets)
+
+    def state(self) -> State | None:
+        """The base method's, that of the networks, and what is drawn from; None if the base has none."""
+        base = self.base.state()
+        if base is None:
+            return None
+        own: State = {f"draw {k}": draw for k, draw in enumerate(self.draws)}
+        return own | prefixed("base", base) | prefixed("networks", self.networks.state())
+
+    def match(self, images: Tensor, targets: Tensor) -> Matched:
+        """Return the base method's loss for the images [n, C, H, W], and features of one of the networks."""
+        problem = self.problem
+        choice, statistics, augmentations, draws = self.draws
+        loss = self.base.match(images, targets).loss
+        self.networks.load_into(self.network, choice)
+        problem.set_batch_norm_statistics(self.network, statistics)
+        return Matched(loss, *problem.siamese(self.network, images, compared(problem), draws, augmentations))
+
+
+def compared(problem: Problem) -> int:
+    """How many real images per class the add-on compares."""
+    return min(problem.real_batch, COMPARED)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import augment
-from ..config import TrajectoryConfig
+from ..config import TrajectoryConfig, settled
 from ..errors import InputError
 from ..networks.flat import flatten, load
 from ..seeding import generator
@@ -18,18 +18,88 @@ from ..state import State
 from . import experts
 from .base import Matched, Objective, Problem
 from .experts import Experts, Recipe
-from .student import Batch, follow, squared_distance
+from .student import Batch, follow, loss_gradient
+
+
+def trajectory_distance(
+    network: nn.Module,
+    start: Mapping[str, Tensor],
+    target: Mapping[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    steps: int,
+    step_size: float | Tensor,
+    memory: str = "constant",
+) -> Tensor:
+    """Return ‖end - target‖² / ‖start - target‖², end being `start` after SGD on all the images, a scalar.
+
+    It is the loss of MTT (CVPR 2022), on all images in every step. Differentiable in `images` and
+    `step_size`, once, or with `memory="unrolled"` as often as the gradient of the network is (through the
+    compiled layers also once).
+
+    Args:
+        network: its parameters' names are the keys of `start`; its own values are not used. Whatever
+            `torch.func.grad` takes: no checkpointing, and no `autograd.Function` without `setup_context`.
+        start: weights before the first step.
+        target: weights to reach.
+        images: float [n, C, H, W].
+        labels: int64 [n], or probabilities [n, num_classes], which get their gradient.
+        steps: number of full-batch steps on the cross entropy.
+        step_size: their size; a 0-d tensor gets its gradient.
+        memory: "unrolled" keeps the graph of every step; "constant" keeps the weights of every step and the
+            graph of one, and computes the same gradient, cross-step terms included (as TESLA, ICML 2023, but
+            exact): the steps are taken back one by one, each recomputed from its stored weights.
+
+    Raises:
+        ValueError: weights that do not fit the network, or an unknown kind of memory.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    for argument, weights in (("start", start), ("target", target)):
+        if weights.keys() != {*names}:
+            odd = min(weights.keys() ^ {*names})
+            raise ValueError(
+                f"mim4dd.trajectory_distance: {argument} does not fit the network, see weight {odd!r}"
+            )
+        if any(weights[name].shape != value.shape for name, value in network.named_parameters()):
+            raise ValueError(
+                f"mim4dd.trajectory_distance: {argument} has weights of other shapes than the network"
+            )
+    if steps < 0:
+        raise ValueError(f"mim4dd.trajectory_distance: steps is {steps}, expected at least 0")
+    if memory not in ("constant", "unrolled"):
+        raise ValueError(
+            f"mim4dd.trajectory_distance: memory is {memory!r}, expected 'constant' or 'unrolled'"
+        )
+    if isinstance(step_size, Tensor):
+        step = step_size.to(images.device, images.dtype)
+    else:  # filled in there, not copied from the host, so that a CUDA graph can hold it
+        step = torch.full((), step_size, dtype=images.dtype, device=images.device)
+    begin, aim = (flatten(weights[name] for name in names) for weights in (start, target))
+    batches: list[Batch] = [lambda images, targets: (images, targets)] * steps
+    if memory == "constant":
+        end = follow(network, begin, batches, images, labels, step)
+    else:
+        end = begin
+        for _ in range(steps):
+            end = end - step * loss_gradient(network, end, images, labels)
+    return squared_distance(end, aim) / squared_distance(begin.detach(), aim)
+
+
+def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Return ‖a - b‖² of two vectors, a scalar."""
+    return (a - b).square().sum()
 
 
 def recipe(problem: Problem) -> Recipe:
     """Return what shapes the experts of a problem.
 
     Raises:
-        ValueError: the problem has no settings of trajectory matching, or no number of starts or steps.
+        ValueError: the problem's settings of trajectory matching have no number of starts or steps.
         InputError: data or a network that cannot be followed.
     """
     config, network = problem.trajectory, problem.network()
-    if config is None or not config.max_start or not config.student_steps:
+    if not config.max_start or not config.student_steps:
         raise ValueError(
             "mim4dd.objectives.TrajectoryMatching: Problem(trajectory=TrajectoryConfig(max_start=..., "
             "student_steps=...)) is needed"
@@ -63,7 +133,7 @@ def train_experts(problem: Problem) -> Iterator[tuple[int, int]]:
 
 def _last(config: TrajectoryConfig) -> int:
     """Return the last snapshot that a match may lead to."""
-    return (config.max_start or 1) - 1 + config.span
+    return settled(config.max_start) - 1 + config.span
 
 
 def open_experts(made: Recipe) -> Experts:
@@ -84,7 +154,7 @@ def open_experts(made: Recipe) -> Experts:
 def student_batch(problem: Problem) -> int:
     """Return how many synthetic images a step takes."""
     count = len(problem.labels)
-    return min((problem.trajectory and problem.trajectory.student_batch) or count, count)
+    return min(problem.trajectory.student_batch or count, count)
 
 
 class TrajectoryMatching(Objective):
@@ -101,7 +171,6 @@ class TrajectoryMatching(Objective):
         made = recipe(problem)
         self.problem, self.config = problem, made.config
         self.network, self.experts = made.network, open_experts(made)
-        self.starts = self.config.max_start or 1
         self.batch = student_batch(problem)
         self.kept = problem.graphs_kept(self.batch)
         seed, device = problem.seed, problem.real.images.device
@@ -126,7 +195,7 @@ class TrajectoryMatching(Objective):
         """Read two snapshots of an expert."""
         expert, snapshot = (
             int(torch.randint(count, (), generator=self.matches, device="cpu"))
-            for count in (self.experts.num_experts, self.starts)
+            for count in (self.experts.num_experts, settled(self.config.max_start))
         )
         for held, k in ((self.start, snapshot), (self.target, snapshot + self.config.span)):
             held.copy_(self.experts.weights(expert, k, images.device))
@@ -158,7 +227,7 @@ class TrajectoryMatching(Objective):
 
     def _indices(self, count: int) -> Iterator[Tensor | slice]:
         """Yield the images of every step: each in turn, in a new order every time around."""
-        steps = self.config.student_steps or 0
+        steps = settled(self.config.student_steps)
         if one_unordered_batch(count, self.batch, self.training.device):
             yield from [slice(count)] * steps
             return

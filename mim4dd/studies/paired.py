@@ -43,11 +43,10 @@ class Difference:
 
     def __str__(self) -> str:
         text = f"{100 * self.mean:+.2f}"
-        return (
-            text
-            if self.interval is None
-            else "{} [{:+.2f}, {:+.2f}]".format(text, *(100 * end for end in self.interval))
-        )
+        if self.interval is None:
+            return text
+        low, high = self.interval
+        return f"{text} [{100 * low:+.2f}, {100 * high:+.2f}]"
 
 
 def paired_difference(ours: Mapping[int, float], base: Mapping[int, float]) -> Difference | None:
