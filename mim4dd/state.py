@@ -1,6 +1,6 @@
 """The state of a run: what one update passes on to the next, for an interrupted run to be resumed exactly.
 
-It is named where it lives: tensors that are changed in place, counts among them, and random generators.
+It consists of tensors that are changed in place, counts among them, and of random generators, by name.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def _positives(
 
 
 def _lowest(x: Tensor) -> float:
-    """Return what stands for -inf, of which a row of nothing else would become NaN."""
+    """Return the lowest number: it stands for -inf, which makes NaN of a row of nothing else."""
     return torch.finfo(x.dtype).min
 
 
