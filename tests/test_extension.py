@@ -177,6 +177,20 @@ def test_cuda_kernels_are_built_by_the_nvcc_of_torch(monkeypatch, capsys, tmp_pa
     assert wants_cuda()
 
 
+def test_two_libraries_are_built_in_two_folders(tmp_path):
+    """`build_ext --parallel` builds both at once, and each begins by emptying its folder's cache."""
+    program = """
+import runpy, subprocess, sys
+subprocess.run = lambda command, cwd=None, **_: print(cwd)
+sys.argv = ["setup.py", "-q", "build_ext", "--build-temp", sys.argv[1], "--build-lib", sys.argv[1]]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    command = [sys.executable, "-c", program, tmp_path]
+    environment = {**os.environ, "MIM4DD_CUDA": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert len(set(done.stdout.split())) == 2
+
+
 @pytest.mark.parametrize(("missing", "named"), [("a compiler", "cmake"), ("pybind11", "pybind11")])
 def test_where_it_cannot_be_built_the_build_says_what_to_do(tmp_path, missing, named):
     hidden = "" if missing == "a compiler" else f"sys.modules[{missing!r}] = None; "
