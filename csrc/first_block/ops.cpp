@@ -12,6 +12,7 @@
 #include "../channels_last.h"
 #include "../isa.h"
 #include "../require.h"
+#include "../scratch.h"
 
 namespace {
 
@@ -90,10 +91,10 @@ class Block {
     if (call.grad_grad_weight) call.grad_grad_turned = (grad_grad_turned = turn(call.grad_grad_weight)).data();
     const auto image = MIM4DD_BEST(block_image);
     torch::stable::parallel_for(0, call.batch, 1, [&](int64_t begin, int64_t end) {
-      thread_local std::vector<float> scratch;  // fresh pages would cost as much as the work on them
-      if (const size_t size = mim4dd::block_scratch(call); scratch.size() < size) scratch.resize(size);
-      for (int64_t i = begin; i < end; ++i) image(call, i, scratch.data());
-      if (scratch.size() > kKeptScratch) scratch = {};
+      thread_local std::vector<float> memory;
+      float* scratch = mim4dd::kept(memory, mim4dd::block_scratch(call));
+      for (int64_t i = begin; i < end; ++i) image(call, i, scratch);
+      if (memory.size() > kKeptScratch) std::vector<float>().swap(memory);  // `= {}` would free nothing
     });
   }
 
