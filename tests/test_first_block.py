@@ -223,6 +223,9 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             block(*wrong, EPS, 1, True, 2)
+    for padding in (-1, 2**62, 2**63 - 1):  # twice the last is -2
+        with pytest.raises(ValueError, match="padding must be from 0 to"):
+            block(x, taps, scale, bias, EPS, padding, True, 2)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")

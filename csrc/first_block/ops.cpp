@@ -17,6 +17,7 @@
 namespace {
 
 constexpr size_t kKeptScratch = 1 << 24;  // floats that a thread keeps from one call to the next, 64 MiB
+constexpr int64_t kMostPadding = 1 << 20;  // every size still fits into 64 bits
 
 using mim4dd::BlockCall;
 using torch::headeronly::MemoryFormat;
@@ -35,6 +36,7 @@ class Block {
     require(x.dim() == 4 && weight.dim() == 2 && weight.size(0) == 9 * x.size(1) && x.size(1) > 0 &&
                 weight.size(0) <= mim4dd::kMostTaps,
             "x must have the channels that the weight is for, 1 to 4: [batch, in, height, width] and [9 in, out]");
+    require(padding >= 0 && padding <= kMostPadding, "padding must be from 0 to ", kMostPadding);
     dtype_ = x.scalar_type();
     require(dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16, "x must be float32 or bfloat16");
     call.half = dtype_ == ScalarType::BFloat16;
@@ -45,7 +47,7 @@ class Block {
     call.group = call.out % 64 == 0 ? 64 : 32;
     call.down = call.height + 2 * padding - 2, call.across = call.width + 2 * padding - 2;
     require(call.out > 0 && call.out % 32 == 0, "output channels must be a multiple of 32");
-    require(padding >= 0 && call.down > 0 && call.across >= 8, "the output must be at least 8 pixels across");
+    require(call.down > 0 && call.across >= 8, "the output must be at least 8 pixels across");
     require(pool == 1 || pool == 2, "pool must be 1 or 2");
     call.pool = static_cast<int>(pool);
     call.relu = relu;
