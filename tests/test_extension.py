@@ -1,9 +1,11 @@
 """How the package is built: its version, and its extension, also where there is none."""
 
+import json
 import os
 import platform
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -116,6 +118,28 @@ def test_code_for_older_processors_is_right(capability, isa):
     files = [f"tests/{name}.py" for name in names]
     done = subprocess.run([*command, *files], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_draws_round_their_products_where_a_processor_need_not(tmp_path):
+    if shutil.which("cmake") is None or shutil.which("c++") is None or platform.machine() != "x86_64":
+        pytest.skip("no cmake or c++ on PATH, or other instructions")
+    torch_at, pybind11_at = Path(torch.__file__).parent, pybind11.get_cmake_dir()
+    paths = [
+        f"-DMIM4DD_OUTPUT_DIR={tmp_path}",
+        f"-DMIM4DD_TORCH={torch_at}",
+        f"-Dpybind11_DIR={pybind11_at}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
+    options = ["-GNinja", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", "-DCMAKE_CXX_FLAGS=-mfma -O3"]
+    subprocess.run(["cmake", ROOT, *options, *paths], cwd=tmp_path, check=True, capture_output=True)
+    commands = json.loads((tmp_path / "compile_commands.json").read_text())
+    (command,) = (each["command"] for each in commands if each["file"].endswith("csrc/draw/ops.cpp"))
+    *command, _, _, _, source = shlex.split(command)  # without -o, what it names, and -c
+    assembly = subprocess.run(
+        [*command, "-S", source, "-o", "-"], cwd=tmp_path, check=True, capture_output=True, text=True
+    ).stdout
+    assert "mulss" in assembly
+    assert "fmadd" not in assembly
 
 
 @pytest.mark.parametrize("source", ["augment", "draw"])
