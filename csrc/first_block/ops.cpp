@@ -123,8 +123,7 @@ class Block {
   }
 };
 
-void* map_data(const Tensor& t) { return const_cast<Tensor&>(t).mutable_data_ptr(); }
-float* data(const Tensor& t) { return static_cast<float*>(map_data(t)); }
+float* data(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -135,7 +134,7 @@ Three forward(const Tensor& x, const Tensor& weight, const Tensor& scale, const 
   const Tensor y = block.like_y(), mean = block.empty({block.call.batch, block.call.out});
   const Tensor rstd = block.empty({block.call.batch, block.call.out});
   block.call.eps = eps;
-  block.call.y = map_data(y), block.call.mean = data(mean), block.call.rstd = data(rstd);
+  block.call.y = y.mutable_data_ptr(), block.call.mean = data(mean), block.call.rstd = data(rstd);
   block.run();
   return {y, mean, rstd};
 }
@@ -171,7 +170,7 @@ Four backward_twice(const Tensor& grad_grad_x, const Tensor& grad_grad_weight, c
   call.grad_grad_bias = block.read(grad_grad_bias, {call.out});
   const Tensor grad_grad_y = block.like_y(), grad_x = block.like_x(), grad_weight = block.per_image(call.taps);
   const Tensor grad_scale = block.empty({call.batch, call.out});
-  call.grad_grad_y = map_data(grad_grad_y), call.grad_x = data(grad_x), call.grad_weight = data(grad_weight);
+  call.grad_grad_y = grad_grad_y.mutable_data_ptr(), call.grad_x = data(grad_x), call.grad_weight = data(grad_weight);
   call.grad_scale = data(grad_scale);
   block.run();
   return {grad_grad_y, block.in_dtype_of_x(grad_x), grad_weight, grad_scale};
