@@ -28,7 +28,7 @@ $(VENV)/built: $(VENV)/installed setup.py pyproject.toml CMakeLists.txt $(wildca
 # The compiled operator, rebuilt with AddressSanitizer, against hostile parameters.
 ASAN_DIR ?= build/asan
 asan: $(VENV)/built
-	PATH="$(abspath $(BIN)):$$PATH" CXXFLAGS="-fsanitize=address -fno-omit-frame-pointer -g1 -O1" \
+	PATH="$(abspath $(BIN)):$$PATH" CXXFLAGS="-fsanitize=address -fno-omit-frame-pointer -g1" MIM4DD_CUDA=0 \
 		$(BIN)/python setup.py -q build_ext --build-lib $(ASAN_DIR) --build-temp $(ASAN_DIR)
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 \

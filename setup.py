@@ -47,7 +47,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         # Right for wheels, `build_ext --inplace` and editable installs alike.
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve()
+        build = Path(self.build_temp).resolve() / ext.name  # its own: `--parallel` builds several at once
         build.mkdir(parents=True, exist_ok=True)
         try:
             # Imported here, not above: reading the package's metadata must work without them.

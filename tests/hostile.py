@@ -42,9 +42,12 @@ def augmentation() -> int:
         images = torch.randint(0, 256, shape).to(dtype)
         if random.random() < 0.5:
             images = images.to(memory_format=torch.channels_last)
+        if random.random() < 0.2:  # neighbours that do not lie side by side
+            images = images.repeat_interleave(2, 3)[..., 1::2]
+        normal = [torch.rand(shape[1]) for _ in range(2)] if random.random() < 0.3 else [None, None]
         adjoint = dtype != torch.uint8 and random.random() < 0.5
         try:
-            torch.ops.mim4dd.augment(images, params, index, None, None, random.random() < 0.5, adjoint)
+            torch.ops.mim4dd.augment(images, params, index, *normal, random.random() < 0.5, adjoint)
         except ValueError:
             refused += 1
     return refused

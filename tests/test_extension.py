@@ -1,9 +1,11 @@
 """How the package is built: its version, and its extension, also where there is none."""
 
+import json
 import os
 import platform
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -118,6 +120,28 @@ def test_code_for_older_processors_is_right(capability, isa):
     assert done.returncode == 0, done.stdout
 
 
+def test_draws_round_their_products_where_a_processor_need_not(tmp_path):
+    if shutil.which("cmake") is None or shutil.which("c++") is None or platform.machine() != "x86_64":
+        pytest.skip("no cmake or c++ on PATH, or other instructions")
+    torch_at, pybind11_at = Path(torch.__file__).parent, pybind11.get_cmake_dir()
+    paths = [
+        f"-DMIM4DD_OUTPUT_DIR={tmp_path}",
+        f"-DMIM4DD_TORCH={torch_at}",
+        f"-Dpybind11_DIR={pybind11_at}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
+    options = ["-GNinja", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", "-DCMAKE_CXX_FLAGS=-mfma -O3"]
+    subprocess.run(["cmake", ROOT, *options, *paths], cwd=tmp_path, check=True, capture_output=True)
+    commands = json.loads((tmp_path / "compile_commands.json").read_text())
+    (command,) = (each["command"] for each in commands if each["file"].endswith("csrc/draw/ops.cpp"))
+    *command, _, _, _, source = shlex.split(command)  # without -o, what it names, and -c
+    assembly = subprocess.run(
+        [*command, "-S", source, "-o", "-"], cwd=tmp_path, check=True, capture_output=True, text=True
+    ).stdout
+    assert "mulss" in assembly
+    assert "fmadd" not in assembly
+
+
 @pytest.mark.parametrize("source", ["augment", "draw"])
 def test_cuda_kernels_compile_without_spills(tmp_path, record_property, source):
     nvcc = shutil.which("nvcc")
@@ -175,6 +199,20 @@ def test_cuda_kernels_are_built_by_the_nvcc_of_torch(monkeypatch, capsys, tmp_pa
     assert ("MIM4DD_CUDA=1 builds them in any case" in said) is (torch_cuda is not None and not built)
     monkeypatch.setenv("MIM4DD_CUDA", "1")
     assert wants_cuda()
+
+
+def test_two_libraries_are_built_in_two_folders(tmp_path):
+    """`build_ext --parallel` builds both at once, and each begins by emptying its folder's cache."""
+    program = """
+import runpy, subprocess, sys
+subprocess.run = lambda command, cwd=None, **_: print(cwd)
+sys.argv = ["setup.py", "-q", "build_ext", "--build-temp", sys.argv[1], "--build-lib", sys.argv[1]]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    command = [sys.executable, "-c", program, tmp_path]
+    environment = {**os.environ, "MIM4DD_CUDA": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert len(set(done.stdout.split())) == 2
 
 
 @pytest.mark.parametrize(("missing", "named"), [("a compiler", "cmake"), ("pybind11", "pybind11")])

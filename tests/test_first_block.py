@@ -1,5 +1,8 @@
 """The first block in one pass against torch's convolution and the plain normalisation, in float64."""
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -220,6 +223,25 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             block(*wrong, EPS, 1, True, 2)
+    for padding in (-1, 2**62, 2**63 - 1):  # twice the last is -2
+        with pytest.raises(ValueError, match="padding must be from 0 to"):
+            block(x, taps, scale, bias, EPS, padding, True, 2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_what_a_large_image_takes_is_given_back():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def block(side):
+        y, *_ = torch.ops.mim4dd.first_block(torch.ones(1, 1, side, side), *weights, EPS, 1, True, 2)
+        return y.numel()
+
+    weights = torch.ones(9, 32), torch.ones(32), torch.ones(32)
+    block(64)
+    before = resident()
+    block(600)  # works in 286 MiB
+    assert resident() - before < 64 * 2**20
 
 
 @pytest.mark.parametrize(("channels", "size"), [(5, (8, 8)), (3, (8, 7)), (3, (6, 6)), (1, (8, 4))])

@@ -155,10 +155,6 @@ struct Transform {
     right = static_cast<int>(clamp<Acc>(f[kRight], -1, width - 1));
   }
 
-  MIM4DD_HOST_DEVICE Acc colour(Acc value, Acc grey_mean, Acc image_mean, Acc inside) const {
-    return gain * value + grey * grey_mean + (offset + level * image_mean) * inside;
-  }
-
   MIM4DD_HOST_DEVICE Point<Acc> source(int y, int x) const {
     const Acc from_y = static_cast<Acc>(y) - centre_y, from_x = static_cast<Acc>(x) - centre_x;
     return {yy * from_y + yx * from_x + (centre_y + shift_y), xy * from_y + xx * from_x + (centre_x + shift_x)};

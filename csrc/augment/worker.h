@@ -218,7 +218,7 @@ class Worker {
   void colour(const Transform<Acc>& t) {
     if (t.keeps_colour()) return;
     constexpr int kChunk = 1024;
-    const Acc constant = t.colour(0, 0, mean(t), 1), grey = t.grey / static_cast<Acc>(channels_);
+    const Acc constant = t.offset + t.level * mean(t), grey = t.grey / static_cast<Acc>(channels_);
     Acc mixed[kChunk];
     for (int64_t first = 0; first < pixels(); first += kChunk) {
       const int count = static_cast<int>(pixels() - first < kChunk ? pixels() - first : kChunk);

@@ -11,6 +11,7 @@
 #include "../channels_last.h"
 #include "../isa.h"
 #include "../require.h"
+#include "../scratch.h"
 
 namespace {
 
@@ -18,18 +19,13 @@ using mim4dd::channels_last;
 using mim4dd::ConvCall;
 using mim4dd::empty_channels_last;
 using mim4dd::kBlock;
+using mim4dd::kept;
 using mim4dd::kPoints;
 using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
 constexpr mim4dd::Require require{"mim4dd.networks: convolution"};
-
-// Memory that a thread keeps from call to call: fresh pages cost as much as the work on them.
-float* kept(std::vector<float>& memory, int64_t numbers) {
-  if (static_cast<int64_t>(memory.size()) < numbers) memory.resize(numbers);
-  return memory.data();
-}
 
 ConvCall call_for(const Tensor& x, int64_t in, int64_t out) {
   ConvCall call{};

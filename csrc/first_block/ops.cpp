@@ -12,10 +12,12 @@
 #include "../channels_last.h"
 #include "../isa.h"
 #include "../require.h"
+#include "../scratch.h"
 
 namespace {
 
 constexpr size_t kKeptScratch = 1 << 24;  // floats that a thread keeps from one call to the next, 64 MiB
+constexpr int64_t kMostPadding = 1 << 20;  // every size still fits into 64 bits
 
 using mim4dd::BlockCall;
 using torch::headeronly::MemoryFormat;
@@ -34,6 +36,7 @@ class Block {
     require(x.dim() == 4 && weight.dim() == 2 && weight.size(0) == 9 * x.size(1) && x.size(1) > 0 &&
                 weight.size(0) <= mim4dd::kMostTaps,
             "x must have the channels that the weight is for, 1 to 4: [batch, in, height, width] and [9 in, out]");
+    require(padding >= 0 && padding <= kMostPadding, "padding must be from 0 to ", kMostPadding);
     dtype_ = x.scalar_type();
     require(dtype_ == ScalarType::Float || dtype_ == ScalarType::BFloat16, "x must be float32 or bfloat16");
     call.half = dtype_ == ScalarType::BFloat16;
@@ -44,7 +47,7 @@ class Block {
     call.group = call.out % 64 == 0 ? 64 : 32;
     call.down = call.height + 2 * padding - 2, call.across = call.width + 2 * padding - 2;
     require(call.out > 0 && call.out % 32 == 0, "output channels must be a multiple of 32");
-    require(padding >= 0 && call.down > 0 && call.across >= 8, "the output must be at least 8 pixels across");
+    require(call.down > 0 && call.across >= 8, "the output must be at least 8 pixels across");
     require(pool == 1 || pool == 2, "pool must be 1 or 2");
     call.pool = static_cast<int>(pool);
     call.relu = relu;
@@ -90,10 +93,10 @@ class Block {
     if (call.grad_grad_weight) call.grad_grad_turned = (grad_grad_turned = turn(call.grad_grad_weight)).data();
     const auto image = MIM4DD_BEST(block_image);
     torch::stable::parallel_for(0, call.batch, 1, [&](int64_t begin, int64_t end) {
-      thread_local std::vector<float> scratch;  // fresh pages would cost as much as the work on them
-      if (const size_t size = mim4dd::block_scratch(call); scratch.size() < size) scratch.resize(size);
-      for (int64_t i = begin; i < end; ++i) image(call, i, scratch.data());
-      if (scratch.size() > kKeptScratch) scratch = {};
+      thread_local std::vector<float> memory;
+      float* scratch = mim4dd::kept(memory, mim4dd::block_scratch(call));
+      for (int64_t i = begin; i < end; ++i) image(call, i, scratch);
+      if (memory.size() > kKeptScratch) std::vector<float>().swap(memory);  // `= {}` would free nothing
     });
   }
 
@@ -120,8 +123,7 @@ class Block {
   }
 };
 
-void* map_data(const Tensor& t) { return const_cast<Tensor&>(t).mutable_data_ptr(); }
-float* data(const Tensor& t) { return static_cast<float*>(map_data(t)); }
+float* data(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -132,7 +134,7 @@ Three forward(const Tensor& x, const Tensor& weight, const Tensor& scale, const 
   const Tensor y = block.like_y(), mean = block.empty({block.call.batch, block.call.out});
   const Tensor rstd = block.empty({block.call.batch, block.call.out});
   block.call.eps = eps;
-  block.call.y = map_data(y), block.call.mean = data(mean), block.call.rstd = data(rstd);
+  block.call.y = y.mutable_data_ptr(), block.call.mean = data(mean), block.call.rstd = data(rstd);
   block.run();
   return {y, mean, rstd};
 }
@@ -168,7 +170,7 @@ Four backward_twice(const Tensor& grad_grad_x, const Tensor& grad_grad_weight, c
   call.grad_grad_bias = block.read(grad_grad_bias, {call.out});
   const Tensor grad_grad_y = block.like_y(), grad_x = block.like_x(), grad_weight = block.per_image(call.taps);
   const Tensor grad_scale = block.empty({call.batch, call.out});
-  call.grad_grad_y = map_data(grad_grad_y), call.grad_x = data(grad_x), call.grad_weight = data(grad_weight);
+  call.grad_grad_y = grad_grad_y.mutable_data_ptr(), call.grad_x = data(grad_x), call.grad_weight = data(grad_weight);
   call.grad_scale = data(grad_scale);
   block.run();
   return {grad_grad_y, block.in_dtype_of_x(grad_x), grad_weight, grad_scale};
