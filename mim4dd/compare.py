@@ -29,6 +29,7 @@ from .studies.cells import (
     differences,
     finished,
     outcome_in,
+    refuse_foreign,
     refuse_other_images,
     rehearse,
 )
@@ -55,6 +56,7 @@ def compare(comparison: Comparison) -> int:
     for method in comparison.methods:
         runs = (cell.config for (arm, _), cell in plan.items() if arm.name == method)
         rehearse(max(runs, key=lambda c: (c.distill.ipc, c.mim.mim_weight)))
+    refuse_foreign(folder, ("compare.json", "cells"))
     make_folder(folder, comparison.data.dataset)
 
     def report() -> list[Arm]:

@@ -102,8 +102,9 @@ class Experiment:
             precision=config.precision,
             memory=memory.budget(config.memory_budget, device),
         )
+        layers = _layers(problem, config)
         if config.mim.mim_weight:
-            problem = dataclasses.replace(problem, layers=_layers(problem, config))
+            problem = dataclasses.replace(problem, layers=layers)
         experiment = cls(config, problem, test, start, data, centres)
         experiment.prepare_method()  # starts no work yet, but finds what is wrong with its settings
         return experiment

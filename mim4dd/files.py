@@ -18,7 +18,10 @@ LOCK = ".lock"  # in the folder of a run for as long as it lasts, and after one 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which takes its place when the block ends without an error."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    except FileNotFoundError as error:  # it names the temporary file
+        raise FileNotFoundError(errno.ENOENT, "No such folder", str(path.parent)) from error
     os.close(handle)
     temporary = Path(name)
     try:

@@ -192,7 +192,13 @@ class SyntheticSet:
             own = {name: facts.pop(name) for name in FACTS}
             own["class_names"] = tuple(own["class_names"])
             metadata = facts.get("metadata", facts)  # older files have it among their own facts
-            return cls(**tensors, **own, metadata=metadata, whitening=whitening)
+            loaded = cls(**tensors, **own, metadata=metadata, whitening=whitening)
+            for name, tensor in tensors.items():
+                if not tensor.isfinite().all() or (name == "std" and not tensor.gt(0).all()):
+                    raise InputError(
+                        f"{path}: {name} holds NaN, infinite or impossible values; distil it again"
+                    )
+            return loaded
         except FileNotFoundError as error:
             raise InputError(f"{path}: no such file; expected a synthetic.safetensors of mim4dd") from error
         except (SafetensorError, OSError, KeyError, ValueError) as error:

@@ -26,7 +26,7 @@ from .files import make_folder
 from .options import read, recast
 from .presets import with_presets
 from .seeding import generator
-from .studies.cells import Cell, differences, fingerprint, refuse_other_images, rehearse
+from .studies.cells import Cell, differences, fingerprint, refuse_foreign, refuse_other_images, rehearse
 from .studies.tune_report import Trial, describe, show, write
 from .studies.tune_settings import CHOICES, RANGES, SEARCHED, Tuning, check_tuning
 
@@ -61,7 +61,9 @@ class Search:
                 )
             )
         name = f"tune-{name_of(tuning.data.dataset)}-{tuning.distill.method}-ipc{tuning.distill.ipc}"
-        self.folder = make_folder(tuning.out or Path("runs") / name, tuning.data.dataset)
+        folder = tuning.out or Path("runs") / name
+        refuse_foreign(folder, ("trials.log", "cells"))
+        self.folder = make_folder(folder, tuning.data.dataset)
         settings = {"base": to_json(base), "seeds": [*tuning.seeds], "seed": tuning.seed, **tuning.space()}
         self.study = _study(self.folder, settings, base)
         self.seconds: list[float] = []  # of every run so far

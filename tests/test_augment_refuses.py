@@ -67,6 +67,9 @@ def test_bad_values_are_named_on_the_cpu(backend):
         for value in (math.nan, math.inf):
             with pytest.raises(ValueError, match=f"augment.apply: params.{name} is not finite"):
                 augment.apply(x, params_with(2, **{name: torch.tensor([1.0, value])}), backend=backend)
+    for std in (torch.tensor([0.0]), torch.tensor([math.nan])):
+        with pytest.raises(ValueError, match=r"augment.apply: std is .*, expected a positive number"):
+            augment.apply(x, params, mean=torch.zeros(1), std=std, backend=backend)
     for row in (-1, 2, 2**40):
         with pytest.raises(ValueError, match=r"augment.apply: rows.* expected 0 to 1"):
             augment.apply(x, params, rows=torch.tensor([0, row]), backend=backend)

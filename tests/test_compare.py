@@ -184,6 +184,13 @@ def test_other_settings_are_refused(finished, capsys):
     assert bytes_of(finished) == {p: b for p, b in before.items() if p.name != "compare.json"}
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
+    (tmp_path / "compare.md").write_text("my own notes")
+    assert compare.main([*QUICK, *GRID, "--out", str(tmp_path)]) == 2
+    assert f"--out {tmp_path} holds compare.md, which is of something else" in capsys.readouterr().err
+    assert [*bytes_of(tmp_path).values()] == [b"my own notes"]
+
+
 def test_cells_of_another_precision_are_refused(finished, capsys):
     """As where another processor takes another one by default."""
     for cell in (finished / "cells").glob("*/result.json"):

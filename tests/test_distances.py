@@ -217,8 +217,13 @@ def test_trajectory_distance_names_bad_input(generator):
     other = {name: value[..., None] for name, value in weights.items()}
     with pytest.raises(ValueError, match="start has weights of other shapes than the network"):
         trajectory_distance(network, other, weights, x, labels, steps=1, step_size=0.1)
-    with pytest.raises(ValueError, match="steps is -1, expected at least 0"):
+    with pytest.raises(ValueError, match="steps is -1, expected a whole number from 0"):
         trajectory_distance(network, weights, weights, x, labels, steps=-1, step_size=0.1)
+    with pytest.raises(ValueError, match=r"steps is 1\.5, expected a whole number from 0"):
+        trajectory_distance(network, weights, weights, x, labels, steps=1.5, step_size=0.1)
+    for size in (-0.1, float("nan"), torch.tensor(0.0)):
+        with pytest.raises(ValueError, match="trajectory_distance: step_size is .*, expected a positive"):
+            trajectory_distance(network, weights, weights, x, labels, steps=1, step_size=size)
     with pytest.raises(ValueError, match="memory is 'none', expected 'constant' or 'unrolled'"):
         trajectory_distance(network, weights, weights, x, labels, steps=1, step_size=0.1, memory="none")
 
@@ -243,7 +248,7 @@ def test_distribution_distance_names_bad_input():
     with pytest.raises(ValueError, match="real_features have width 3 and synthetic_features 4"):
         distribution_distance(torch.zeros(1, 3), torch.zeros(1, 4), torch.zeros(1), torch.zeros(1))
     with pytest.raises(ValueError, match=r"synthetic_labels is \[2\], expected \[1\]"):
-        distribution_distance(torch.zeros(1, 3), torch.zeros(1, 3), torch.zeros(1), torch.zeros(2))
+        distribution_distance(torch.zeros(1, 3), torch.zeros(1, 3), torch.zeros(1).long(), torch.zeros(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -256,3 +261,22 @@ def test_half_precision_is_summed_in_float32(generator, dtype):
     for metric in ("rowwise", "mse", "cosine"):
         distance = gradient_distance([real[:20]], [synthetic], metric)
         close(distance, gradient_distance([real[:20].float()], [synthetic.float()], metric))
+
+
+def test_distances_take_integer_labels_of_any_dtype(generator):
+    rows = torch.randn(6, 4, generator=generator), torch.randn(5, 4, generator=generator)
+    labels = torch.tensor([0, 1, 1, 0, 2, 2]), torch.tensor([0, 1, 2, 0, 1])
+    expected = distribution_distance(*rows, *labels)
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        assert torch.equal(distribution_distance(*rows, *(of.to(dtype) for of in labels)), expected)
+    for dtype in (torch.float32, torch.bool):
+        with pytest.raises(ValueError, match="distribution_distance: synthetic_labels is of torch"):
+            distribution_distance(*rows, labels[0], labels[1].to(dtype))
+
+
+@pytest.mark.parametrize("metric", ["rowwise", "mse", "cosine"])
+def test_gradients_may_come_from_generators(generator, metric):
+    ours, theirs = ([torch.randn(3, 4, generator=generator) for _ in range(2)] for _ in range(2))
+    distance = gradient_distance((g for g in ours), (g for g in theirs), metric)
+    assert distance > 0
+    assert torch.equal(distance, gradient_distance(ours, theirs, metric))

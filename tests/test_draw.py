@@ -78,11 +78,11 @@ def test_it_is_registered_as_torch_wants_it():
 @pytest.mark.parametrize(
     ("uniform", "table", "parts", "named"),
     [
-        (torch.rand(11, 4), torch.zeros(11, 5), 6, "uniform"),
-        (torch.rand(4, 12).t(), torch.zeros(11, 5), 6, "uniform"),
-        (torch.rand(12, 4).double(), torch.zeros(11, 5), 6, "uniform"),
-        (torch.rand(12, 4), torch.zeros(5, 11), 6, "table"),
-        (torch.rand(12, 4), torch.zeros(11, 5), 0, "parts"),
+        (torch.rand(11, 4), torch.zeros(11, 6), 6, "uniform"),
+        (torch.rand(4, 12).t(), torch.zeros(11, 6), 6, "uniform"),
+        (torch.rand(12, 4).double(), torch.zeros(11, 6), 6, "uniform"),
+        (torch.rand(12, 4), torch.zeros(6, 11), 6, "table"),
+        (torch.rand(12, 4), torch.zeros(11, 6), 0, "parts"),
     ],
 )
 def test_it_refuses_what_it_would_misread(uniform, table, parts, named):

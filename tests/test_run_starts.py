@@ -126,6 +126,7 @@ def test_a_folder_is_free_once_a_run_that_saved_nothing_was_killed_in_it(tmp_pat
         (["--device", "toaster"], "--device toaster is not available here"),
         (["--device", "meta"], "--device meta is not available here"),
         (["--mim-layers", "0,7"], "there is no layer 7, the network has 2"),
+        (["--mim-layers", "7", "--mim-weight", "0"], "there is no layer 7, the network has 2"),
         (
             ["--eval-archs", "mlp,resnet"],
             "unknown architecture in --eval-archs: 'resnet', did you mean resnet18",

@@ -277,6 +277,26 @@ def test_foreign_and_corrupted_files_are_refused(tmp_path, digits):
         SyntheticSet.load(text)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("images", torch.nan), ("mean", torch.inf), ("std", 0.0), ("soft_labels", torch.nan)]
+)
+def test_a_set_of_impossible_numbers_is_refused(tmp_path, digits, name, value):
+    start = replace(
+        initialise(digits, 1, "real", generator(0, "init")), soft_labels=torch.full((10, 10), 0.1)
+    )
+    wrong = getattr(start, name).clone()
+    wrong.view(-1)[0] = value
+    replace(start, **{name: wrong}).save(tmp_path / "set.safetensors")
+    with pytest.raises(InputError, match=rf"set\.safetensors: {name} holds NaN, infinite or impossible"):
+        SyntheticSet.load(tmp_path / "set.safetensors")
+
+
+def test_saving_into_a_folder_that_is_not_there_names_it(tmp_path, digits):
+    start = initialise(digits, 1, "real", generator(0, "init"))
+    with pytest.raises(FileNotFoundError, match="No such folder: '.*nowhere'"):
+        start.save(tmp_path / "nowhere" / "set.safetensors")
+
+
 def test_decode_enlarges_the_quarters_of_an_image():
     x = torch.randn(2, 3, 8, 8, generator=generator(0, "x"))
     decoded = decode(x, 2)

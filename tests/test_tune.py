@@ -180,6 +180,14 @@ def test_a_search_cut_off_goes_on_as_if_it_had_not_been(tmp_path, scored, capsys
     assert written(cut)["found"]["trials"][:13] == written(whole)["found"]["trials"]
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path, scored, capsys):
+    scored(peak)
+    (tmp_path / "tune.md").write_text("my own notes")
+    assert tune.main([*QUICK, "--trials", "1", "--out", str(tmp_path)]) == 2
+    assert f"--out {tmp_path} holds tune.md, which is of something else" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["tune.md"]
+
+
 def test_other_settings_are_refused(tmp_path, scored, capsys):
     scored(peak)
     arguments = [*QUICK, "--trials", "1", "--out", str(tmp_path / "out")]

@@ -103,6 +103,9 @@ void check_values(const Call& call) {
   for (int64_t image = 0; image < call.batch; ++image)
     require(call.row(image) >= 0 && call.row(image) < call.num_rows, "rows[", image, "] is ", call.row(image),
             ", expected 0 to ", call.num_rows - 1);
+  for (int channel = 0; call.std && channel < call.channels; ++channel)
+    require(call.std[channel] > 0, "std is ", call.std[channel], " for channel ", channel,
+            ", expected a positive number");
 }
 #endif
 

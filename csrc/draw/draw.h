@@ -18,6 +18,7 @@ enum Drawn {
 struct Drawing {
   float low, span;
   float extent;    // of a box: from its first pixel to its last
+  float last;      // pixel of the image, where the box ends at the latest
   float part;      // of the strategy that draws it; -1: none does
   float identity;  // its value without
 };
@@ -48,8 +49,12 @@ MIM4DD_HOST_DEVICE void draw_row(const DrawCall& call, int64_t row) {
     // It rounds to less than the span, as numbers below 1 do, so its floor is one of the span's values.
     const float step = what < kNumbers ? product : static_cast<float>(static_cast<int>(product));
     float* param = call.params + row * kFields + fields[what];
-    *param = drawn ? of.low + step : of.identity;
-    if (what >= kDrawnCutY) param[1] = drawn ? *param + of.extent : of.identity;  // the box's other end
+    const float value = of.low + step;
+    *param = drawn ? value : of.identity;
+    if (what < kDrawnCutY) continue;
+    const float end = value + of.extent;
+    param[0] = drawn ? (value > 0 ? value : 0.f) : of.identity;
+    param[1] = drawn ? (end < of.last ? end : of.last) : of.identity;
   }
 }
 

@@ -30,7 +30,7 @@ Tensor draw(const Tensor& uniform, const Tensor& table, int64_t parts, int64_t t
   call.rows = uniform.dim() == 2 ? uniform.size(1) : -1;
   call.uniform = floats(uniform, kDrawn + 1, call.rows, "uniform must be contiguous float32 [12, rows]");
   require(table.is_cpu(), "table must be on the CPU");
-  std::copy_n(floats(table, kDrawn, kWidth, "table must be contiguous float32 [11, 5]"), kDrawn * kWidth,
+  std::copy_n(floats(table, kDrawn, kWidth, "table must be contiguous float32 [11, 6]"), kDrawn * kWidth,
               &call.drawings[0].low);
   require(parts >= 1 && parts <= kDrawn && together >= 0, "parts must be from 1 to 11, together 0 or more");
   call.parts = static_cast<int>(parts);

@@ -63,19 +63,20 @@ def from_uniform(
 
 @cached(None)  # never given up: recorded steps of the reference read it, and may not copy
 def _table(parts: tuple[str, ...], size: Size, device: torch.device) -> Tensor:
-    """Of each column [11, 5]: low, span, from a box's first pixel to its last, part, and value without it."""
+    """Of each column [11, 6]: low, span, a box's length - 1, the last pixel, part, and value without it."""
     of_column = {of.name: (k, of) for k, part in enumerate(parts) for of in ranges(part, size)}
-    extents = dict(zip(("cut_y", "cut_x"), (box - 1 for box in box_of(size)), strict=True))
+    boxes = dict(zip(("cut_y", "cut_x"), zip(box_of(size), size, strict=True), strict=True))
     rows = []
     for column in COLUMNS:
         identity = IDENTITY.get(column, 0.0)
         k, of = of_column.get(column, (-1, Range(column, identity, identity)))
-        rows.append((of.low, of.high - of.low, extents.get(column, 0), k, identity))
+        box, side = boxes.get(column, (1, 1))
+        rows.append((of.low, of.high - of.low, box - 1, side - 1, k, identity))
     return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
 def _reference(uniform: Tensor, table: Tensor, parts: int, together: int) -> Tensor:
-    low, span, extent, part, identity = table.t()[:, :, None]
+    low, span, extent, last, part, identity = table.t()[:, :, None]
     *_, choice = uniform
     values = uniform[:-1] * span
     values[FIRST_WHOLE:].floor_()  # of the product: it stays below the span, whatever is added to it
@@ -84,8 +85,9 @@ def _reference(uniform: Tensor, table: Tensor, parts: int, together: int) -> Ten
     if together:
         chosen = (choice[::together] * parts).floor().repeat_interleave(together)
         drawn = part == chosen
+    *_, bottom, right = torch.where(drawn, (values + extent).minimum(last), identity)
+    values[COLUMNS.index("cut_y") :].clamp_(min=0)
     values = torch.where(drawn, values, identity)
-    *_, bottom, right = torch.where(drawn, values + extent, identity)
     brightness, saturation, contrast, scale_x, scale_y, degrees, flip, shift_y, shift_x, top, left = values
     box = (top, bottom, left, right)
     fields = (brightness, saturation, contrast, shift_y, shift_x, *box, flip, scale_x, scale_y, degrees)

@@ -93,8 +93,10 @@ def check(
             _check_device(name, value, images)
 
 
-def check_values(params: AugmentParams, rows: Tensor | None) -> None:
+def check_values(params: AugmentParams, rows: Tensor | None, std: Tensor | None) -> None:
     """Check what is looked at on a CPU only, where nobody has to wait for it."""
+    if std is not None and not (std > 0).all():
+        raise _error(f"std is {std.tolist()}, expected a positive number for every channel")
     for name, field in params.fields().items():
         if not field.isfinite().all():
             raise _error(f"params.{name} is not finite")

@@ -28,7 +28,8 @@ _FIELDS: dict[str, tuple[torch.dtype, int | slice]] = {
 class AugmentParams:
     """One row per image; every tensor has length B. The identity values change nothing.
 
-    Fields may share memory or be made on access: use `dataclasses.replace` instead of writing into them.
+    Only fields of `identity` may be written into: those that were drawn may share memory or be made on
+    access. Use `dataclasses.replace`.
 
     Attributes:
         brightness: float [B], added.
@@ -74,21 +75,7 @@ class AugmentParams:
     @classmethod
     def identity(cls, batch: int, *, device: torch.device | str = "cpu") -> AugmentParams:
         """Return the parameters of `batch` images that leave them as they are."""
-        zeros = torch.zeros(batch, dtype=torch.float32, device=device)
-        ones = torch.ones(batch, dtype=torch.float32, device=device)
-        none = torch.zeros(batch, dtype=torch.int64, device=device)
-        return cls(
-            brightness=zeros,
-            saturation=ones,
-            contrast=ones,
-            shift_y=none,
-            shift_x=none,
-            cutout=torch.full((batch, 4), -1, device=device),
-            flip=none.bool(),
-            scale_x=ones,
-            scale_y=ones,
-            degrees=zeros,
-        )
+        return cls(**unchanged(batch, device)).map(torch.clone)
 
     def __len__(self) -> int:
         return len(self.brightness)
@@ -116,3 +103,22 @@ class AugmentParams:
     def map_rows(self, function: Callable[[Tensor], Tensor]) -> AugmentParams:
         """Do as `map` with a function that picks, repeats or moves rows and leaves numbers as they are."""
         return self.map(function) if self._packed is None else self.of_packed(function(self._packed))
+
+
+def unchanged(batch: int, device: torch.device | str) -> dict[str, Tensor]:
+    """Return the fields of `AugmentParams.identity`, some of which are one and the same tensor."""
+    zeros = torch.zeros(batch, dtype=torch.float32, device=device)
+    ones = torch.ones(batch, dtype=torch.float32, device=device)
+    none = torch.zeros(batch, dtype=torch.int64, device=device)
+    return {
+        "brightness": zeros,
+        "saturation": ones,
+        "contrast": ones,
+        "shift_y": none,
+        "shift_x": none,
+        "cutout": torch.full((batch, 4), -1, device=device),
+        "flip": none.bool(),
+        "scale_x": ones,
+        "scale_y": ones,
+        "degrees": zeros,
+    }

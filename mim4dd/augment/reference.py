@@ -22,7 +22,7 @@ def augment(
 ) -> Tensor:
     """`augment.apply` on checked arguments."""
     if images.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_values(params, rows)
+        check_values(params, rows, std)
     if rows is not None:
         params = params[rows]
     x = at_least_float32(images)

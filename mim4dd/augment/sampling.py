@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..sizes import ImageSize, Size, size_of
 from . import at_once
-from .params import AugmentParams
+from .params import AugmentParams, unchanged
 from .strategy import Range, box_of, parts_of, ranges, shifts
 
 
@@ -35,7 +35,8 @@ def sample(
             augmentation does, a call per class), "all" applies every part.
 
     Raises:
-        ValueError: an unknown part or mode, or something that is no strategy, image size or generator.
+        ValueError: an unknown part or mode, or something that is no strategy, number of rows, image size or
+            generator.
     """
     params = sample_each(strategy, 1 if siamese else batch, image_size, generators=[generator], mode=mode)
     if siamese:
@@ -61,12 +62,15 @@ def sample_each(
         mode: see `sample`.
 
     Raises:
-        ValueError: an unknown part or mode, or something that is no strategy, image size or generator.
+        ValueError: an unknown part or mode, or something that is no strategy, number of rows, image size or
+            generator.
     """
     parts = parts_of(strategy)
     if mode not in ("single", "each", "all"):
         raise ValueError(f"mim4dd.augment.sample: mode is {mode!r}, expected 'single', 'each' or 'all'")
     size = size_of(image_size)
+    if batch < 0:
+        raise ValueError(f"mim4dd.augment.sample: batch is {batch}, expected 0 or more rows")
     device = _device_of(*generators)
     if not parts:
         return AugmentParams.identity(batch * len(generators), device=device)
@@ -104,7 +108,7 @@ def _one_by_one(
     parts: Sequence[str], rows: int, size: Size, generator: torch.Generator, mode: str
 ) -> AugmentParams:
     device = generator.device
-    fields = AugmentParams.identity(rows, device=device).fields()
+    fields = unchanged(rows, device)
     if mode == "all":
         for part in parts:
             fields |= _fields(part, rows, size, generator)
@@ -124,10 +128,9 @@ def _fields(part: str, rows: int, size: Size, generator: torch.Generator) -> dic
     """The fields of AugmentParams that a part sets."""
     drawn = {of.name: _uniform(of, rows, generator) for of in ranges(part, size)}
     if part == "cutout":
-        boxes = zip(drawn.values(), box_of(size), strict=True)
-        return {
-            "cutout": torch.stack([edge for first, box in boxes for edge in (first, first + (box - 1))], 1)
-        }
+        boxes = zip(drawn.values(), box_of(size), size, strict=True)
+        edges = [edge.clamp(0, side - 1) for first, box, side in boxes for edge in (first, first + (box - 1))]
+        return {"cutout": torch.stack(edges, 1)}
     return {"flip": drawn["flip"].bool()} if part == "flip" else drawn
 
 

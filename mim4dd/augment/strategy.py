@@ -65,7 +65,7 @@ def ranges(part: str, size: Size) -> tuple[Range, ...]:
             )
         case "crop":
             return shifts(_of(size, CROP))
-        case "cutout":  # where the box starts; it may stick out
+        case "cutout":  # where the box starts, before it is clamped to the image
             return tuple(
                 Range(name, -(box // 2), side + 1 - box % 2 - box // 2, whole=True)
                 for name, side, box in zip(("cut_y", "cut_x"), size, box_of(size), strict=True)

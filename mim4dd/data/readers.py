@@ -190,11 +190,11 @@ def read_npz(path: Path) -> Pair:
         )
 
     def part(split: str) -> Raw:
-        source = f"{path}: x_{split}"
         labels = arrays[f"y_{split}"]
         if labels.ndim == 2 and labels.shape[1] == 1:  # a column, as Keras keeps labels
             labels = labels[:, 0]
-        return Raw(_channels_first(arrays[f"x_{split}"], source), labels, None, source)
+        images = _channels_first(arrays[f"x_{split}"], f"{path}: x_{split}")
+        return Raw(images, labels, None, f"{path}: {split}")
 
     return part("train"), part("test") if "x_test" in arrays else None
 

@@ -48,7 +48,7 @@ def characteristic_distance(
         num_classes: one more than the largest label; None looks, which on a GPU waits for it.
 
     Raises:
-        ValueError: one label per row is expected, and equal widths.
+        ValueError: one integer label per row is expected, and equal widths.
     """
     real, synthetic = real_features.flatten(1), synthetic_features.flatten(1)
     widths = real.shape[1], synthetic.shape[1], *frequencies.shape[1:]
@@ -57,7 +57,9 @@ def characteristic_distance(
             f"mim4dd.characteristic_distance: real_features have width {widths[0]}, synthetic_features "
             f"{widths[1]} and frequencies is {list(frequencies.shape)}; expected one width for all three"
         )
-    check_labels("characteristic_distance", real, synthetic, real_labels, synthetic_labels)
+    real_labels, synthetic_labels = check_labels(
+        "characteristic_distance", real, synthetic, real_labels, synthetic_labels
+    )
     if not len(real) or not len(synthetic):
         return synthetic.sum() * 0
     if num_classes is None:

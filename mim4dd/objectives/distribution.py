@@ -35,7 +35,7 @@ def distribution_distance(
         num_classes: one more than the largest label; None finds it, which waits for a GPU.
 
     Raises:
-        ValueError: one label per row is expected, and equal widths.
+        ValueError: one integer label per row is expected, and equal widths.
     """
     real, synthetic = (at_least_float32(x.flatten(1)) for x in (real_features, synthetic_features))
     if real.shape[1] != synthetic.shape[1]:
@@ -43,7 +43,9 @@ def distribution_distance(
             f"mim4dd.distribution_distance: real_features have width {real.shape[1]} and synthetic_features "
             f"{synthetic.shape[1]}; take both from the same layer"
         )
-    check_labels("distribution_distance", real, synthetic, real_labels, synthetic_labels)
+    real_labels, synthetic_labels = check_labels(
+        "distribution_distance", real, synthetic, real_labels, synthetic_labels
+    )
     if not len(real) or not len(synthetic):
         return synthetic.sum() * 0
     if num_classes is None:
@@ -63,8 +65,8 @@ def class_means(rows: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor,
 
 def check_labels(
     function: str, real: Tensor, synthetic: Tensor, real_labels: Tensor, synthetic_labels: Tensor
-) -> None:
-    """Check that there is one label per row of features.
+) -> tuple[Tensor, Tensor]:
+    """Return the labels as int64, if there is one per row of features.
 
     Raises:
         ValueError: there is not; it names the public function and the argument.
@@ -74,6 +76,9 @@ def check_labels(
             raise ValueError(
                 f"mim4dd.{function}: {name}_labels is {list(labels.shape)}, expected [{len(rows)}]"
             )
+        if labels.numel() and (labels.is_floating_point() or labels.dtype == torch.bool):
+            raise ValueError(f"mim4dd.{function}: {name}_labels is of {labels.dtype}, expected integers")
+    return real_labels.long(), synthetic_labels.long()
 
 
 class DistributionMatching(Objective):

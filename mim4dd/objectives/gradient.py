@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ EPSILON = 1e-6  # added to a product of norms, as published
 
 
 def gradient_distance(
-    synthetic_grads: Sequence[Tensor], real_grads: Sequence[Tensor], metric: str = "rowwise"
+    synthetic_grads: Iterable[Tensor], real_grads: Iterable[Tensor], metric: str = "rowwise"
 ) -> Tensor:
     """Return the distance between two sets of gradients, a scalar; the real ones are taken as constants.
 
@@ -41,6 +41,7 @@ def gradient_distance(
     Raises:
         ValueError: the two sets do not match, or an unknown metric.
     """
+    synthetic_grads, real_grads = tuple(synthetic_grads), tuple(real_grads)
     shapes = [[tuple(g.shape) for g in grads] for grads in (synthetic_grads, real_grads)]
     if shapes[0] != shapes[1]:
         raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import augment
 from ..config import TrajectoryConfig, settled
 from ..errors import InputError
+from ..losses.checks import check_positive
 from ..networks.flat import flatten, load
 from ..seeding import generator
 from ..stacked import one_unordered_batch
@@ -52,7 +53,8 @@ def trajectory_distance(
             exact): the steps are taken back one by one, each recomputed from its stored weights.
 
     Raises:
-        ValueError: weights that do not fit the network, or an unknown kind of memory.
+        ValueError: weights that do not fit the network, a number of steps or a size of theirs that makes no
+            sense, or an unknown kind of memory.
     """
     names = [name for name, _ in network.named_parameters()]
     for argument, weights in (("start", start), ("target", target)):
@@ -65,8 +67,9 @@ def trajectory_distance(
             raise ValueError(
                 f"mim4dd.trajectory_distance: {argument} has weights of other shapes than the network"
             )
-    if steps < 0:
-        raise ValueError(f"mim4dd.trajectory_distance: steps is {steps}, expected at least 0")
+    if steps < 0 or steps % 1:
+        raise ValueError(f"mim4dd.trajectory_distance: steps is {steps}, expected a whole number from 0")
+    check_positive("trajectory_distance", "step_size", step_size)
     if memory not in ("constant", "unrolled"):
         raise ValueError(
             f"mim4dd.trajectory_distance: memory is {memory!r}, expected 'constant' or 'unrolled'"

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,17 @@ def rehearse(config: Config) -> None:
     """
     cheap = dataclasses.replace(config.distill, init="noise")
     prepared_experiment(dataclasses.replace(config, distill=cheap), _load)
+
+
+def refuse_foreign(folder: Path, own: Collection[str]) -> None:
+    """Refuse a folder of --out that holds files, but none of a study's own: it would write among them.
+
+    Raises:
+        InputError: there is such a file.
+    """
+    there = sorted(path.name for path in folder.glob("[!.]*")) if folder.is_dir() else []
+    if there and not {*there} & {*own}:
+        raise InputError(f"--out {folder} holds {there[0]}, which is of something else; give another folder")
 
 
 def refuse_others(folder: Path, settings: dict[str, Any], config: Config) -> None:
