@@ -79,7 +79,7 @@ def textbook_step(method: str, of: Problem, images: Tensor) -> Callable[[], obje
 def inner_step(of: Problem, images: Tensor) -> Callable[[], object]:
     """An epoch of the network on the 100 synthetic images, as between two image steps."""
     objective = GradientMatching(of)
-    networks.initialise(objective.network, objective.weights)
+    networks.initialise(objective.network, objective.random["network"])
     objective.inner = 1
     return lambda: objective.train(images, of.labels)
 

@@ -103,9 +103,9 @@ def test_steps_on_all_images_are_in_no_order_on_a_gpu(problem, monkeypatch):
         objective = TrajectoryMatching(problem)
         objective.network.double()
         objective.start, objective.target = objective.start.double(), objective.target.double()
-        before = objective.training.get_state()
+        before = objective.random["training"].get_state()
         losses.append(prepared_match(objective, images, problem.labels).loss)
-        assert torch.equal(objective.training.get_state(), before) is not bool(ordered)
+        assert torch.equal(objective.random["training"].get_state(), before) is not bool(ordered)
     torch.testing.assert_close(*losses, rtol=1e-9, atol=0)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..losses.reference import unit_rows
-from ..seeding import generator
+from ..seeding import generators
 from .base import Problem
 from .distribution import DistributionMatching, check_labels, class_means
 
@@ -91,8 +91,8 @@ class CharacteristicMatching(DistributionMatching):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self.frequencies = generator(problem.seed, "ncfm/frequencies", problem.real.images.device)
-        self.generators = (*self.generators, self.frequencies)
+        self.random |= generators(problem.seed, "ncfm", ("frequencies",), problem.real.images.device)
+        self.generators = tuple(self.random.values())
 
     def distance(self, real: Tensor, synthetic: Tensor) -> Tensor:
         """Return the distance between real and synthetic features [N, ...] and [n, ...]."""
@@ -102,6 +102,6 @@ class CharacteristicMatching(DistributionMatching):
             synthetic,
             self.real_labels,
             self.problem.labels,
-            torch.randn(shape, generator=self.frequencies, device=real.device, dtype=torch.float32),
+            torch.randn(shape, generator=self.random["frequencies"], device=real.device, dtype=torch.float32),
             num_classes=self.problem.real.num_classes,
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..dtypes import at_least_float32
 from ..networks import initialise
-from ..seeding import generator
+from ..seeding import generators
 from .base import Matched, Objective, Problem
 
 
@@ -93,21 +93,18 @@ class DistributionMatching(Objective):
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.network = problem.network()
-        seed, device = problem.seed, problem.real.images.device
-        self.weights, self.draws, self.augmentations = (
-            generator(seed, purpose, device) for purpose in ("dm/network", "dm/real", "dm/augmentation")
-        )
-        self.generators = (self.weights, self.draws, self.augmentations)
+        device = problem.real.images.device
+        self.random = generators(problem.seed, "dm", ("network", "real", "augmentation"), device)
+        self.generators = tuple(self.random.values())
         classes = torch.arange(problem.real.num_classes, device=device)
         self.real_labels = classes.repeat_interleave(problem.real_batch)
 
     def match(self, images: Tensor, targets: Tensor) -> Matched:
         """Return the distance for the synthetic images [n, C, H, W] and the features it is made of."""
         problem = self.problem
-        initialise(self.network, self.weights)
-        maps, real_maps, *labels = problem.siamese(
-            self.network, images, problem.real_batch, self.draws, self.augmentations
-        )
+        initialise(self.network, self.random["network"])
+        draws = self.random["real"], self.random["augmentation"]
+        maps, real_maps, *labels = problem.siamese(self.network, images, problem.real_batch, *draws)
         return Matched(self.distance(real_maps[-1], maps[-1]), maps, real_maps, *labels)
 
     def distance(self, real: Tensor, synthetic: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from .. import augment
 from ..dtypes import at_least_float32
 from ..networks import CHUNK, Network, initialise
 from ..networks.network import empty_map
-from ..seeding import generator
+from ..seeding import generators
 from ..stacked import Stack, augmented_batch
-from ..state import State, counter
+from ..state import State, counter, prefixed
 from .base import Matched, Objective, Problem
 
 NETWORK_LR = 0.01
@@ -105,15 +105,12 @@ class GradientMatching(Objective):
             )
         self.problem = problem
         self.network = _WithMaps(problem.network(), problem.layers)
-        seed, device = problem.seed, problem.real.images.device
-        self.weights, self.draws, self.augmentations, self.training, self.statistics = (
-            generator(seed, f"dc/{purpose}", device)
-            for purpose in ("network", "real", "augmentation", "training", "statistics")
-        )
-        self.generators = (self.draws, self.augmentations)
+        purposes = "network", "real", "augmentation", "training", "statistics"
+        self.random = generators(problem.seed, "dc", purposes, problem.real.images.device)
+        self.generators = (self.random["real"], self.random["augmentation"])
         self.outer, self.inner = loops(len(problem.labels) // problem.real.num_classes)
         self.calls = counter()
-        self.stack = Stack.of(self.network.network, self.training)
+        self.stack = Stack.of(self.network.network, self.random["training"])
         self.step = self.stack.step(
             self.stack.sgd(NETWORK_LR), augmented_batch, problem.augmentation, problem.real.image_size
         )
@@ -121,29 +118,21 @@ class GradientMatching(Objective):
     def prepare(self, images: Tensor, targets: Tensor) -> None:
         """Start with a new network, or train the one there is on the synthetic images."""
         if int(self.calls) % self.outer == 0:
-            initialise(self.network, self.weights)
+            initialise(self.network, self.random["network"])
         else:
             self.train(images, targets)
         self.calls += 1
-        self.problem.set_batch_norm_statistics(self.network.network, self.statistics)
+        self.problem.set_batch_norm_statistics(self.network.network, self.random["statistics"])
 
     def state(self) -> State:
         """The network, how far its training is, and all that is drawn from."""
-        return {
-            **self.network.state_dict(),
-            "calls": self.calls,
-            "weights": self.weights,
-            "training": self.training,
-            "statistics": self.statistics,
-            "draws": self.draws,
-            "augmentations": self.augmentations,
-        }
+        return {**self.network.state_dict(), "calls": self.calls, **prefixed("random", self.random)}
 
     def match(self, images: Tensor, targets: Tensor) -> Matched:
         """Return the distance for the synthetic images [n, C, H, W], and features of the same passes."""
         real = self.problem.real
-        params = self.problem.class_augmentation(self.augmentations)
-        index = real.sample(self.problem.real_batch, self.draws)
+        params = self.problem.class_augmentation(self.random["augmentation"])
+        index = real.sample(self.problem.real_batch, self.random["real"])
         real_labels = real.labels[index]
         real_images = real.augmented(index, params, real_labels)
         real_grads, real_maps = self._class_gradients(real_images, real_labels)

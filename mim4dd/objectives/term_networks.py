@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..networks import Network, initialise
 from ..networks.flat import flatten, load
-from ..seeding import generator
+from ..seeding import generator, generators
 from ..stacked import Batch, Stack, augmented_batch
 from ..state import State, counter, prefixed
 from .base import Matched, Objective, Problem
@@ -155,11 +155,10 @@ class ThroughTermNetworks(Objective):
         self.networks, self.base, self.problem = networks, base, problem
         self.remedy, self.trained = base.remedy, base.trained
         self.network = problem.network()
-        self.draws = tuple(
-            generator(problem.seed, f"mim/{purpose}", networks.weights.device)
-            for purpose in ("choice", "statistics", "augmentation", "real")
-        )
-        self.generators = None if base.generators is None else (*base.generators, *self.draws)
+        purposes = "choice", "statistics", "real", "augmentation"
+        self.random = generators(problem.seed, "mim", purposes, networks.weights.device)
+        own = self.random.values()
+        self.generators = None if base.generators is None else (*base.generators, *own)
 
     @property
     def network_lr(self) -> float | None:
@@ -176,17 +175,20 @@ class ThroughTermNetworks(Objective):
         base = self.base.state()
         if base is None:
             return None
-        own: State = {f"draw {k}": draw for k, draw in enumerate(self.draws)}
-        return own | prefixed("base", base) | prefixed("networks", self.networks.state())
+        return {
+            **prefixed("random", self.random),
+            **prefixed("base", base),
+            **prefixed("networks", self.networks.state()),
+        }
 
     def match(self, images: Tensor, targets: Tensor) -> Matched:
         """Return the base method's loss for the images [n, C, H, W], and features of one of the networks."""
         problem = self.problem
-        choice, statistics, augmentations, draws = self.draws
+        draws = self.random["real"], self.random["augmentation"]
         loss = self.base.match(images, targets).loss
-        self.networks.load_into(self.network, choice)
-        problem.set_batch_norm_statistics(self.network, statistics)
-        return Matched(loss, *problem.siamese(self.network, images, compared(problem), draws, augmentations))
+        self.networks.load_into(self.network, self.random["choice"])
+        problem.set_batch_norm_statistics(self.network, self.random["statistics"])
+        return Matched(loss, *problem.siamese(self.network, images, compared(problem), *draws))
 
 
 def compared(problem: Problem) -> int:

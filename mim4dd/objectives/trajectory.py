@@ -13,7 +13,7 @@ from ..config import TrajectoryConfig, settled
 from ..errors import InputError
 from ..losses.checks import check_positive
 from ..networks.flat import flatten, load
-from ..seeding import generator
+from ..seeding import generator, generators
 from ..stacked import one_unordered_batch
 from ..state import State
 from . import experts
@@ -176,12 +176,10 @@ class TrajectoryMatching(Objective):
         self.network, self.experts = made.network, open_experts(made)
         self.batch = student_batch(problem)
         self.kept = problem.graphs_kept(self.batch)
-        seed, device = problem.seed, problem.real.images.device
-        self.matches = generator(seed, "mtt/match")  # on the CPU: they say what to read from a file
-        self.draws, self.augmentations, self.training = (
-            generator(seed, f"mtt/{purpose}", device) for purpose in ("real", "augmentation", "training")
-        )
-        self.generators = (self.draws, self.augmentations, self.training)
+        device = problem.real.images.device
+        self.matches = generator(problem.seed, "mtt/match")  # on the CPU: it says what to read from a file
+        self.random = generators(problem.seed, "mtt", ("real", "augmentation", "training"), device)
+        self.generators = tuple(self.random.values())
         # The weights of a match are copied into these, so that it always reads the same memory.
         self.start, self.target = (flatten(self.network.parameters()) for _ in range(2))
         self.log_lr = torch.full(
@@ -205,12 +203,7 @@ class TrajectoryMatching(Objective):
 
     def state(self) -> State:
         """All that is drawn from; the experts are in their file."""
-        return {
-            "matches": self.matches,
-            "draws": self.draws,
-            "augmentations": self.augmentations,
-            "training": self.training,
-        }
+        return {"matches": self.matches, **self.random}
 
     def match(self, images: Tensor, targets: Tensor) -> Matched:
         """Return the distance for the synthetic images [n, C, H, W]; features only if the add-on wants them.
@@ -224,24 +217,25 @@ class TrajectoryMatching(Objective):
         if not self.problem.layers:
             return Matched(distance, [], [], self.problem.labels, self.problem.labels)
         load(self.network, start)
-        per_class = self.problem.real_batch
-        seen = self.problem.siamese(self.network, images, per_class, self.draws, self.augmentations)
-        return Matched(distance, *seen)
+        draws = self.random["real"], self.random["augmentation"]
+        return Matched(distance, *self.problem.siamese(self.network, images, self.problem.real_batch, *draws))
 
     def _indices(self, count: int) -> Iterator[Tensor | slice]:
         """Yield the images of every step: each in turn, in a new order every time around."""
         steps = settled(self.config.student_steps)
-        if one_unordered_batch(count, self.batch, self.training.device):
+        random = self.random["training"]
+        if one_unordered_batch(count, self.batch, random.device):
             yield from [slice(count)] * steps
             return
         rounds = -(-steps * self.batch // count)
-        orders = [
-            torch.randperm(count, generator=self.training, device=self.training.device) for _ in range(rounds)
-        ]
+        orders = [torch.randperm(count, generator=random, device=random.device) for _ in range(rounds)]
         yield from torch.cat(orders).split(self.batch)[:steps]
 
     def _batch(self, index: Tensor | slice) -> Batch:
         params = augment.sample(
-            self.problem.augmentation, self.batch, self.problem.real.image_size, generator=self.training
+            self.problem.augmentation,
+            self.batch,
+            self.problem.real.image_size,
+            generator=self.random["training"],
         )
         return lambda images, targets: (augment.apply(images[index], params), targets[index])
