@@ -101,7 +101,7 @@ def annotated() -> Iterator[None]:
     name(gradient.GradientMatching, "train", "inner loop")
     name(trajectory.Experts, "weights", "experts")
     name(trajectory, "follow", "student steps")
-    name(student, "_gradient", lambda *_: f"student steps{' again' * torch.is_grad_enabled()}")
+    name(student, "loss_gradient", lambda *_: f"student steps{' again' * torch.is_grad_enabled()}")
     name(trajectory, "squared_distance", "loss")
     name(gradient, "gradient_distance", "loss")
     name(distribution.DistributionMatching, "distance", "loss")

@@ -59,10 +59,12 @@ class Given:
 def test_the_textbook_augments_as_ours_does(op, generator):
     x = torch.randn(200, 3, 32, 32, generator=generator)
     given = augment.sample(op, len(x), 32, generator=generator, mode="all")
+    top, bottom, left, right = given.cutout.T  # of a box of 16, by the edge that was not clamped
+    centres = [torch.where(low > 0, low + 8, high - 7) for low, high in ((top, bottom), (left, right))]
     numbers = {
         "color": [given.brightness + 0.5, given.saturation / 2, given.contrast - 0.5],
         "crop": [given.shift_y, given.shift_x],
-        "cutout": [given.cutout[:, 0] + 8, given.cutout[:, 2] + 8],
+        "cutout": centres,
         "flip": [1 - given.flip.float()],
         "scale": [(factor - 1 / 1.2) / (1.2 - 1 / 1.2) for factor in (given.scale_x, given.scale_y)],
         "rotate": [given.degrees / 30 + 0.5],
