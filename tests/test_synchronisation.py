@@ -15,17 +15,14 @@ from conftest import digits_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mim4dd import NCELoss, distill, evaluation, networks, stacked
+from mim4dd import NCELoss, distill, evaluation, networks, seeding, stacked
 from mim4dd.objectives import (
     METHODS,
     MutualInformation,
     TrainedOnReal,
     TrainedOnSynthetic,
     TrajectoryMatching,
-    characteristic,
-    distribution,
     experts,
-    gradient,
     term_networks,
     trajectory,
 )
@@ -83,7 +80,7 @@ def guarded(step, generators, device):
 def device_without_values(monkeypatch):
     for sizes in (networks.CHUNK, stacked.LARGEST_STACK):
         monkeypatch.setitem(sizes, "meta", sizes["cuda"])
-    for module in (characteristic, distribution, gradient, term_networks, trajectory, experts):
+    for module in (seeding, term_networks, trajectory, experts):
         monkeypatch.setattr(module, "generator", seeded)
     for module in (distill, stacked):
         monkeypatch.setattr(module, "replayed", guarded)
