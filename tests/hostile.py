@@ -56,7 +56,7 @@ def augmentation() -> int:
 def drawing() -> None:
     """Uniform numbers at their ends as well, and more rows that share a part than there are."""
     uniform = draw(12, [0.0, 0.5, 1 - 2.0**-24], torch.float32, rows := random.randint(0, 9))
-    table = torch.randint(-40, 40, (11, 5)).float()
+    table = torch.randint(-40, 40, (11, 6)).float()
     torch.ops.mim4dd.draw(uniform, table, random.randint(1, 11), random.choice([0, 1, rows, 100]))
 
 
