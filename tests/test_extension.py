@@ -120,6 +120,15 @@ def test_code_for_older_processors_is_right(capability, isa):
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.skipif(not extension.available(), reason="the extension is not built")
+def test_hostile_calls_are_survived():
+    """Those of `make asan`, here without AddressSanitizer."""
+    command = [sys.executable, "tests/hostile.py", mim4dd._C.__file__]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "hostile calls survived" in done.stdout
+
+
 def test_draws_round_their_products_where_a_processor_need_not(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     if None in map(shutil.which, ("cmake", "ninja", "c++")) or platform.machine() != "x86_64":
