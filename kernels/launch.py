@@ -2,7 +2,8 @@
 
 The tiles of a kernel are a small table, from which precision, shared memory and grid size choose. The first
 entry that fits the device and still gives every multiprocessor a program wins; if none does, the last that
-fits. `tests/test_kernels_compiled.py` compiles them for sm_90: no spills, within its shared memory.
+fits. `bench/kernel_resources.py` compiles every entry, `tests/test_kernels_compiled.py` most of them for
+sm_90: no spills, within its shared memory.
 """
 
 from __future__ import annotations

@@ -193,7 +193,8 @@ class SyntheticSet:
             own["class_names"] = tuple(own["class_names"])
             metadata = facts.get("metadata", facts)  # older files have it among their own facts
             loaded = cls(**tensors, **own, metadata=metadata, whitening=whitening)
-            for name, tensor in tensors.items():
+            whitened = {f"whitening.{name}": getattr(whitening, name) for name in WHITENING if whitening}
+            for name, tensor in (tensors | whitened).items():
                 if not tensor.isfinite().all() or (name == "std" and not tensor.gt(0).all()):
                     raise InputError(
                         f"{path}: {name} holds NaN, infinite or impossible values; distil it again"

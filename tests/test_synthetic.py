@@ -75,6 +75,14 @@ def test_whitening_of_views_is_saved(tmp_path, digits, views):
     assert torch.equal(read.matrix, matrix)
 
 
+def test_a_whitening_of_impossible_numbers_is_refused(tmp_path, digits):
+    start = initialise(digits, 1, "real", generator(0, "init"))
+    broken = Whitening(torch.zeros(64), torch.full((64, 64), torch.nan))
+    replace(start, whitening=broken).save(tmp_path / "set.safetensors")
+    with pytest.raises(InputError, match="whitening.matrix holds NaN, infinite or impossible values"):
+        SyntheticSet.load(tmp_path / "set.safetensors")
+
+
 def test_one_tensor_for_mean_and_std_and_scalars_of_numpy_and_torch_are_saved(tmp_path, digits):
     half = torch.full((1,), 0.5)
     start = initialise(digits, 1, "real", generator(0, "init"))

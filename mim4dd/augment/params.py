@@ -28,8 +28,8 @@ _FIELDS: dict[str, tuple[torch.dtype, int | slice]] = {
 class AugmentParams:
     """One row per image; every tensor has length B. The identity values change nothing.
 
-    Only fields of `identity` may be written into: those that were drawn may share memory or be made on
-    access. Use `dataclasses.replace`.
+    Fields that were drawn may share memory or be made on access: use `dataclasses.replace` instead of
+    writing into them. Those of `identity` are each their own.
 
     Attributes:
         brightness: float [B], added.

@@ -69,7 +69,7 @@ def check_labels(
     """Return the labels as int64, if there is one per row of features.
 
     Raises:
-        ValueError: there is not; it names the public function and the argument.
+        ValueError: there is not, or they are no integers; it names the public function and the argument.
     """
     for name, rows, labels in (("real", real, real_labels), ("synthetic", synthetic, synthetic_labels)):
         if labels.shape != rows.shape[:1]:
