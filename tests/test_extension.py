@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import runpy
-import shlex
 import shutil
 import subprocess
 import sys
@@ -129,25 +128,22 @@ def test_hostile_calls_are_survived():
     assert "hostile calls survived" in done.stdout
 
 
-def test_draws_round_their_products_where_a_processor_need_not(tmp_path, monkeypatch):
+def test_draws_are_compiled_to_round_their_products(tmp_path, monkeypatch):
+    """Whether a compiler would fuse them otherwise depends on how it arranges the loop."""
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-    if None in map(shutil.which, ("cmake", "ninja", "c++")) or platform.machine() != "x86_64":
-        pytest.skip("no cmake, ninja or c++ on PATH, or other instructions")
+    if None in map(shutil.which, ("cmake", "ninja", "c++")):
+        pytest.skip("no cmake, ninja or c++ on PATH")
     paths = [
         f"-DMIM4DD_OUTPUT_DIR={tmp_path}",
         f"-DMIM4DD_TORCH={Path(torch.__file__).parent}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DPython_EXECUTABLE={sys.executable}",
     ]
-    options = ["-GNinja", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", "-DCMAKE_CXX_FLAGS=-mfma -O3"]
+    options = ["-GNinja", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"]
     subprocess.run(["cmake", ROOT, *options, *paths], cwd=tmp_path, check=True, capture_output=True)
     commands = json.loads((tmp_path / "compile_commands.json").read_text())
     (command,) = (each["command"] for each in commands if each["file"].endswith("csrc/draw/ops.cpp"))
-    *command, _, _, _, source = shlex.split(command)  # without -o, what it names, and -c
-    subprocess.run([*command, "-S", source, "-o", "draw.s"], cwd=tmp_path, check=True)
-    assembly = (tmp_path / "draw.s").read_text()
-    assert "mulss" in assembly
-    assert "fmadd" not in assembly
+    assert "-ffp-contract=off" in command.split()
 
 
 @pytest.mark.parametrize("source", ["augment", "draw"])
