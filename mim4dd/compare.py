@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from . import extras  # noqa: F401 - before all that needs them
+from .commands.config_check import check
+from .commands.console import about, complain, console, print_table
+from .commands.exits import guarded
+from .commands.options import plain, read
+from .commands.presets import with_presets
 from .config import Config, settled
-from .config_check import check
-from .console import about, complain, console, print_table
 from .devices import pick_device
 from .errors import InputError, unknown
-from .exits import guarded
 from .experiment import resolved
 from .files import make_folder
 from .objectives import METHODS
-from .options import plain, read
-from .presets import with_presets
 from .studies import compare_report
 from .studies.cells import (
     BaselineCell,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from .errors import InputError
 from .networks.precision import Precision
 
 T = TypeVar("T")
@@ -108,6 +109,21 @@ class MimConfig:
     mim_projection: Literal["none", "random", "trained"] = "none"
     mim_projection_size: int = 128
     mim_symmetric: bool = False
+
+    def layers(self) -> str | list[int]:
+        """Return what --mim-layers says: "all", "last" or indices.
+
+        Raises:
+            InputError: it says something else.
+        """
+        if self.mim_layers in ("all", "last"):
+            return self.mim_layers
+        try:
+            return [int(k) for k in self.mim_layers.split(",")]
+        except ValueError as error:
+            raise InputError(
+                f"--mim-layers is {self.mim_layers!r}, expected all, last or indices such as 0,2"
+            ) from error
 
 
 @dataclass(frozen=True)

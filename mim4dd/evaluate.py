@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import extras  # noqa: F401 - before all that needs them
+from .commands.config_check import COUNT_MAX, check_architectures
+from .commands.config_json import from_json
+from .commands.console import complain, on_architectures, print_table
+from .commands.exits import guarded
+from .commands.runner import score_facts
 from .config import Config, EvalConfig
-from .config_check import COUNT_MAX, check_architectures
-from .config_json import from_json
-from .console import complain, on_architectures, print_table
 from .data import ImageSet, load
 from .devices import pick_device
 from .errors import InputError
 from .evaluation import OnNetwork, Protocol, Score, evaluate
-from .exits import guarded
 from .files import expanded, write
 from .networks.precision import Precision, configure, resolve
-from .runner import score_facts
 from .synthetic import IMAGES, SyntheticSet
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .config import Config, settled
-from .config_check import layers_of
 from .data import ImageSet, load, name_of
 from .data.clusters import cluster_labels, kmeans_centres
 from .data.whitening import Whitening
@@ -238,7 +237,7 @@ def _with_any_labels(start: SyntheticSet) -> SyntheticSet:
 
 def _layers(problem: Problem, config: Config) -> list[int]:
     try:
-        return layer_indices(layers_of(config.mim), len(problem.network().feature_sizes))
+        return layer_indices(config.mim.layers(), len(problem.network().feature_sizes))
     except ValueError as error:
         raise InputError(f"--mim-layers: {str(error).removeprefix('mim4dd: ')}") from error
 

@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import extras  # noqa: F401 - before all that needs them
-from .checkpoint import STATE, Checkpoint
+from .commands.checkpoint import STATE, Checkpoint
+from .commands.config_check import check
+from .commands.console import complain
+from .commands.exits import guarded
+from .commands.options import plain, read
+from .commands.presets import with_presets
+from .commands.report import RESULT
+from .commands.runner import prepared_experiment, run
 from .config import Config
-from .config_check import check
-from .console import complain
 from .errors import InputError
-from .exits import guarded
 from .experiment import Experiment
 from .files import LOCK, make_folder
-from .options import plain, read
-from .presets import with_presets
-from .report import RESULT
-from .runner import prepared_experiment, run
 
 
 @dataclass(frozen=True)

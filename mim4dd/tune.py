@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import extras  # noqa: F401 - before all that needs them
+from .commands.config_check import check
+from .commands.config_json import to_json
+from .commands.console import about, complain, console
+from .commands.exits import guarded
+from .commands.options import read, recast
+from .commands.presets import with_presets
 from .config import Config, MimConfig
-from .config_check import check
-from .config_json import to_json
-from .console import about, complain, console
 from .data import name_of
 from .devices import pick_device
 from .distill import DivergenceError
 from .errors import InputError
-from .exits import guarded
 from .files import make_folder
-from .options import read, recast
-from .presets import with_presets
 from .seeding import generator
 from .studies.cells import Cell, differences, fingerprint, refuse_foreign, refuse_other_images, rehearse
 from .studies.tune_report import Trial, describe, show, write

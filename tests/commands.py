@@ -5,9 +5,9 @@ import sys
 
 import numpy as np
 
+from mim4dd.commands.options import plain, read
 from mim4dd.data import load
 from mim4dd.experiment import Experiment
-from mim4dd.options import plain, read
 from mim4dd.run import RunConfig, filled
 
 QUICK = ["--quick", "--iterations", "3", "--eval-epochs", "2"]

@@ -70,7 +70,7 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def scored(monkeypatch):
     """Runs that cost nothing: `score` says what each is worth; the settings of those run are returned."""
-    from mim4dd.config_json import to_json
+    from mim4dd.commands.config_json import to_json
     from mim4dd.studies import cells
 
     ran = []

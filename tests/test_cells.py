@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from commands import parse
 
-from mim4dd.config_json import to_json
+from mim4dd.commands.config_json import to_json
 from mim4dd.data import load
 from mim4dd.errors import InputError
 from mim4dd.seeding import generator

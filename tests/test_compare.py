@@ -10,10 +10,10 @@ from commands import npz
 from PIL import Image
 
 from mim4dd import compare
+from mim4dd.commands.options import read
 from mim4dd.distill import DivergenceError
 from mim4dd.errors import InputError
 from mim4dd.experiment import Experiment
-from mim4dd.options import read
 from mim4dd.studies import cells
 from mim4dd.studies.compare_table import Arm
 from mim4dd.synthetic import SyntheticSet

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mim4dd import config_check, config_json, presets
+from mim4dd.commands import config_check, config_json, presets
 from mim4dd.config import Config, DataConfig, DistillConfig, EvalConfig, MimConfig
 from mim4dd.errors import InputError
 from mim4dd.objectives import TrajectoryConfig

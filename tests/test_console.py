@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from mim4dd import console
+from mim4dd.commands import console
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from commands import QUICK, npz, parse
 from conftest import close, pixels
 
 from mim4dd import augment, networks, run, stacked
-from mim4dd.config_json import to_json
+from mim4dd.commands.config_json import to_json
 from mim4dd.data import load
 from mim4dd.evaluate import main
 from mim4dd.evaluation import Protocol, Score, accuracy, evaluate, train

@@ -9,7 +9,8 @@ import torch
 from commands import prepare
 from conftest import close
 
-from mim4dd import experiment, networks, runner
+from mim4dd import experiment, networks
+from mim4dd.commands import runner
 from mim4dd.data import load
 from mim4dd.data.clusters import cluster_labels, image_for_each, kmeans_centres
 from mim4dd.experiment import Experiment

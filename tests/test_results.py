@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mim4dd.commands.presets import at_ipc
 from mim4dd.objectives import METHODS
-from mim4dd.presets import at_ipc
 from mim4dd.studies.paired import paired_difference
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,8 @@ import torch
 from commands import QUICK, files, npz, parse
 from conftest import digits_problem
 
-from mim4dd import checkpoint, compare, distill, run, runner
+from mim4dd import compare, distill, run
+from mim4dd.commands import checkpoint, runner
 from mim4dd.errors import InputError
 from mim4dd.experiment import Experiment
 from mim4dd.objectives import Matched, Objective, gradient, term_networks

@@ -13,7 +13,8 @@ from commands import QUICK, files, npz
 from PIL import Image, ImageFont
 
 import mim4dd
-from mim4dd import evaluate, report, run
+from mim4dd import evaluate, run
+from mim4dd.commands import report
 from mim4dd.files import write
 from mim4dd.objectives import METHODS
 from mim4dd.synthetic import SyntheticSet

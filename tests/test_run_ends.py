@@ -14,11 +14,12 @@ import torch
 from commands import QUICK, command, files, parse
 from safetensors import SafetensorError
 
-from mim4dd import run, runner
-from mim4dd.checkpoint import Checkpoint
+from mim4dd import run
+from mim4dd.commands import runner
+from mim4dd.commands.checkpoint import Checkpoint
+from mim4dd.commands.exits import guarded
 from mim4dd.distill import Progress
 from mim4dd.errors import InputError
-from mim4dd.exits import guarded
 from mim4dd.experiment import Experiment
 from mim4dd.synthetic import SyntheticSet
 
@@ -127,7 +128,7 @@ def test_short_memory_keeps_the_last_good_set(tmp_path, monkeypatch, capsys):
 
 def test_a_set_in_the_making_is_saved_every_minute_and_says_how_far_it_is(tmp_path, monkeypatch):
     seconds = [100.0]
-    monkeypatch.setattr("mim4dd.runner.time.monotonic", lambda: seconds[0])
+    monkeypatch.setattr("mim4dd.commands.runner.time.monotonic", lambda: seconds[0])
     experiment = Experiment.prepare(parse(["--quick", "--iterations", "500", "--device", "cpu"]))
     path = tmp_path / "synthetic.safetensors"
     recorder = runner.Recorder(experiment, tmp_path)

@@ -15,7 +15,8 @@ from commands import QUICK, command, files, npz, parse
 from conftest import write_pictures
 from rich.console import Console
 
-from mim4dd import evaluate, run, runner
+from mim4dd import evaluate, run
+from mim4dd.commands import runner
 from mim4dd.experiment import Experiment
 from mim4dd.files import LOCK, cache_folder, exclusive
 from mim4dd.synthetic import SyntheticSet
@@ -95,8 +96,9 @@ def test_a_folder_is_free_once_a_run_that_saved_nothing_was_killed_in_it(tmp_pat
     with exclusive(tmp_path):
         assert run.main(arguments) == 2
     assert f"another process is running in {tmp_path}" in capsys.readouterr().err
-    killed = "import os; from mim4dd import run, runner; runner.introduce = lambda *_: os._exit(9)"
-    assert subprocess.run([sys.executable, "-c", f"{killed}; run.main({arguments})"]).returncode == 9
+    killed = "import os; from mim4dd.commands import runner; runner.introduce = lambda *_: os._exit(9)"
+    run_it = f"{killed}; from mim4dd import run; run.main({arguments})"
+    assert subprocess.run([sys.executable, "-c", run_it]).returncode == 9
     assert files(tmp_path) == [LOCK]
     assert run.main(arguments) == 0
     assert LOCK not in files(tmp_path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from commands import prepare
 
-from mim4dd import runner, scoring
+from mim4dd.commands import runner, scoring
 from mim4dd.data import load
 from mim4dd.data.clusters import image_for_each, kmeans_centres, members
 from mim4dd.distill import DivergenceError

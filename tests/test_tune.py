@@ -12,10 +12,10 @@ import torch
 from commands import npz, parse
 
 from mim4dd import compare, tune
+from mim4dd.commands.options import read
 from mim4dd.config import MimConfig
 from mim4dd.data import load
 from mim4dd.experiment import Experiment
-from mim4dd.options import read
 from mim4dd.studies import cells, tune_report, tune_settings
 from mim4dd.studies.tune_report import Trial, columns, ranked, table, verdict
 

@@ -11,20 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, scoring
-from ..checkpoint import STATE, Checkpoint
+from .. import __version__
+from ..commands import scoring
+from ..commands.checkpoint import STATE, Checkpoint
+from ..commands.config_json import to_json
+from ..commands.console import complain, with_accuracy
+from ..commands.presets import with_presets
+from ..commands.report import RESULT
+from ..commands.runner import prepared_experiment, run, score_facts
 from ..config import Config, DistillConfig, MimConfig, settled
-from ..config_json import to_json
-from ..console import complain, with_accuracy
 from ..data import load
 from ..devices import device_name
 from ..distill import DivergenceError
 from ..errors import InputError
 from ..experiment import resolved
 from ..files import write
-from ..presets import with_presets
-from ..report import RESULT
-from ..runner import prepared_experiment, run, score_facts
 from ..synthetic import IMAGES, SyntheticSet
 
 FAILED = "failed.json"

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..commands.config_json import to_json
+from ..commands.options import Hidden, plain
 from ..config import Config, DistillConfig, EvalConfig, MimConfig
-from ..config_json import to_json
-from ..options import Hidden, plain
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, files
+from ..commands.config_json import to_json
+from ..commands.console import console, print_table
 from ..config import Config, MimConfig
-from ..config_json import to_json
-from ..console import console, print_table
 from .compare_report import markdown_table
 from .compare_table import number, percent
 from .paired import Difference, paired_difference

@@ -9,11 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from ..commands.config_check import check
+from ..commands.options import Hidden, plain, recast
 from ..config import Config, DataConfig, EvalConfig, MimConfig
-from ..config_check import check
 from ..errors import InputError
 from ..extras import missing
-from ..options import Hidden, plain, recast
 
 RANGES = {"weights": "mim_weight", "temperatures": "mim_temperature"}
 CHOICES = {

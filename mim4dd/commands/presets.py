@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .augment import DSA, parts_of
-from .config import Config
-from .objectives import METHODS
+from ..augment import DSA, parts_of
+from ..config import Config
+from ..objectives import METHODS
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 import torch
 from safetensors import SafetensorError
 
-from . import extras
+from .. import extras
+from ..distill import DivergenceError
+from ..errors import InputError
+from ..files import FULL
 from .console import complain
-from .distill import DivergenceError
-from .errors import InputError
-from .files import FULL
 
 
 def guarded(command: Callable[[], int | None]) -> int:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .config import settled
-from .evaluation import OnNetwork, Protocol, Score, accuracy, evaluate, train_on_real
-from .experiment import Experiment
-from .seeding import generator
-from .synthetic import SyntheticSet, initialise
+from ..config import settled
+from ..evaluation import OnNetwork, Protocol, Score, accuracy, evaluate, train_on_real
+from ..experiment import Experiment
+from ..seeding import generator
+from ..synthetic import SyntheticSet, initialise
 
 FULL_SHARE = 20  # full data: the epochs divided by this, but at least 5; and one network
 

@@ -14,9 +14,9 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from . import files
-from .evaluation import Score
-from .synthetic import SyntheticSet
+from .. import files
+from ..evaluation import Score
+from ..synthetic import SyntheticSet
 
 SIDE = 64  # pixels an image is at least shown with
 GAP = 4
@@ -132,7 +132,7 @@ def write(folder: Path, synthetic: SyntheticSet, result: Mapping[str, Any]) -> N
     image = io.BytesIO()
     picture(synthetic).save(image, "png")
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mim4dd", "."), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("mim4dd.commands", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
     page = environment.get_template("report.html").render(
         result=result,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .augment import parts_of
-from .config import Config, MimConfig
-from .errors import InputError, unknown
-from .networks import ARCHITECTURES
-from .objectives import METHODS
+from ..augment import parts_of
+from ..config import Config
+from ..errors import InputError, unknown
+from ..networks import ARCHITECTURES
+from ..objectives import METHODS
 
 FLOAT32_MIN, FLOAT32_MAX = 1.18e-38, 3.4e38
 CALIBRATED_MIN = 1 / 80  # temperature; exp(1 / it), times the negatives, is a noise ratio of float32
@@ -91,7 +91,7 @@ def check(config: Config) -> None:
             parts_of(config.distill.augmentation)
         except ValueError as error:
             raise InputError(f"--augmentation: {str(error).removeprefix('mim4dd.augment: ')}") from error
-    layers_of(config.mim)
+    config.mim.layers()
 
 
 def check_architectures(names: Iterable[str]) -> None:
@@ -103,19 +103,3 @@ def check_architectures(names: Iterable[str]) -> None:
     for name in names:
         if name not in ARCHITECTURES:
             raise unknown("architecture in --eval-archs:", name, ARCHITECTURES)
-
-
-def layers_of(mim: MimConfig) -> str | list[int]:
-    """Return what --mim-layers says: "all", "last" or indices.
-
-    Raises:
-        InputError: it says something else.
-    """
-    if mim.mim_layers in ("all", "last"):
-        return mim.mim_layers
-    try:
-        return [int(k) for k in mim.mim_layers.split(",")]
-    except ValueError as error:
-        raise InputError(
-            f"--mim-layers is {mim.mim_layers!r}, expected all, last or indices such as 0,2"
-        ) from error

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from .config import Config
-from .errors import InputError, unknown
+from ..config import Config
+from ..errors import InputError, unknown
 
 T = TypeVar("T")
 

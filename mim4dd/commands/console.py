@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from .evaluation import Score
+from ..evaluation import Score
 
 
 class _Console(Console):

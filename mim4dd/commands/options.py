@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import tyro
 
-from .config import Config
+from ..config import Config
+from ..files import expanded
 from .config_json import read_config
-from .files import expanded
 
 T = TypeVar("T")
 Hidden = tyro.conf.Suppress[tyro.conf.Fixed[T]]  # a setting that is no option of this command line

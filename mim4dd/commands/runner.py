@@ -12,9 +12,18 @@ from typing import Any
 from rich.filesize import decimal
 from torch import Tensor
 
-from . import __version__, report, scoring
+from .. import __version__
+from ..config import Config, settled
+from ..data import load
+from ..devices import device_name
+from ..distill import DivergenceError, Progress
+from ..errors import InputError
+from ..evaluation import Score
+from ..experiment import Experiment, Load
+from ..files import atomic, exclusive
+from ..synthetic import IMAGES, SyntheticSet
+from . import report, scoring
 from .checkpoint import Checkpoint, remove_checkpoint
-from .config import Config, settled
 from .config_json import to_json
 from .console import (
     complain,
@@ -25,14 +34,6 @@ from .console import (
     steps,
     with_accuracy,
 )
-from .data import load
-from .devices import device_name
-from .distill import DivergenceError, Progress
-from .errors import InputError
-from .evaluation import Score
-from .experiment import Experiment, Load
-from .files import atomic, exclusive
-from .synthetic import IMAGES, SyntheticSet
 
 SAVE_EVERY = 60  # seconds between saves of a set in the making
 

@@ -11,12 +11,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import __version__
-from .config import Config
+from .. import __version__
+from ..config import Config
+from ..data import NAMES
+from ..errors import InputError
+from ..files import atomic, expanded
 from .config_json import from_json, to_json
-from .data import NAMES
-from .errors import InputError
-from .files import atomic, expanded
 
 FORMAT = "mim4dd-state-1"
 STATE = "state.safetensors"  # in the folder of a run
