@@ -18,7 +18,7 @@ from .commands.options import plain, read
 from .commands.presets import with_presets
 from .config import Config, settled
 from .devices import pick_device
-from .errors import InputError, unknown
+from .errors import InputError
 from .experiment import resolved
 from .files import make_folder
 from .objectives import METHODS
@@ -34,7 +34,7 @@ from .studies.cells import (
     rehearse,
 )
 from .studies.compare_settings import Comparison
-from .studies.compare_table import COLUMNS, REAL, Arm, in_order, rows
+from .studies.compare_table import COLUMNS, Arm, in_order, rows
 
 Key = tuple[Arm, int]  # an arm and a seed
 
@@ -111,9 +111,6 @@ def cells(comparison: Comparison) -> dict[Key, Cell]:
     }.items():
         if not values:
             raise InputError(f"{option} is empty, expected one or more")
-    for baseline in comparison.eval.baselines:
-        if baseline not in REAL:  # from a --config file; the command line refuses it itself
-            raise unknown("baseline for a comparison:", baseline, REAL)
     if comparison.eval.num_eval == 0:
         raise InputError("--num-eval is 0: nothing to compare, expected at least 1")
     shared = dataclasses.replace(

@@ -78,6 +78,6 @@ def _from_json(kind: Any, settings: Any, where: str, made: Any) -> Any:
         if dataclasses.is_dataclass(types[name]):
             value = _from_json(types[name], value, where, into[name])
         else:
-            value = _checked(name, value, types[name], where)
+            value = _checked(name, value, into[name], where)
         values[name] = value
     return made(**values)
