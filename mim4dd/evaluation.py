@@ -72,7 +72,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Score:
-    """Test accuracies of several networks, each from 0 to 1."""
+    """Test accuracies of several networks or runs, each from 0 to 1."""
 
     accuracies: tuple[float, ...]
 
@@ -83,12 +83,16 @@ class Score:
 
     @property
     def std(self) -> float | None:
-        """Sample standard deviation over the networks, if there are two."""
+        """Sample standard deviation, if there are two."""
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
+    def percent(self, digits: int) -> str:
+        """Return the mean, and the deviation if there is one, in percent, to so many digits."""
+        numbers = [self.mean] if self.std is None else [self.mean, self.std]
+        return " ± ".join(f"{100 * number:.{digits}f}" for number in numbers)
+
     def __str__(self) -> str:
-        spread = "" if self.std is None else f" ± {100 * self.std:.1f}"
-        return f"{100 * self.mean:.1f}{spread} %"
+        return f"{self.percent(1)} %"
 
 
 def evaluate(

@@ -133,12 +133,11 @@ def draw(table: Sequence[Row]) -> Figure:
 
 
 def _draw_line(left: Axes, right: Axes, y: float, row: Row, colour: str) -> None:
-    if row.mean is not None:
+    if row.score:
         seeds = [100 * accuracy for accuracy in row.accuracies.values()]
         left.plot(seeds, [y] * len(seeds), "o", color=colour, alpha=0.3, markersize=4)
-        left.errorbar(
-            100 * row.mean, y, xerr=100 * (row.std or 0), fmt="D", color=colour, capsize=3, markersize=5
-        )
+        mean, std = row.score.mean, row.score.std or 0
+        left.errorbar(100 * mean, y, xerr=100 * std, fmt="D", color=colour, capsize=3, markersize=5)
     if row.difference:
         margin = row.difference.margin
         right.errorbar(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..evaluation import Score
 from .paired import Difference, paired_difference
 
 REAL = {"random": "random real", "kmeans": "k-means real"}  # baselines, for people
@@ -72,20 +73,15 @@ class Row:
     failed: Mapping[int, str]
 
     @property
-    def mean(self) -> float | None:
-        """Mean accuracy over the seeds."""
-        return statistics.fmean(self.accuracies.values()) if self.accuracies else None
-
-    @property
-    def std(self) -> float | None:
-        """Sample standard deviation over the seeds, if there are two."""
-        return statistics.stdev(self.accuracies.values()) if len(self.accuracies) > 1 else None
+    def score(self) -> Score | None:
+        """The accuracies, if there are any."""
+        return Score(tuple(self.accuracies.values())) if self.accuracies else None
 
     def cells(self) -> tuple[str, ...]:
         """Return its texts for a table with `COLUMNS`."""
         weight = "" if self.arm.weight is None else number(self.arm.weight)
         name = str(self.arm) if self.arm.weight is None else self.arm.name
-        accuracy = percent([*self.accuracies.values()])
+        accuracy = self.score.percent(2) if self.score else ""
         seeds = f"{len(self.accuracies)}" + (f", {len(self.failed)} failed" if self.failed else "")
         seconds = "" if self.seconds is None else f"{self.seconds:.0f}"
         difference = str(self.difference or "")
@@ -99,8 +95,8 @@ class Row:
             "name": self.arm.name,
             "mim_weight": self.arm.weight,
             "ipc": self.arm.ipc,
-            "accuracy_mean": self.mean,
-            "accuracy_std": self.std,
+            "accuracy_mean": self.score.mean if self.score else None,
+            "accuracy_std": self.score.std if self.score else None,
             "accuracies": self.accuracies,
             "seconds": self.seconds,
             "difference": self.difference.facts() if self.difference else None,
@@ -140,14 +136,6 @@ def _score(outcome: dict[str, Any], architecture: str | None) -> dict[str, Any] 
     if "failed" in outcome:
         return None
     return outcome.get("cross_architecture", {}).get(architecture) if architecture else outcome
-
-
-def percent(accuracies: Sequence[float]) -> str:
-    """Return the mean in percent, and the sample standard deviation of two or more; "" of none."""
-    if not accuracies:
-        return ""
-    mean = f"{100 * statistics.fmean(accuracies):.2f}"
-    return f"{mean} ± {100 * statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else mean
 
 
 def number(value: float) -> str:

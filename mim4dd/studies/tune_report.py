@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ from .. import __version__, files
 from ..commands.config_json import to_json
 from ..commands.console import console, print_table
 from ..config import Config, MimConfig
+from ..evaluation import Score
 from .compare_report import markdown_table
-from .compare_table import number, percent
+from .compare_table import number
 from .paired import Difference, paired_difference
 
 BEST = 5  # trials in the table
@@ -53,15 +53,15 @@ class Trial:
     failed: str | None = None
 
     @property
-    def mean(self) -> float:
-        """Mean accuracy over the seeds."""
-        return statistics.fmean(self.accuracies.values())
+    def score(self) -> Score:
+        """The accuracies, of which there is at least one."""
+        return Score(tuple(self.accuracies.values()))
 
 
 def ranked(trials: Sequence[Trial]) -> list[int]:
     """Return the numbers of the complete trials, the base (0) included, best first; of equals the first."""
     complete = [k for k, trial in enumerate(trials) if trial.complete]
-    return sorted(complete, key=lambda k: -trials[k].mean)
+    return sorted(complete, key=lambda k: -trials[k].score.mean)
 
 
 def verdict(trials: Sequence[Trial]) -> str:
@@ -142,9 +142,8 @@ def table(trials: Sequence[Trial]) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = []
     for k in [0, *[k for k in ranked(trials) if k][:BEST]]:
         trial = trials[k]
-        accuracy = percent([*trial.accuracies.values()])
         settings = (_text(trial.mim, setting) for setting in _varied(trials))
-        lines.append((str(k), *settings, accuracy, str(_difference(trials, k)) if k else ""))
+        lines.append((str(k), *settings, trial.score.percent(2), str(_difference(trials, k)) if k else ""))
     return lines
 
 
