@@ -111,6 +111,22 @@ def test_compiled_calls_name_bad_input():
         compiled(a, k[:, :4])
 
 
+@pytest.mark.parametrize(("place", "bad"), [(4, -0.3), (2, torch.arange(5))], ids=["nce_loss", "the term"])
+def test_a_step_that_met_bad_input_compiles_without_a_break(place, bad):
+    """After an error torch runs the functions it passed through untraced, and traces those that they call."""
+    good = [*labelled_leaves(6, 9, 8), 0.3]
+    term = mim4dd.MutualInformation(noise_ratio=1.0)
+
+    def step(*batch):
+        return mim4dd.nce_loss(*batch[:4], temperature=batch[4]) if place == 4 else term(*batch[:4])
+
+    torch.compiler.reset()
+    with pytest.raises(ValueError, match="temperature is -0.3|synthetic_labels is"):
+        torch.compile(step, backend="eager")(*good[:place], bad, *good[place + 1 :])
+    actual = torch.compile(step, fullgraph=True, backend="eager")(*good)
+    torch.testing.assert_close(actual, step(*good))
+
+
 @pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
 def test_compiles_with_features_of_any_strides(engine):
     a, k, la, lk = labelled_leaves(40, 9, 6)
