@@ -77,6 +77,18 @@ def test_an_exported_loss_can_be_saved_and_loaded(tmp_path):
     torch.testing.assert_close(loaded(*inputs), Loss()(*inputs))
 
 
+def test_an_exported_loss_takes_batches_of_any_size():
+    class Loss(torch.nn.Module):
+        def forward(self, views, labels):
+            own = mim4dd.info_nce_loss(views, views, labels, labels, exclude_self=True)
+            return own + mim4dd.info_nce_loss(views, views.sin(), symmetric=True)
+
+    views, _, labels, _ = labelled_leaves(9, 1, 8)
+    rows = {0: torch.export.Dim("rows", min=2, max=64)}
+    exported = torch.export.export(Loss(), (views[:6], labels[:6]), dynamic_shapes=(rows, rows)).module()
+    torch.testing.assert_close(exported(views, labels), Loss()(views, labels))
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_the_formula_compiles(form):
     """In steps that inductor of every torch has: that of 2.11 knows no bool by another dtype."""
