@@ -1,7 +1,9 @@
 """What a drop-in needs, on every path that runs here: gradients of any order, layers, DDP, checkpointing."""
 
+import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,30 +145,63 @@ def test_float16_gradients_do_not_underflow_before_the_loss_scale():
     close(actual, expected, 2e-3)
 
 
+class _Tower(torch.nn.Linear):
+    """With a temperature of its own."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(4, 4)
+        self.temperature = torch.nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, rows):
+        return super().forward(rows), self.temperature.clone()
+
+
+def _of_one_rank(model, a, k, la, lk):
+    rows, temperature = model(a)
+    return mim4dd.nce_loss(rows, k, la, lk, temperature=temperature)
+
+
+def _of_all_ranks(model, a, k, la, lk, gather=lambda rows: rows):
+    rows, temperature = model(a)
+    whole = mim4dd.info_nce_loss(gather(rows), gather(k), temperature=temperature, symmetric=True)
+    return whole + mim4dd.nce_loss(rows, gather(k), la, gather(lk), temperature=temperature)
+
+
+def _batch(rank: int):
+    return [value.detach() for value in labelled_leaves(5, 5, 4, seed=rank)]
+
+
 def _rank(rank: int, path: str, results) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
-    a, k, la, lk = labelled_leaves(5, 6, 4, seed=rank)
-    nce(model(a.detach()), k.detach(), la, lk).backward()
-    results[rank] = model.module.weight.grad.numpy()
+    page = (Path(__file__).parent.parent / "docs/losses.md").read_text()
+    recipe = {"torch": torch, **dict(zip(("images", "texts", "labels"), _batch(rank), strict=False))}
+    exec(re.search(r"```python\n(class Gather.*?)```", page, re.S)[1], recipe)
+    for loss, options in ((_of_one_rank, {}), (_of_all_ranks, {"gather": recipe["Gather"].apply})):
+        model = torch.nn.parallel.DistributedDataParallel(_Tower())
+        loss(model, *_batch(rank), **options).backward()
+        results[loss.__name__, rank] = [parameter.grad.numpy() for parameter in model.parameters()]
     torch.distributed.destroy_process_group()
     time.sleep(0.2)  # for gloo's threads, before `model` frees the group: it waits for them, holding the GIL
 
 
 def test_distributed_data_parallel_averages_over_ranks(tmp_path):
+    """The losses of each rank, or those of all rows, gathered by the recipe of docs/losses.md."""
+    model = _Tower()
+    parameters = list(model.parameters())
+    batches = [_batch(rank) for rank in range(2)]
+    apart = sum(_of_one_rank(model, *batch) for batch in batches) / 2
+    together = _of_all_ranks(model, *map(torch.cat, zip(*batches, strict=True)))
+    expected = {
+        "_of_one_rank": torch.autograd.grad(apart, parameters),
+        "_of_all_ranks": torch.autograd.grad(together, parameters),
+    }
     with mp.Manager() as manager:
         results = manager.dict()
         mp.start_processes(_rank, (str(tmp_path / "store"), results), nprocs=2, start_method="spawn")
-        torch.manual_seed(0)
-        model = torch.nn.Linear(4, 4)
-        losses = []
-        for rank in range(2):
-            a, k, la, lk = labelled_leaves(5, 6, 4, seed=rank)
-            losses.append(nce(model(a.detach()), k.detach(), la, lk))
-        (expected,) = torch.autograd.grad(sum(losses) / 2, model.weight)
-        for rank in range(2):
-            torch.testing.assert_close(torch.from_numpy(results[rank]), expected)
+        for (name, _), gradients in results.items():
+            torch.testing.assert_close([torch.from_numpy(g) for g in gradients], [*expected[name]])
+        assert len(results) == 4
 
 
 def test_without_gradients_none_are_worked_out(monkeypatch):

@@ -77,6 +77,18 @@ def test_an_exported_loss_can_be_saved_and_loaded(tmp_path):
     torch.testing.assert_close(loaded(*inputs), Loss()(*inputs))
 
 
+def test_an_exported_loss_takes_batches_of_any_size():
+    class Loss(torch.nn.Module):
+        def forward(self, views, labels):
+            own = mim4dd.info_nce_loss(views, views, labels, labels, exclude_self=True)
+            return own + mim4dd.info_nce_loss(views, views.sin(), symmetric=True)
+
+    views, _, labels, _ = labelled_leaves(9, 1, 8)
+    rows = {0: torch.export.Dim("rows", min=2, max=64)}
+    exported = torch.export.export(Loss(), (views[:6], labels[:6]), dynamic_shapes=(rows, rows)).module()
+    torch.testing.assert_close(exported(views, labels), Loss()(views, labels))
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_the_formula_compiles(form):
     """In steps that inductor of every torch has: that of 2.11 knows no bool by another dtype."""
@@ -109,6 +121,22 @@ def test_compiled_calls_name_bad_input():
     compiled = torch.compile(lambda a, k: nce(a, k, la, lk), fullgraph=True, backend="eager")
     with pytest.raises(Exception, match=r"anchors is \[6, 8\] and keys is \[9, 4\]"):
         compiled(a, k[:, :4])
+
+
+@pytest.mark.parametrize(("place", "bad"), [(4, -0.3), (2, torch.arange(5))], ids=["nce_loss", "the term"])
+def test_a_step_that_met_bad_input_compiles_without_a_break(place, bad):
+    """After an error torch runs the functions it passed through untraced, and traces those that they call."""
+    good = [*labelled_leaves(6, 9, 8), 0.3]
+    term = mim4dd.MutualInformation(noise_ratio=1.0)
+
+    def step(*batch):
+        return mim4dd.nce_loss(*batch[:4], temperature=batch[4]) if place == 4 else term(*batch[:4])
+
+    torch.compiler.reset()
+    with pytest.raises(ValueError, match="temperature is -0.3|synthetic_labels is"):
+        torch.compile(step, backend="eager")(*good[:place], bad, *good[place + 1 :])
+    actual = torch.compile(step, fullgraph=True, backend="eager")(*good)
+    torch.testing.assert_close(actual, step(*good))
 
 
 @pytest.mark.parametrize("engine", ["aot_eager", "inductor"])

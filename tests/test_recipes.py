@@ -73,6 +73,18 @@ def test_simclr(features):
     same(loss, expected, *features)
 
 
+def test_moco(features):
+    # He et al. 2020: cross-entropy over one's own key and the queue; here over the keys of the batch as well.
+    queries, keys = features[0], features[1].detach()
+    queue = torch.randn(30, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    index = torch.arange(12)
+    logits = F.normalize(queries) @ F.normalize(torch.cat([keys, queue])).T / 0.07
+    key_labels = torch.cat([index, index.new_full((len(queue),), -1)])
+    loss = mim4dd.info_nce_loss(queries, torch.cat([keys, queue]), index, key_labels, temperature=0.07)
+    queue[:12] = keys  # before the backward pass
+    same(loss, F.cross_entropy(logits, index), queries)
+
+
 def test_crd(features):
     # Tian et al. 2020: P / (P + m Pn) on positives, m Pn / (P + m Pn) on negatives, P = exp(cosine / T) / Z.
     student, teacher = features

@@ -240,12 +240,13 @@ def _info_nce_losses(
             )
         first, other = anchors[0], keys[0]
         check_features(function, first, other)
-        if len(first) != len(other):
+        rows = first.shape[0]  # in `torch.export` a `len` would be a constant
+        if rows != other.shape[0]:
             raise ValueError(
                 f"mim4dd.{function}: without labels the positive of anchor i is key i, but anchors is "
                 f"{list(first.shape)}, keys is {list(other.shape)}; give labels or as many keys as anchors"
             )
-        anchor_labels = key_labels = torch.arange(len(first), device=first.device, dtype=torch.int32)
+        anchor_labels = key_labels = torch.arange(rows, device=first.device, dtype=torch.int32)
     name = "info_nce_any" if positives == "any" else "info_nce"
     form = LossForm(name, None, symmetric, exclude_self)
     ratios = [1.0] * len(anchors)

@@ -88,7 +88,7 @@ def check_labels(
 
 def check_self(function: str, exclude_self: bool, anchors: Tensor, keys: Tensor) -> None:
     """Leaving out the pairs (i, i) takes as many keys as anchors."""
-    if exclude_self and len(anchors) != len(keys):
+    if exclude_self and anchors.shape[0] != keys.shape[0]:  # in `torch.export` a `len` would be a constant
         raise ValueError(
             f"mim4dd.{function}: exclude_self leaves out the pair of anchor i and key i, but anchors is "
             f"{list(anchors.shape)} and keys is {list(keys.shape)}; expected as many keys as anchors"

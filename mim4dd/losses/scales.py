@@ -36,8 +36,9 @@ def scales_of(
     for ratio in noise_ratios:
         check_positive(function, "noise_ratio", ratio, dtype)
     values = (*[temperature] * len(noise_ratios), *noise_ratios)
-    constants = tuple(value for value in values if not isinstance(value, Tensor))
-    numbers = _numbers(constants, dtype, features.device)
+    # A list: what an error has passed through torch.compile runs untraced, and there refuses a generator.
+    constants = [value for value in values if not isinstance(value, Tensor)]
+    numbers = _numbers(tuple(constants), dtype, features.device)
     if len(constants) == len(values):
         return numbers.view(2, -1)
     rest = iter(numbers.unbind() if constants else ())  # torch.export cannot load an unbind of nothing

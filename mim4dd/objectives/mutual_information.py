@@ -152,14 +152,24 @@ class MutualInformation(Calibrated):
         for k in layers:
             self._check_map("synthetic", k, synthetic[k], synthetic_labels)
             self._check_map("real", k, real[k], real_labels)
-            width, other = (maps[k].shape[1:].numel() for maps in (synthetic, real))
+            width, other = synthetic[k].shape[1:].numel(), real[k].shape[1:].numel()
             if width != other:
                 raise ValueError(
                     f"mim4dd.MutualInformation: map {k} has {width} features per image in synthetic_features "
                     f"and {other} in real_features; expected the same number"
                 )
+        return self._term(layers, synthetic, real, synthetic_labels, real_labels)
+
+    def _term(
+        self, layers: Sequence[int], synthetic: Sequence[Tensor], real: Sequence[Tensor], *labels: Tensor
+    ) -> Tensor:
+        """The term, of arguments that have been checked.
+
+        Not in `forward`: what an error has passed through torch.compile runs untraced, and there it refuses
+        comprehensions.
+        """
         ours, theirs = ([self._embed(k, maps[k]) for k in layers] for maps in (synthetic, real))
-        losses = self._losses(ours, theirs, synthetic_labels, real_labels)
+        losses = self._losses(ours, theirs, *labels)
         decay = [self.weight * self.layer_decay ** (len(synthetic) - 1 - k) for k in layers]
         return sum((factor * loss for factor, loss in zip(decay, losses, strict=True)), losses.new_zeros(()))
 
