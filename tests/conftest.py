@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
@@ -19,6 +21,22 @@ from mim4dd.synthetic import SyntheticSet, initialise
 # Read when the kernels are imported: without a GPU they run in Triton's interpreter, on CPU tensors.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ImportError):
+        from triton.language.core import is_builtin
+        from triton.runtime import interpreter
+
+        # At every call of a function the interpreter looks through the whole language for what to replace,
+        # which takes a quarter of its time: what there is to replace does not change.
+        @functools.cache
+        def builtins_of(package):
+            return [name for name in dir(package) if is_builtin(getattr(package, name, None))]
+
+        def patch_builtins(package, builder, scope):
+            for name in builtins_of(package):
+                if is_builtin(member := getattr(package, name)):
+                    interpreter._patch_attr(package, name, member, builder, scope)
+
+        interpreter._patch_builtin = patch_builtins
 
 GOLDEN = Path(__file__).parent / "golden"
 FORMS = [
