@@ -11,6 +11,7 @@ from mim4dd.experiment import Experiment
 from mim4dd.run import RunConfig, filled
 
 QUICK = ["--quick", "--iterations", "3", "--eval-epochs", "2"]
+BARE = [*QUICK, "--num-eval", "0", "--mim-weight", "0"]  # no student of the term is trained for it
 
 
 def command(*arguments, module="run", **options):

@@ -54,16 +54,16 @@ def packed(params):
     return torch.cat([field.float().reshape(len(field), -1) for field in params.fields().values()], 1)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", IMAGE_TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_images_and_gradients_equal_the_reference(kernels, strategy, shape, dtype, memory_format):
+def test_images_and_gradients_equal_the_reference(kernels, strategy, shape, dtype):
     params = augment.sample(
         strategy, shape[0], shape[2:], generator=torch.Generator().manual_seed(0), mode="all"
     )
     x, upstream = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    x, upstream = (t.to(memory_format=memory_format) for t in (x, upstream))
+    if (SHAPES.index(shape) + [*IMAGE_TOLERANCE].index(dtype)) % 2:  # strides are numbers to every kernel
+        x, upstream = (t.to(memory_format=torch.channels_last) for t in (x, upstream))
     if dtype == torch.float64:
         x, upstream = (t.repeat_interleave(2, 3)[..., ::2] for t in (x, upstream))  # not dense
     fields = [*params.fields().values()]

@@ -120,7 +120,7 @@ def test_the_profile_names_the_parts(method, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(profile, "matrix_rate", lambda *_: 1e10)
     trajectory = profile.problems.trajectory
     monkeypatch.setattr(
-        profile.problems, "trajectory", lambda folder, **_: trajectory(folder, student_steps=4)
+        profile.problems, "trajectory", lambda folder, **_: trajectory(folder, student_steps=2)
     )
     profile.main()
     printed = capsys.readouterr().out
@@ -252,7 +252,7 @@ def test_what_a_variant_lacks_is_named_in_the_table():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_chunks_need_less_than_a_tenth_of_the_memory_of_the_formula():
-    calls = test_losses.steps(test_losses.Case("cpu", 8192, 8192, (128,), "float32", "both"))
+    calls = test_losses.steps(test_losses.Case("cpu", 4096, 4096, (128,), "float32", "both"))
     peaks = {name: measure.extra_peak(call, "cpu") for name, call in calls.items()}
     assert peaks["chunked"] < peaks["eager"] / 10
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import QUICK, npz, parse
+from commands import BARE, npz, parse
 from conftest import close, pixels
 
 from mim4dd import augment, networks, run, stacked
@@ -224,7 +224,7 @@ def test_data_of_the_same_classes_or_the_same_size_alone_do_not_fit(
 
 
 def test_a_set_of_resized_images_is_tested_on_images_of_that_size(tmp_path):
-    assert run.main([*QUICK, "--image-size", "12", "--num-eval", "0", "--out", str(tmp_path / "out")]) == 0
+    assert run.main([*BARE, "--image-size", "12", "--out", str(tmp_path / "out")]) == 0
     assert main([str(tmp_path / "out"), "--num-eval", "1", "--eval-epochs", "1"]) == 0
 
 
@@ -309,7 +309,7 @@ def test_the_data_of_a_run_may_move_but_not_change(tmp_path, monkeypatch, capsys
     path, brief = tmp_path / "there" / "data.npz", ["--num-eval", "1", "--eval-epochs", "1"]
     npz(path)
     monkeypatch.chdir(tmp_path / "there")
-    assert run.main([*QUICK, "--dataset", "data.npz", "--num-eval", "0", "--out", "out"]) == 0
+    assert run.main([*BARE, "--dataset", "data.npz", "--out", "out"]) == 0
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert main(["../there/out", *brief]) == 2
     told = (

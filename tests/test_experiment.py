@@ -182,7 +182,8 @@ def test_the_teacher_draws_by_the_seed(monkeypatch):
     assert random.initial_seed() == generator(3, "teacher").initial_seed()
 
 
-def test_a_run_that_goes_on_trains_no_teacher_again(monkeypatch):
+def test_a_run_that_goes_on_trains_no_teacher_again(monkeypatch, brief_students):
+    monkeypatch.setattr("mim4dd.teacher.STEPS", 20)
     run = prepare("--method dsa --soft-labels --width 8 --network mlp --iterations 20")
     states, seen = {}, lambda progress: states.update({progress.iteration: progress.state})
     whole = run.distill(seen)

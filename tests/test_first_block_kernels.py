@@ -20,7 +20,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 SHAPES = [
     (2, 3, 1, 5, 7, 1, 48),
     (3, 1, 3, 8, 8, 1, 128),
-    (1, 1, 1, 28, 28, 3, 128),
+    (1, 1, 1, 28, 28, 3, 32),
     (2, 1, 4, 3, 9, 0, 16),
     (2, 3, 4, 4, 5, 2, 96),
     (1, 2, 2, 9, 6, 1, 64),
@@ -168,7 +168,7 @@ def test_views_of_any_strides():
 
 
 def test_gradients_of_any_strides():
-    x, weight, scale, bias, padding = case(SHAPES[1])
+    x, weight, scale, bias, padding = case(SHAPES[5])
     taps = weight.flatten(1).t().contiguous()
     out, *saved = first_block.forward(x, taps, scale, bias, EPS, padding, True, 2)
     for grad_out in (torch.ones_like(out).contiguous(), torch.ones((), device=DEVICE).expand(out.shape)):

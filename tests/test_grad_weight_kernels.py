@@ -23,8 +23,8 @@ SHAPES = [
     (70, 2, 16, 1, 1, 1),
     (2, 3, 16, 32, 6, 1),
     (4, 2, 130, 70, 2, 3),
-    (1, 2, 8, 8, 33, 20),
-    (9, 2, 16, 16, 8, 8),
+    (1, 1, 8, 8, 19, 20),
+    (9, 2, 16, 16, 8, 4),
 ]
 
 
@@ -81,9 +81,8 @@ def test_tensor_float(monkeypatch):
 
 
 @pytest.mark.usefixtures("wide_gpu")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bits_do_not_depend_on_the_layout_of_the_maps_or_on_the_run(dtype):
-    grad_y, x = maps(SHAPES[0], dtype)
+def test_bits_do_not_depend_on_the_layout_of_the_maps_or_on_the_run():
+    grad_y, x = maps(SHAPES[0], torch.bfloat16)
     expected = check(grad_y, x, 2)
     wider = [torch.stack([value, torch.full_like(value, torch.nan)], 4).flatten(3) for value in (grad_y, x)]
     last = [value.contiguous(memory_format=torch.channels_last) for value in (grad_y, x)]

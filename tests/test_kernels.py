@@ -22,14 +22,13 @@ path, poisoned = pairs.path, numerics.poisoned  # fixtures
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 70, 40), (70, 5, 16), (67, 130, 33)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (70, 5, 16), (67, 130, 33)], ids=str)
 def test_loss_and_gradients(path, form, sizes):
     m, n, width = sizes
     check(form, *problem(m, n, [width]))
 
 
-@pytest.mark.parametrize("temperature", [0.01, 0.3])
-@pytest.mark.parametrize("rows", [1, 65])
+@pytest.mark.parametrize(("rows", "temperature"), [(1, 0.01), (1, 0.3), (9, 0.01), (65, 0.3)])
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_pairs_with_itself_left_out(path, form, rows, temperature):
     scales, *rest = problem(rows, rows, [24])
@@ -53,8 +52,7 @@ def test_an_anchor_with_no_positive_but_itself_does_not_count(path, name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("width", [3, 16, 31, 64, 100, 128])
 def test_every_width_of_the_narrow_path(path, dtype, width):
-    for form in ONE_OF_EACH:
-        check(form, *problem(70, 45, [width], dtype))
+    check(ONE_OF_EACH[0], *problem(70, 45, [width], dtype))
 
 
 def test_parts_of_the_other_side_are_made_where_rows_are_few():
@@ -180,8 +178,8 @@ def test_blocks_of_many_tiles(monkeypatch, form):
     """More rows of tiles than are gone through together, and several columns: `path` has a tile a block."""
     monkeypatch.setattr(kernels, "SKINNY_PAIRS", 0)
     monkeypatch.setattr(narrow, "WIDEST", 0)
-    check(form, *problem(600, 130, [16]))
-    check(replace(form, exclude_self=True), *problem(150, 150, [16]))
+    check(form, *problem(520, 70, [16]))
+    check(replace(form, exclude_self=True), *problem(130, 130, [16]))
 
 
 def test_more_tiles_and_rows_than_are_added_up_at_once(monkeypatch):

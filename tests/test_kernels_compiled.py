@@ -1,12 +1,12 @@
 """Every entry of the launch tables, and the layers, compiled for sm_90 in half precision: no GPU needed. For
-float32 and sm_80 the largest of each; `python -m bench.kernel_resources` compiles the others.
+float32 and other devices the largest of each, with the loss that takes the most registers; `python -m
+bench.kernel_resources` compiles the others.
 """
 
 import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,55 +14,50 @@ import pytest
 pytest.importorskip("triton")
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448}
-PRECISIONS = {80: ["half"], 90: ["half", "tf32", "ieee"]}
+KERNELS = {
+    "skinny_kernels.dots_kernel",
+    "skinny_kernels.sums_kernel",
+    "skinny_kernels.pairs_kernel",
+    "finish_kernels.finish_kernel",
+    "wide_kernels.sums_kernel",
+    "wide_kernels.pairs_kernel",
+    "side_kernels.rows_kernel",
+    "side_kernels.gradient_kernel",
+    "normalisation_kernels.forward_kernel",
+    "normalisation_kernels.backward_kernel",
+    "normalisation_kernels.backward_twice_kernel",
+    "first_block_kernels.forward_kernel",
+    "first_block_kernels.backward_kernel",
+    "grad_weight_kernels.sums_kernel",
+    "grad_weight_kernels.total_kernel",
+}
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    """The rows of each device, compiled side by side: it takes minutes."""
-    parts = [(90, ["half"]), (90, ["tf32", "ieee"], "--largest"), (80, ["half"], "--largest")]
-    found: dict[int, list[dict]] = {80: [], 90: []}
-    with ThreadPoolExecutor() as pool:
-        for (capability, *_), part in zip(parts, pool.map(lambda part: rows(*part), parts), strict=True):
-            found[capability] += part
-    return found
-
-
-def rows(capability: int, precisions: list[str], *options: str) -> list[dict]:
-    """Compile in a process of its own, as one process either interprets kernels or compiles them."""
+def compiled(capability: int, precision: str, *options: str) -> list[dict]:
+    """The rows of a process of its own, as one process either interprets kernels or compiles them."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     module = [sys.executable, "-m", "bench.kernel_resources", "--json"]
-    command = [*module, "--sm", str(capability), "--precision", *precisions, *options]
+    command = [*module, "--sm", str(capability), "--precision", precision, *options]
     root = Path(__file__).parents[1]
     output = subprocess.run(command, cwd=root, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return [json.loads(line) for line in output.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("capability", SHARED_LIMIT)
-def test_no_spills_within_shared_memory_on_tensor_cores(capability, compiled):
-    rows = compiled[capability]
-    kernels = {
-        "skinny_kernels.dots_kernel",
-        "skinny_kernels.sums_kernel",
-        "skinny_kernels.pairs_kernel",
-        "finish_kernels.finish_kernel",
-        "wide_kernels.sums_kernel",
-        "wide_kernels.pairs_kernel",
-        "side_kernels.rows_kernel",
-        "side_kernels.gradient_kernel",
-        "normalisation_kernels.forward_kernel",
-        "normalisation_kernels.backward_kernel",
-        "normalisation_kernels.backward_twice_kernel",
-        "first_block_kernels.forward_kernel",
-        "first_block_kernels.backward_kernel",
-        "grad_weight_kernels.sums_kernel",
-        "grad_weight_kernels.total_kernel",
-    }
-    for precision in PRECISIONS[capability]:
-        only = set() if precision == "ieee" else {"narrow_kernels.narrow_kernel"}
-        assert {row["kernel"] for row in rows if row["precision"] == precision} == kernels | only
-        for kernel in kernels | only:
-            losses = {r["loss"] for r in rows if r["precision"] == precision and r["kernel"] == kernel}
+@pytest.mark.parametrize(
+    ("capability", "precision", "options"),
+    [
+        (90, "half", []),
+        *((90, name, ["--largest"]) for name in ("tf32", "ieee")),
+        (80, "half", ["--largest"]),
+    ],
+)
+def test_no_spills_within_shared_memory_on_tensor_cores(capability, precision, options):
+    rows = compiled(capability, precision, *options)
+    kernels = KERNELS | (set() if precision == "ieee" else {"narrow_kernels.narrow_kernel"})
+    assert {row["kernel"] for row in rows} == kernels
+    if not options:
+        for kernel in kernels:
+            losses = {row["loss"] for row in rows if row["kernel"] == kernel}
             assert losses in ({None}, {"info_nce", "info_nce_any"}, {"nce", "info_nce", "info_nce_any"})
     # The first block's tiles are those an H100 was fastest with, although images of colour spill a little;
     # the tile of a weight's gradient is for products of warp groups, which come with sm_90.
@@ -86,7 +81,7 @@ def test_no_spills_within_shared_memory_on_tensor_cores(capability, compiled):
 
 def test_blocks_of_pairs_compile_for_newer_devices():
     """There a sum over a sum does not (Triton 3.7)."""
-    found = rows(100, ["half"], "--tables", "LONG_WIDE")
-    pairs = [row for row in found if row["kernel"] == "wide_kernels.pairs_kernel"]
-    assert {row["loss"] for row in pairs} == {"nce", "info_nce", "info_nce_any"}
-    assert all(row["mma"] == row["wgmma"] == 0 and row["spilled"] <= 100 for row in pairs)
+    found = compiled(100, "half", "--tables", "LONG_WIDE", "--largest")
+    (pairs,) = [row for row in found if row["kernel"] == "wide_kernels.pairs_kernel"]
+    assert pairs["mma"] == pairs["wgmma"] == 0
+    assert pairs["spilled"] <= 100

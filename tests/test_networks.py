@@ -62,8 +62,9 @@ def test_maps_that_are_not_wanted_take_no_memory():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_an_image_size_is_a_side_or_any_pair(architecture, channels):
     def shapes(size):
-        direct = networks.ARCHITECTURES[architecture](channels, 5, image_size=size)
-        created = networks.create(architecture, channels, 5, size)
+        with torch.device("meta"):
+            direct = networks.ARCHITECTURES[architecture](channels, 5, image_size=size)
+        created = networks.create(architecture, channels, 5, size, device="meta")
         return [[tuple(p.shape) for p in n.parameters()] + [*n.feature_sizes] for n in (direct, created)]
 
     expected = shapes((28, 28))
@@ -108,9 +109,9 @@ def test_networks_pooled_to_one_size_take_images_of_any():
 @pytest.mark.parametrize("architecture", ["convnet", "convnet-bn", "lenet", "resnet18"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_network_can_be_converted(architecture, dtype):
-    network = networks.create(architecture, 3, 5, 16, width=8)
+    network = networks.create(architecture, 3, 5, 8, width=8)
     networks.initialise(network, generator(0, "test"))
-    x = torch.randn(2, 3, 16, 16, generator=generator(0, "x"))
+    x = torch.randn(2, 3, 8, 8, generator=generator(0, "x"))
     expected = network(x)
     network.to(dtype)
     logits = network(x.to(dtype))

@@ -302,20 +302,27 @@ def test_convolutions_of_a_batch_join_the_channels(dims, groups, turned, monkeyp
     """The rules of a GPU, with what it runs in place of the operators; groups are of a batch of batches."""
     monkeypatch.setattr(batching, "takes_groups", lambda device: True)
     monkeypatch.setattr(torch.ops.mim4dd, "convolve", by_torch.convolve)
-    monkeypatch.setattr(torch.ops.mim4dd, "convolve_grad_weight", on_gpu._convolve_grad_weight)
-    channels = (8 * groups, 4 * groups) if turned else (4 * groups, 8 * groups)
-    sizes = (3, 2, channels[0], 5, 7), (3, 8 * groups, 4, 3, 3), (3, 2, channels[1], 5, 7)
-    x, weight, y = random(*sizes)
+    channels = 8 * groups if turned else 4 * groups
+    x, weight = random((3, 2, channels, 5, 7), (3, 8 * groups, 4, 3, 3))
     x, weight = (t[0] if dim is None else t for t, dim in zip((x, weight), dims, strict=True))
     moved = [t if dim is None else t.movedim(0, dim) for t, dim in zip((x, weight), dims, strict=True)]
     out, axis = convolution._batched(Batch, (*dims, None, None), *moved, turned, groups)
-    grad_weight, weight_axis = convolution._batched_grad_weight(
-        Batch, (1, dims[0], None), y.movedim(0, 1), moved[0], groups
-    )
     for k in range(3):
         own = [t if dim is None else t[k] for t, dim in zip((x, weight), dims, strict=True)]
         agree(out.select(axis, k), by_torch.convolve(*own, turned, groups))
-        agree(grad_weight.select(weight_axis, k), on_gpu._convolve_grad_weight(y[k], own[0], groups))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_gradients_of_a_batch_of_weights_join_the_channels(dim, groups, monkeypatch):
+    monkeypatch.setattr(batching, "takes_groups", lambda device: True)
+    monkeypatch.setattr(torch.ops.mim4dd, "convolve_grad_weight", on_gpu._convolve_grad_weight)
+    x, y = random((3, 2, 4 * groups, 5, 7), (3, 2, 8 * groups, 5, 7))
+    moved = x[0] if dim is None else x.movedim(0, dim)
+    found, axis = convolution._batched_grad_weight(Batch, (1, dim, None), y.movedim(0, 1), moved, groups)
+    for k in range(3):
+        own = x[0] if dim is None else x[k]
+        agree(found.select(axis, k), on_gpu._convolve_grad_weight(y[k], own, groups))
 
 
 @pytest.mark.parametrize("dims", [(0, 0), (1, 1), (None, 0), (0, None)], ids=str)

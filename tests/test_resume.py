@@ -9,7 +9,7 @@ import torch
 from commands import QUICK, files, npz, parse
 from conftest import digits_problem
 
-from mim4dd import compare, distill, run
+from mim4dd import compare, distill, run, teacher
 from mim4dd.commands import checkpoint, runner
 from mim4dd.errors import InputError
 from mim4dd.experiment import Experiment
@@ -21,11 +21,12 @@ RUN = ["--quick", "--iterations", "14", "--eval-epochs", "2"]  # looked at after
 
 @pytest.fixture
 def short_trainings(monkeypatch):
-    """A student every 4 matches, a network of gradient matching every 4 image steps."""
+    """A student every 4 matches, a network of gradient matching every 4 image steps, a hasty teacher."""
     monkeypatch.setattr(term_networks, "STUDENT_EVERY", 4)
     monkeypatch.setattr(term_networks, "STUDENT_EPOCHS", (2, 5))
     monkeypatch.setattr(term_networks, "REAL_STEPS", 10)
     monkeypatch.setattr(gradient, "loops", lambda ipc: (4, 2))
+    monkeypatch.setattr(teacher, "STEPS", 20)
 
 
 @pytest.mark.parametrize(
@@ -89,13 +90,13 @@ def updates(monkeypatch):
 
 
 @pytest.fixture
-def cut_off(tmp_path, cut_off_after_10, capsys):
+def cut_off(tmp_path, short_trainings, cut_off_after_10, capsys):
     """The folder of a run that was."""
     out = tmp_path / "out"
     assert run.main([*RUN, "--out", str(out)]) == 130
     assert files(out) == ["state.safetensors", "synthetic.safetensors"]
     assert f"mim4dd: to resume: python -m mim4dd.run --resume {out}\n" in capsys.readouterr().err
-    cut_off_after_10.undo()
+    cut_off_after_10.setattr(runner.Recorder, "__call__", look)
     return out
 
 
@@ -150,7 +151,7 @@ def test_a_run_cut_off_in_its_evaluation_is_not_distilled_again(tmp_path, monkey
     out = str(tmp_path / "out")
     with monkeypatch.context() as here:
         here.setattr(runner, "evaluations", interrupt)
-        assert run.main([*RUN, "--out", out]) == 130
+        assert run.main([*RUN, "--mim-weight", "0", "--out", out]) == 130
     assert f"to resume: python -m mim4dd.run --resume {out}" in capsys.readouterr().err
     assert len(updates) == 14
     assert run.main(["--resume", out]) == 0
@@ -204,6 +205,7 @@ def test_a_state_of_another_release_is_refused(tmp_path, monkeypatch):
         checkpoint.Checkpoint.load(tmp_path)
 
 
+@pytest.mark.usefixtures("short_trainings")
 @pytest.mark.parametrize("change", ["missing", "more", "of a GPU"])
 def test_a_state_of_something_else_is_refused(change):
     looks = []
@@ -237,7 +239,7 @@ def test_a_run_is_resumed_from_anywhere_but_only_on_its_data(tmp_path, cut_off_a
         (tmp_path / name).mkdir()
     npz(tmp_path / "there" / "data.npz")
     cut_off_after_10.chdir(tmp_path / "there")
-    assert run.main([*RUN, "--dataset", "data.npz", "--out", "out"]) == 130
+    assert run.main([*RUN, "--mim-weight", "0", "--dataset", "data.npz", "--out", "out"]) == 130
     cut_off_after_10.setattr(runner.Recorder, "__call__", look)
     cut_off_after_10.chdir(tmp_path / "elsewhere")
     npz(tmp_path / "there" / "data.npz", x_train=np.full((40, 12, 12, 3), 7, np.uint8))

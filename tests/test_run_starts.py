@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import QUICK, command, files, npz, parse
+from commands import BARE, QUICK, command, files, npz, parse
 from conftest import write_pictures
 from rich.console import Console
 
@@ -24,11 +24,10 @@ from mim4dd.synthetic import SyntheticSet
 
 def test_results_are_never_overwritten_silently(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    quick = [*QUICK, "--num-eval", "0"]
     for _ in range(2):
-        assert run.main(quick) == 0
+        assert run.main(BARE) == 0
     assert files(tmp_path / "runs") == ["digits-dm-ipc1-0", "digits-dm-ipc1-0-2"]
-    named = [*quick, "--out", "runs/digits-dm-ipc1-0"]
+    named = [*BARE, "--out", "runs/digits-dm-ipc1-0"]
     before = (tmp_path / "runs/digits-dm-ipc1-0/result.json").read_bytes()
     assert run.main([*named, "--seed", "5"]) == 2
     assert "is not empty; give another folder, or --overwrite" in capsys.readouterr().err
@@ -57,7 +56,7 @@ def test_results_are_never_overwritten_silently(tmp_path, monkeypatch, capsys):
 
 
 def test_a_full_disk_keeps_what_was_to_be_overwritten(tmp_path, monkeypatch, capsys):
-    arguments = [*QUICK, "--num-eval", "0", "--out", str(tmp_path / "out")]
+    arguments = [*BARE, "--out", str(tmp_path / "out")]
     assert run.main(arguments) == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
@@ -87,12 +86,12 @@ def test_two_runs_at_once_get_a_folder_each(tmp_path, monkeypatch):
 def test_without_a_folder_the_usual_one_is_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        assert run.main([*QUICK, "--num-eval", "0", "--overwrite"]) == 0
+        assert run.main([*BARE, "--overwrite"]) == 0
     assert files(tmp_path / "runs") == ["digits-dm-ipc1-0"]
 
 
 def test_a_folder_is_free_once_a_run_that_saved_nothing_was_killed_in_it(tmp_path, capsys):
-    arguments = [*QUICK, "--num-eval", "0", "--out", str(tmp_path)]
+    arguments = [*BARE, "--out", str(tmp_path)]
     with exclusive(tmp_path):
         assert run.main(arguments) == 2
     assert f"another process is running in {tmp_path}" in capsys.readouterr().err
@@ -178,7 +177,7 @@ def test_the_name_of_the_data_may_be_any(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("cats", "dogs"):
         write_pictures(data / name, 5)
-    assert run.main([*QUICK, "--num-eval", "0", "--dataset", str(data)]) == 0
+    assert run.main([*BARE, "--dataset", str(data)]) == 0
     folder = Path("runs") / "caf\ufffd-dm-ipc1-0"
     assert json.loads((folder / "result.json").read_text())["dataset"] == "caf\ufffd"
     assert evaluate.main([str(folder), "--num-eval", "1", "--eval-epochs", "1"]) == 0, "the data are found"
@@ -192,7 +191,7 @@ def test_out_is_not_to_become_a_class(tmp_path, monkeypatch, capsys):
     assert "--out runs lies in ., where it would count as a class" in capsys.readouterr().err
     assert files(tmp_path / "data" / "pets") == ["cats", "dogs"]
     out = str(tmp_path / "[old]")
-    assert run.main([*QUICK, "--dataset", ".", "--num-eval", "0", "--out", out]) == 0
+    assert run.main([*BARE, "--dataset", ".", "--out", out]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("pets: 8 training images of 2 classes")
     assert f"Wrote synthetic.safetensors, result.json, images.png and report.html into {out}/" in printed

@@ -44,7 +44,7 @@ def weights_of(networks, problem):
     return networks.weights
 
 
-def test_networks_on_real_images_are_trained_the_later_the_longer(problem):
+def test_networks_on_real_images_are_trained_the_later_the_longer(problem, monkeypatch):
     weights = weights_of(TrainedOnReal(problem), problem)
     assert weights.shape == (
         term_networks.REAL_NETWORKS,
@@ -54,6 +54,8 @@ def test_networks_on_real_images_are_trained_the_later_the_longer(problem):
     first, last = (evaluation.accuracy(network_of(problem, weights[k]), test) for k in (0, -1))
     assert last > 0.8
     assert last > first > 0.1
+    monkeypatch.setattr(term_networks, "REAL_STEPS", 10)
+    weights = weights_of(TrainedOnReal(problem), problem)
     assert torch.equal(weights_of(TrainedOnReal(problem), problem), weights), "the same seed"
     other = dataclasses.replace(problem, seed=1)
     assert not torch.equal(weights_of(TrainedOnReal(other), other), weights)
@@ -114,20 +116,20 @@ def test_every_twentieth_match_trains_a_student_for_100_to_400_epochs(problem):
     assert sum(counts) == sum(expected), "and not in between"
 
 
-def test_training_on_real_images_is_told_step_by_step_and_done_once(problem):
+def test_training_on_real_images_is_told_step_by_step_and_done_once(problem, monkeypatch):
+    monkeypatch.setattr(term_networks, "REAL_STEPS", 20)
     networks = TrainedOnReal(problem)
-    for _ in zip(range(30), networks.train(), strict=False):  # 10 and 20 steps: two networks
+    for _ in zip(range(6), networks.train(), strict=False):  # 2 and 4 steps: two networks
         pass
     told = [*networks.train()]
-    total = sum(10 * k for k in range(1, 11))
-    assert told == [(done, total) for done in range(11, total + 1)], "the second one is begun again"
+    total = sum(2 * k for k in range(1, 11))
+    assert told == [(done, total) for done in range(3, total + 1)], "the second one is begun again"
     assert [*networks.train()] == []
     assert torch.equal(networks.weights, weights_of(TrainedOnReal(problem), problem))
 
 
-@pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("architecture", ["convnet", "convnet-bn"])
-def test_a_student_learns_the_synthetic_images_and_makes_room_for_the_next(problem, soft, architecture):
+@pytest.mark.parametrize(("architecture", "soft"), [("convnet", False), ("convnet-bn", True)])
+def test_a_student_learns_the_synthetic_images_and_makes_room_for_the_next(problem, architecture, soft):
     problem = dataclasses.replace(problem, architecture=architecture)
     _, start = digits_problem()
     images = start.images
@@ -237,7 +239,9 @@ def test_what_the_base_learns_is_learned_through_them(problem, monkeypatch, tmp_
 
 
 @pytest.mark.parametrize("kind", [TrainedOnReal, TrainedOnSynthetic])
-def test_any_objective_can_be_seen_through_them(problem, kind):
+def test_any_objective_can_be_seen_through_them(problem, kind, monkeypatch):
+    monkeypatch.setattr(term_networks, "REAL_STEPS", 10)
+    monkeypatch.setattr(term_networks, "STUDENT_EPOCHS", (10, 10))
     _, start = digits_problem()
     base = Plain()
     objective = ThroughTermNetworks(kind(problem), base, problem)
