@@ -1,4 +1,4 @@
-"""The arrows between the parts of the package point one way, as README.md draws them."""
+"""The parts of the package import each other one way, as README.md draws it, and all are installed."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -45,3 +45,9 @@ def test_parts_import_each_other_one_way():
     chain = ["kernels", "losses", "objectives", "distill", "experiment", "commands", "run"]
     assert [part for part in order if part in chain] == chain
     assert len(order) > 30
+
+
+def test_every_folder_is_installed():
+    named = (ROOT / "pyproject.toml").read_text()
+    for module, path in MODULES.items():
+        assert path.stem != "__init__" or f'"{".".join(module)}",' in named, path
