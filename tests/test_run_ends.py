@@ -70,16 +70,19 @@ def test_divergence_exits_with_1_and_keeps_the_last_good_set(tmp_path, capsys):
     assert SyntheticSet.load(out / "synthetic.safetensors").images.isfinite().all()
 
 
-def test_termination_keeps_the_last_good_set(tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_keeps_the_last_good_set(tmp_path, sent):
     process = subprocess.Popen(
         [sys.executable, "-m", "mim4dd.run", *BARE, "--iterations", "1000", "--out", "out"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # As from a terminal: what runs in the background may ignore the signal, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert any(line.startswith("distil ") for line in iter(process.stdout.readline, ""))  # a tenth is done
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(sent)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "the last good set, of iteration" in error
