@@ -53,7 +53,7 @@ CALLS = {
     "NARROW_128": ALONE,
     "LONG_NARROW_128": LONG,
 }
-# Of the forms of a table, the one whose kernel takes the most registers.
+# Of the forms of a table, the one whose main kernel takes the most registers, on sm_90 in half precision.
 HEAVIEST = {
     "DOTS": "nce",
     "PRODUCT": "info_nce",
